@@ -1,0 +1,50 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) through torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from vitrim.data.images import Images
+from vitrim.errors import ConfigError
+
+_SETS = {10: CIFAR10, 100: CIFAR100}
+
+
+def cifar(
+    *,
+    classes: int,
+    root: str,
+    download: bool,
+    batch_size: int,
+    workers: int,
+    augmentation: Mapping[str, Any],
+    mixing: Mapping[str, Any],
+) -> Images:
+    """Return CIFAR-10 or CIFAR-100 below `root`; `download: true` fetches it once.
+
+    Raises:
+        ConfigError: `classes` is neither 10 nor 100, or the files are missing or damaged.
+    """
+    if classes not in _SETS:
+        raise ConfigError(f"data.classes={classes}: expected 10 or 100")
+    try:
+        train, val = (
+            _SETS[classes](root, train=train, download=download) for train in (True, False)
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"data.root={root}: CIFAR-{classes} is not there ({error}); "
+            "put its files there, or let data.download=true fetch them"
+        ) from None
+    return Images(
+        train=train,
+        val=val,
+        n_classes=classes,
+        batch_size=batch_size,
+        workers=workers,
+        augmentation=augmentation,
+        mixing=mixing,
+    )

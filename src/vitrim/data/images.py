@@ -1,0 +1,117 @@
+"""Loaders for sets of image files: timm's transforms, mixup and cutmix around any torchvision set."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lightning import LightningDataModule
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import VisionDataset
+
+from vitrim.data import ImageSpec
+from vitrim.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """A training and a validation set of image files, with how they are augmented and loaded.
+
+    `augmentation` is passed on to `timm.data.create_transform`; `mixing` to `timm.data.Mixup`.
+    """
+
+    train: VisionDataset | None
+    val: VisionDataset
+    n_classes: int
+    batch_size: int
+    workers: int
+    augmentation: Mapping[str, Any]
+    mixing: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}, data.workers={self.workers}: "
+                "expected at least 1 image and 0 workers"
+            )
+        if self.blends and self.batch_size % 2:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: mixup and cutmix pair images, expected an even number"
+            )
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are training images."""
+        return self.train is not None
+
+    @property
+    def blends(self) -> bool:
+        """Whether training images are blended in pairs."""
+        return bool(self.mixing["mixup_alpha"] or self.mixing["cutmix_alpha"])
+
+    def module(self, spec: ImageSpec) -> LightningDataModule:
+        """Return loaders of images (B, C, H, W) prepared as `spec` says."""
+        if spec.channels != 3:
+            raise ConfigError(f"the model wants {spec.channels} channels, image files have 3")
+        return _Module(self, spec)
+
+
+class _Module(LightningDataModule):
+    def __init__(self, images: Images, spec: ImageSpec) -> None:
+        super().__init__()
+        self.images = images
+        prepare = {
+            "input_size": (spec.channels, *spec.size),
+            "interpolation": spec.interpolation,
+            "mean": tuple(spec.mean),
+            "std": tuple(spec.std),
+        }
+        self.train_set = None if images.train is None else copy.copy(images.train)
+        if self.train_set is not None:
+            augment = create_transform(**prepare, is_training=True, **images.augmentation)
+            _transform_with(self.train_set, augment)
+        self.val_set = copy.copy(images.val)
+        _transform_with(self.val_set, create_transform(**prepare, crop_pct=spec.crop_pct))
+        self.mix = Mixup(num_classes=images.n_classes, **images.mixing) if images.blends else None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the shuffled, augmented training batches; an incomplete last batch is left out."""
+        assert self.train_set is not None
+        size = min(self.images.batch_size, len(self.train_set) // 2 * 2 or 1)
+        return self._loader(self.train_set, size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return every validation image once."""
+        return self._loader(self.val_set, self.images.batch_size, shuffle=False)
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
+        """Blend training images in pairs and soften their labels; leave validation alone."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return batch
+        images, labels = batch
+        smoothing = self.images.mixing["label_smoothing"]
+        if self.mix is not None:
+            return self.mix(images, labels)
+        return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
+
+    def _loader(self, dataset: VisionDataset, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            num_workers=self.images.workers,
+            persistent_workers=self.images.workers > 0,
+        )
+
+
+def _transform_with(dataset: VisionDataset, transform: Any) -> None:
+    """Let `dataset` prepare its images with `transform` (a set holds it in two places)."""
+    dataset.transform = transform
+    dataset.transforms = cast(Any, type(dataset.transforms))(transform, dataset.target_transform)

@@ -1,0 +1,52 @@
+"""What a compression method is: a scorer, a plan and a recovery. Types only, nothing to inherit."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from lightning import LightningModule
+from torch import nn
+
+from vitrim.plan import Evidence, Plan
+from vitrim.target import Cost, Target
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A LightningModule that learns what matters in `net`.
+
+    `settings` identifies its result: a finished scorer is reused by every run with equal settings,
+    so nothing that only matters for the plan (strength, target) belongs there.
+    """
+
+    net: nn.Module
+    epochs: int
+    settings: dict[str, Any]
+
+    def evidence(self) -> Evidence:
+        """Return what was learned and leave `net` plain, ready to be cut; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass of numbers with three functions; its yaml's `_target_` is its address."""
+
+    @property
+    def budget(self) -> Target:
+        """What may remain: the target that is set, or the strength's. A share of 1 is the identity."""
+        ...
+
+    def scorer(self, net: nn.Module) -> Scorer:
+        """Return the phase that scores `net`, which it may train."""
+        ...
+
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+        """Choose the edits: pure, on CPU, deterministic, within the target."""
+        ...
+
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, n_classes: int
+    ) -> LightningModule | None:
+        """Return the phase that trains the compact net afterwards, with `epochs`, or None."""
+        ...

@@ -1,0 +1,45 @@
+"""Networks and what can be cut in them, by family: `structure`, `sites`, `branches`.
+
+A family is a module here that registers its network classes; only it knows their attribute names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+
+from torch import nn
+
+from vitrim.model.site import Site, Structure
+
+
+class UnsupportedArchitecture(TypeError):
+    """The network's class is of no family that can be cut exactly."""
+
+
+@singledispatch
+def structure(net: nn.Module) -> Structure:
+    """Describe the sites, branches and layers of a network, dense or already cut.
+
+    Raises:
+        UnsupportedArchitecture: naming the class and the supported ones.
+    """
+    supported = sorted(
+        {family.__name__ for family in structure.registry if family not in (object, nn.Module)}
+    )
+    raise UnsupportedArchitecture(
+        f"{type(net).__name__} cannot be cut; supported network classes: {', '.join(supported)}"
+    )
+
+
+def sites(net: nn.Module) -> Mapping[str, Site]:
+    """Return the sites of `net` that can be cut exactly, by name, in network order."""
+    return {name: site for name, site in structure(net).sites.items() if not site.locked}
+
+
+def branches(net: nn.Module) -> tuple[str, ...]:
+    """Return the residual branches of `net` that can be dropped, in network order."""
+    return structure(net).branches
+
+
+from vitrim.model import vit  # noqa: E402, F401  (registers the family)

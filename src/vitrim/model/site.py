@@ -1,0 +1,168 @@
+"""What can be cut in a network, said once: slicing, masking and counting all read the same description.
+
+A `Layer` names one Linear (or Conv) and says which sites its output rows and input columns belong to.
+From that follow the slice (`index_of`), the mask (its complement) and the closed formula for params and
+MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing else knows its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitrim.plan import Keep, Plan, PlanError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A set of `size` interchangeable units that can be kept or removed one by one.
+
+    `head_dims` holds the width of every head, in order, where the units are dims of heads.
+    `locked` is empty, or the reason why this network's site cannot be cut exactly.
+    """
+
+    name: str
+    size: int
+    head_dims: tuple[int, ...] = ()
+    locked: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A run of `size` rows or columns from `offset`, one for each unit of `site` (None: never cut)."""
+
+    site: str | None
+    offset: int
+    size: int
+
+
+Dim = tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One Linear or Conv: rows by `out`, columns by `inp`; `gathers` if its input stays wide.
+
+    `scores` marks the site whose importance a gate on this layer's input columns measures.
+    """
+
+    name: str
+    branch: str
+    out: Dim
+    inp: Dim
+    gathers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """One self-attention: the sites of its heads, query-key dims and value dims.
+
+    `qkv` is the layer whose positions are the tokens; `context` how many tokens each one attends
+    to (None: all of them).
+    """
+
+    branch: str
+    qkv: str
+    heads: str
+    qk: str
+    v: str
+    context: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """Everything that can be cut in one network."""
+
+    sites: Mapping[str, Site]
+    branches: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    attentions: tuple[Attention, ...] = field(default=())
+
+
+Survivors = dict[str, Tensor]
+"""Site name -> kept units, int64, ascending, shape (kept,)."""
+
+
+def resolve(structure: Structure, plan: Plan) -> Survivors:
+    """Return what survives at every site, the consequences between sites included.
+
+    A head goes when its heads-site drops it or when none of its value dims is left (its output is
+    then zero); its query-key dims go with it. A head without query-key dims stays: it averages.
+
+    Raises:
+        PlanError: an unknown, locked or out-of-range site, or an attention without any head left.
+    """
+    for keep in plan.keeps():
+        _check(structure, keep)
+    return settle(structure, {keep.site: torch.tensor(keep.index) for keep in plan.keeps()})
+
+
+def settle(structure: Structure, kept: Mapping[str, Tensor]) -> Survivors:
+    """Complete `kept` to every site, with the consequences that `resolve` describes."""
+    survivors = {
+        name: kept[name] if name in kept else torch.arange(site.size)
+        for name, site in structure.sites.items()
+    }
+    for attention in structure.attentions:
+        if not kept.keys().isdisjoint((attention.heads, attention.qk, attention.v)):
+            _spread(structure, attention, survivors)
+    return survivors
+
+
+def _spread(structure: Structure, attention: Attention, survivors: Survivors) -> None:
+    """Make heads, query-key dims and value dims of one attention consistent, in place."""
+    qk_head = head_of(structure.sites[attention.qk])
+    v_head = head_of(structure.sites[attention.v])
+    v_index = survivors[attention.v]
+    v_index = v_index[torch.isin(v_head[v_index], survivors[attention.heads])]
+    if not len(v_index):
+        raise PlanError(f"{attention.branch}: no head with a value dim left; Drop the branch instead")
+    heads = v_head[v_index].unique()
+    qk_index = survivors[attention.qk]
+    survivors[attention.heads] = heads
+    survivors[attention.v] = v_index
+    survivors[attention.qk] = qk_index[torch.isin(qk_head[qk_index], heads)]
+
+
+def head_of(site: Site) -> Tensor:
+    """Return the head that each unit of a query-key or value site belongs to, shape (size,)."""
+    return torch.repeat_interleave(
+        torch.arange(len(site.head_dims)), torch.tensor(site.head_dims, dtype=torch.int64)
+    )
+
+
+def index_of(dim: Dim, survivors: Mapping[str, Tensor]) -> Tensor:
+    """Return the kept rows (or columns) of a layer's dimension, ascending, shape (kept,)."""
+    return torch.cat(
+        [
+            part.offset + (torch.arange(part.size) if part.site is None else survivors[part.site])
+            for part in dim
+        ]
+    )
+
+
+def width_of(dim: Dim, survivors: Mapping[str, Tensor]) -> int:
+    """Return how many rows (or columns) of a layer's dimension are kept."""
+    return sum(part.size if part.site is None else len(survivors[part.site]) for part in dim)
+
+
+def full(size: int) -> Dim:
+    """Return a dimension that is never cut."""
+    return (Part(site=None, offset=0, size=size),)
+
+
+def _check(structure: Structure, keep: Keep) -> None:
+    name, kind = keep.site, keep.site.split(".")[-1]
+    site = structure.sites.get(name)
+    if site is None:
+        near = [other for other in structure.sites if other.split(".")[-1] == kind]
+        raise PlanError(f"unknown site {name!r}: expected one of {', '.join((near or [*structure.sites])[:12])}")
+    if site.locked:
+        raise PlanError(f"site {name!r} cannot be cut exactly: {site.locked}")
+    if keep.index[-1] >= site.size:
+        raise PlanError(
+            f"site {name!r}: index {keep.index[-1]} is out of range, the site has {site.size} units"
+        )

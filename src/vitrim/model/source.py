@@ -1,0 +1,195 @@
+"""A network of timm: how it is built, where its weights come from, what it wants its images to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vitrim.data import ImageSpec
+from vitrim.errors import ConfigError
+from vitrim.model import structure
+from vitrim.store import (
+    MANIFEST,
+    WEIGHTS,
+    StoreError,
+    dense_skeleton,
+    misfits,
+    read_tensors,
+    sha256,
+    verify,
+)
+from vitrim.trainer.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timm:
+    """A dense network by timm's name, with weights from timm's hub, a file, or training by `training`.
+
+    `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved; `sha256`
+    pins its content. `reset_head` leaves the checkpoint's classifier out. `args` go to
+    timm.create_model.
+    """
+
+    name: str
+    pretrained: bool
+    checkpoint: str | None
+    sha256: str | None
+    num_classes: int | None
+    reset_head: bool
+    image_size: int | None
+    args: Mapping[str, Any]
+    training: Recipe
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name.split(".")[0]):
+            near = ", ".join(timm.list_models(f"{self.name[:8]}*")[:6])
+            raise ConfigError(f"model.name={self.name}: timm has no such network; near it: {near}")
+        if self.pretrained and self.checkpoint is not None:
+            raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
+        skeleton = self._skeleton()
+        structure(skeleton)
+        for side, patch in zip(self.spec().size, _patch(skeleton), strict=True):
+            if side % patch:
+                raise ConfigError(
+                    f"model.image_size={side}: not divisible by the patch of {patch} pixels; "
+                    f"{side // patch * patch} and {(side // patch + 1) * patch} are"
+                )
+
+    @property
+    def trained(self) -> bool:
+        """Whether weights come from somewhere, so that no dense training is needed."""
+        return self.pretrained or self.checkpoint is not None
+
+    @property
+    def n_classes(self) -> int:
+        """Outputs of the classifier."""
+        return int(self._skeleton().num_classes)  # type: ignore[arg-type]
+
+    def description(self) -> dict[str, Any]:
+        """Return what a plan needs to build the dense skeleton: `name` and `args`."""
+        args = dict(self.args)
+        if self.num_classes is not None:
+            args["num_classes"] = self.num_classes
+        if self.image_size is not None:
+            args["img_size"] = self.image_size
+        return {"name": self.name, "args": args}
+
+    def spec(self) -> ImageSpec:
+        """Return how images are prepared: timm's settings of this network, at `image_size`."""
+        config = resolve_model_data_config(self._skeleton())
+        channels, height, width = config["input_size"]
+        size = (height, width) if self.image_size is None else (self.image_size, self.image_size)
+        return ImageSpec(
+            channels=self.args.get("in_chans", channels),
+            size=size,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+        )
+
+    def fingerprint(self) -> str | None:
+        """Return the SHA-256 of the checkpoint, checked against what is known of it.
+
+        Raises:
+            ConfigError: there is no such file, it is not what `sha256` or its manifest says.
+        """
+        if self.checkpoint is None:
+            return None
+        path = self._file()
+        if not path.is_file():
+            raise ConfigError(f"model.checkpoint={self.checkpoint}: no such file")
+        digest = sha256(path)
+        if self.sha256 is not None and digest != self.sha256:
+            raise ConfigError(
+                f"model.checkpoint={self.checkpoint}: its SHA-256 is {digest}, model.sha256 expects "
+                f"{self.sha256}: the file is damaged or another one"
+            )
+        return digest
+
+    def build(self) -> nn.Module:
+        """Return the dense network in eval mode on CPU, its weights loaded or freshly drawn.
+
+        Raises:
+            ConfigError: the weights cannot be had, do not fit, are a pickle, or are damaged.
+        """
+        description = self.description()
+        if self.checkpoint is None:
+            try:
+                net = timm.create_model(
+                    self.name, pretrained=self.pretrained, **description["args"]
+                )
+            except (OSError, RuntimeError) as error:
+                raise ConfigError(
+                    f"model.pretrained={self.pretrained}: {self.name} could not be had ({error}); "
+                    "model.checkpoint=FILE.safetensors loads a local copy"
+                ) from None
+            return net.eval()
+        net = self._skeleton()
+        net.load_state_dict(self._state(net), strict=True, assign=True)
+        return net.eval()
+
+    def _skeleton(self) -> nn.Module:
+        try:
+            return dense_skeleton(self.description() | {"name": self.name.split(".")[0]})
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.name={self.name}, model.args={dict(self.args)}, "
+                f"model.image_size={self.image_size}: timm cannot build this ({error})"
+            ) from None
+
+    def _file(self) -> Path:
+        path = Path(str(self.checkpoint))
+        return path / WEIGHTS if path.is_dir() else path
+
+    def _state(self, net: nn.Module) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors, found fit for `net`."""
+        path = self._file()
+        try:
+            if (path.parent / MANIFEST).is_file() and path.name == WEIGHTS:
+                verify(path.parent, (WEIGHTS,))
+            state = read_tensors(path)
+        except StoreError as error:
+            raise ConfigError(f"model.checkpoint={self.checkpoint}: {error}") from None
+        if isinstance(net, VisionTransformer) and "pos_embed" in state:
+            state = dict(checkpoint_filter_fn(state, net))
+        if self.reset_head:
+            state = _with_new_head(net, state)
+        problems = misfits(net, state)
+        if problems:
+            raise ConfigError(
+                f"model.checkpoint={self.checkpoint} does not fit {self.name} with "
+                f"{self.n_classes} classes: {'; '.join(problems[:3])}; model.num_classes sets the "
+                "classes, model.reset_head=true leaves the checkpoint's head out"
+            )
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(
+                    f"model.checkpoint={self.checkpoint}: {name} is not finite, the file is damaged"
+                )
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _patch(net: nn.Module) -> tuple[int, int]:
+    patch: tuple[int, int] = net.patch_embed.patch_size  # type: ignore[union-attr, assignment]
+    return patch
+
+
+def _with_new_head(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with zero weights in place of the classifier's, for training to fill."""
+    heads = tuple(f"{name}." for name in ("head", "head_dist"))
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+    fresh = {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in net.state_dict().items()
+        if name.startswith(heads)
+    }
+    return kept | fresh

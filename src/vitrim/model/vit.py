@@ -1,0 +1,123 @@
+"""The plain vision transformer family: ViT, DeiT, DeiT3, DINOv2, CLIP and SigLIP towers of timm.
+
+Sites of block i (D embed, H heads, K head dim, M mlp hidden):
+    blocks.i.attn.input   (D,)    columns of qkv      the norm's output, gathered
+    blocks.i.attn.heads   (H,)    whole heads
+    blocks.i.attn.qk      (H*K,)  query and key rows, free in every head
+    blocks.i.attn.v       (H*K,)  value rows and proj columns, free in every head
+    blocks.i.mlp.input    (D,)    columns of fc1      the norm's output, gathered
+    blocks.i.mlp.hidden   (M,)    rows of fc1 and columns of fc2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from vitrim.model import UnsupportedArchitecture, structure
+from vitrim.model.attention import SlicedAttention
+from vitrim.model.site import Attention, Layer, Part, Site, Structure, full
+
+
+@structure.register
+def _(net: VisionTransformer) -> Structure:
+    found = [part for name, block in _blocks(net) for part in (_attention(name, block), _mlp(name, block))]
+    return Structure(
+        sites={site.name: site for sites, _, _ in found for site in sites},
+        branches=tuple(layers[0].branch for _, layers, _ in found),
+        layers=tuple(layer for _, layers, _ in found for layer in layers),
+        attentions=tuple(attention for _, _, attention in found if attention is not None),
+    )
+
+
+def _blocks(net: VisionTransformer) -> Iterator[tuple[str, Block]]:
+    for index, block in enumerate(net.blocks):
+        if type(block) is not Block or not isinstance(block.attn, (TimmAttention, SlicedAttention)):
+            raise UnsupportedArchitecture(
+                f"{type(net).__name__} with {type(block).__name__} and "
+                f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
+                "supported: Block with Attention, and Mlp, GluMlp or SwiGLU"
+            )
+        yield f"blocks.{index}", block
+
+
+_Found = tuple[tuple[Site, ...], tuple[Layer, ...], Attention | None]
+
+
+def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the query-key and the value width of every head, each of shape (heads,)."""
+    if isinstance(attn, SlicedAttention):
+        return attn.qk_dims, attn.v_dims
+    heads: int = attn.num_heads  # type: ignore[assignment]
+    dim = attn.qkv.out_features // (3 * heads)  # type: ignore[union-attr, operator]
+    return (dim,) * heads, (dim,) * heads
+
+
+def _attention(block_name: str, block: Block) -> _Found:
+    attn, name = block.attn, f"{block_name}.attn"
+    qk_dims, v_dims = head_dims(attn)
+    qk, v = f"{name}.qk", f"{name}.v"
+    normed = "" if isinstance(attn.q_norm, nn.Identity) else "q and k are normalised over the head"
+    scaled = "" if isinstance(attn.norm, nn.Identity) else "the attention output is normalised"
+    dim = attn.qkv.in_features
+    sites = (
+        Site(name=f"{name}.input", size=dim),
+        Site(name=f"{name}.heads", size=len(v_dims), locked=scaled),
+        Site(name=qk, size=sum(qk_dims), head_dims=qk_dims, locked=normed),
+        Site(name=v, size=sum(v_dims), head_dims=v_dims, locked=scaled),
+    )
+    q_size, v_size = sum(qk_dims), sum(v_dims)
+    rows = (
+        Part(site=qk, offset=0, size=q_size),
+        Part(site=qk, offset=q_size, size=q_size),
+        Part(site=v, offset=2 * q_size, size=v_size),
+    )
+    inner = (Part(site=v, offset=0, size=v_size),)
+    columns = (Part(site=f"{name}.input", offset=0, size=dim),)
+    qkv = Layer(name=f"{name}.qkv", branch=name, out=rows, inp=columns, gathers=True)
+    proj = Layer(name=f"{name}.proj", branch=name, out=full(attn.proj.out_features), inp=inner)
+    layers: tuple[Layer, ...] = (qkv, proj)
+    if getattr(attn, "gate", None) is not None:
+        wide = full(attn.gate.in_features)
+        layers = (*layers, Layer(name=f"{name}.gate", branch=name, out=inner, inp=wide))
+    attention = Attention(branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v)
+    return sites, layers, attention
+
+
+def _mlp(block_name: str, block: Block) -> _Found:
+    mlp, name = block.mlp, f"{block_name}.mlp"
+    match mlp:
+        case SwiGLU():
+            openers, copies = ("fc1_g", "fc1_x"), 1
+        case GluMlp():
+            openers, copies = ("fc1",), 2
+        case Mlp():
+            openers, copies = ("fc1",), 1
+        case _:
+            raise UnsupportedArchitecture(
+                f"{name} is a {type(mlp).__name__}; supported: Mlp, GluMlp, SwiGLU"
+            )
+    hidden, wide = mlp.fc2.in_features, getattr(mlp, openers[0]).in_features
+    normed = "" if isinstance(mlp.norm, nn.Identity) else "the hidden units are normalised"
+    sites = (
+        Site(name=f"{name}.input", size=wide),
+        Site(name=f"{name}.hidden", size=hidden, locked=normed),
+    )
+    unit = f"{name}.hidden"
+    rows = tuple(Part(site=unit, offset=copy * hidden, size=hidden) for copy in range(copies))
+    columns = (Part(site=f"{name}.input", offset=0, size=wide),)
+    first = tuple(
+        Layer(name=f"{name}.{opener}", branch=name, out=rows, inp=columns, gathers=True)
+        for opener in openers
+    )
+    second = Layer(
+        name=f"{name}.fc2",
+        branch=name,
+        out=full(mlp.fc2.out_features),
+        inp=(Part(site=unit, offset=0, size=hidden),),
+    )
+    return sites, (*first, second), None

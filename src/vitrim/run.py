@@ -1,0 +1,288 @@
+"""The command `vitrim`: from a network to a compact one and the report of what it cost.
+
+    dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> measured, saved, reported
+
+This is the only file that knows Hydra. torch is imported when a run starts, not before, so that
+`vitrim --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vitrim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+    from torch import nn
+
+    from vitrim.trainer.fit import Phases
+
+_log = logging.getLogger(__name__)
+_HERE = Path(__file__).parent
+CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
+GROUPS = ("model", "method", "data", "trainer")
+BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
+NOT_RECIPE = ("out", "tracking", "progress", "latency")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Compress one network as `cfg` says and return the path of its report.json."""
+    from vitrim.measure import latency_ms, record
+    from vitrim.plan import Plan
+    from vitrim.store import save
+    from vitrim.surgery import cut
+    from vitrim.target import Cost
+    from vitrim.trainer.fit import lock
+    from vitrim.trainer.prune import Prune
+
+    started = time.perf_counter()
+    choices = _build(cfg)
+    model, method, data = choices["model"], choices["method"], choices["data"]
+    recipe = _recipe(cfg, model.fingerprint())
+    folder = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    with lock(_writable(folder)):
+        if (folder / "report.json").is_file():
+            _log.info("finished before; delete the folder to run it again")
+            return folder / "report.json"
+        (folder / "recipe.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        phases = _phases(cfg, choices, recipe, folder)
+        dense, dense_accuracy = _dense(model, data, phases, recipe)
+        cost = Cost(dense, model.spec().size)
+        if method.budget.keep == 1:
+            plan, compact = Plan(model={}, edits=()), cut(dense, Plan(model={}, edits=()))
+        else:
+            prune = Prune(method, cost)
+            _score(method.scorer(copy.deepcopy(dense)), prune, phases, recipe)
+            plan, compact = prune.plan, prune.compact
+        accuracy = cut_accuracy = dense_accuracy
+        if plan.edits and phases is not None:
+            cut_accuracy = phases.accuracy(compact, data.n_classes)
+            _recover(method.recovery(compact, dense, data.n_classes), phases)
+            accuracy = phases.accuracy(compact, data.n_classes)
+        plan = Plan(
+            model=model.description(),
+            edits=plan.edits,
+            provenance={**plan.provenance, "seed": cfg.seed, "recipe_hash": recipe["hash"]},
+        )
+        save(folder, compact, plan)
+        times = latency_ms([dense, compact], model.spec().size, **cfg.latency)
+        report = record(
+            (dense, compact), cost, plan, times, (dense_accuracy, cut_accuracy, accuracy), method.budget
+        )
+        report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
+        report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
+        return _finish(folder, report, phases)
+
+
+def _dense(
+    model: Any, data: Any, phases: Phases | None, recipe: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, float] | None]:
+    """Return the dense network, trained here if its weights come from nowhere, and its accuracy."""
+    from vitrim.store import write
+    from vitrim.trainer.classify import Classify
+    from vitrim.trainer.fit import lock
+
+    net = model.build()
+    if phases is None:
+        return net, None
+    if not model.trained:
+        phase = Classify(net, recipe=model.training, n_classes=data.n_classes)
+        phases.once("dense", recipe["dense_key"], phase, epochs=phase.epochs)
+    known = phases.shared / f"dense-{recipe['dense_key']}" / "accuracy.json"
+    with lock(known.parent):
+        if not known.is_file():
+            text = json.dumps(phases.accuracy(net, data.n_classes))
+            write(known, lambda path: path.write_text(text))
+        accuracy: dict[str, float] = json.loads(known.read_text())
+    return net.eval(), accuracy
+
+
+def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, Any]) -> None:
+    """Let the scorer learn, once for all strengths, and the callback plan and cut."""
+    from vitrim.trainer.fit import digest
+
+    if phases is None:
+        prune.apply(scorer)
+        return
+    key = digest([recipe["dense_key"], type(scorer).__qualname__, scorer.settings])
+    phases.once("score", key, scorer, epochs=scorer.epochs, callbacks=[prune])
+
+
+def _recover(phase: LightningModule | None, phases: Phases) -> None:
+    if phase is not None:
+        phases.fit("recover", phase, epochs=phase.epochs)  # type: ignore[arg-type]
+
+
+def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path:
+    from vitrim.store import write
+
+    if phases is not None:
+        phases.tracker.close(report)
+    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
+    write(folder / "report.json", lambda path: path.write_text(text))
+    return folder / "report.json"
+
+
+def _build(cfg: DictConfig) -> dict[str, Any]:
+    """Build what the four groups choose; all that is wrong with them is told at once."""
+    built, problems = {}, []
+    for group in GROUPS:
+        try:
+            _check_targets(cfg[group], group)
+            built[group] = instantiate(cfg[group], _convert_="all")
+        except (InstantiationException, OmegaConfBaseException, ConfigError, ValueError, TypeError) as error:
+            problems.append(_reason(error, group))
+    if not problems:
+        problems = _mismatches(cfg, built)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return built
+
+
+def _mismatches(cfg: DictConfig, built: Mapping[str, Any]) -> list[str]:
+    """Return why the choices do not go together, one sentence each."""
+    model, method, data = built["model"], built["method"], built["data"]
+    if data is None:
+        return []
+    problems = []
+    if data.n_classes != model.n_classes:
+        problems.append(
+            f"data={_choice('data')} has {data.n_classes} classes, the head of model={_choice('model')} has "
+            f"{model.n_classes}: set model.num_classes={data.n_classes} (and model.reset_head=true "
+            "with a checkpoint of other classes), or choose other data"
+        )
+    trains = not model.trained or method.budget.keep != 1
+    if trains and not data.trainable:
+        problems.append(f"data.root={cfg.data.root} has no training images, and this run trains")
+    try:
+        data.module(model.spec())
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _check_targets(node: Any, where: str) -> None:
+    """Refuse a `_target_` that is not on the list: configs must not be able to run any code."""
+    if not isinstance(node, DictConfig):
+        return
+    target = node.get("_target_")
+    if target is not None and not str(target).startswith(BUILDERS):
+        raise ConfigError(f"{where}._target_={target}: expected one below {', '.join(BUILDERS)}")
+    for key in node:
+        if not OmegaConf.is_missing(node, key):
+            _check_targets(node[key], f"{where}.{key}")
+
+
+def _phases(
+    cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
+) -> Phases | None:
+    from vitrim.trainer.fit import Phases
+    from vitrim.trainer.tracking import Tracker
+
+    if choices["data"] is None:
+        return None
+    return Phases(
+        trainer=choices["trainer"],
+        data=choices["data"].module(choices["model"].spec()),
+        tracker=Tracker(folder, cfg.tracking, group=recipe["series"], config=recipe["resolved"]),
+        folder=folder,
+        shared=_writable(Path(cfg.out).absolute() / "phases"),
+        seed=cfg.seed,
+        progress=cfg.progress,
+    )
+
+
+def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
+    """Return the resolved recipe, its hashes, and the names of its series and run."""
+    from vitrim.measure import versions
+    from vitrim.trainer.fit import digest
+
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    recipe = {key: value for key, value in resolved.items() if key not in NOT_RECIPE}
+    recipe["checkpoint_sha256"] = fingerprint
+    series = copy.deepcopy(recipe)
+    for key in ("strength", "target", "seed"):
+        series.pop(key)
+        series["method"].pop(key, None)
+    chosen = [name for name, keep in resolved["target"].items() if keep is not None]
+    point = "-".join(f"{name}{resolved['target'][name]}" for name in chosen) or f"s{cfg.strength:g}"
+    choices = {group: _choice(group) for group in (*GROUPS, "experiment")}
+    label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
+    dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
+    return {
+        "resolved": resolved,
+        "hash": digest(recipe),
+        "dense_key": digest(dense),
+        "series": f"{label}-{digest(series)}",
+        "name": f"{point}-seed{cfg.seed}-{digest(recipe)}",
+        "report": {
+            "choices": choices,
+            "strength": None if chosen else cfg.strength,
+            "seed": cfg.seed,
+            "recipe_hash": digest(recipe),
+            "series": f"{label}-{digest(series)}",
+            **versions(),
+        },
+    }
+
+
+def _choice(group: str) -> str | None:
+    name: str | None = HydraConfig.get().runtime.choices.get(group)
+    return name
+
+
+def _writable(folder: Path) -> Path:
+    """Make `folder` and return it, once a file could be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {folder} ({error}); out=DIR moves it") from None
+    return folder
+
+
+def _reason(error: Exception, group: str) -> str:
+    """Return the sentence that a user needs, out of Hydra's wrapping."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = str(error).split("\n    full_key:")[0].strip()
+    return text if isinstance(error, ConfigError) else f"{group}: {text}"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
+def _job(cfg: DictConfig) -> str:
+    path = run(cfg)
+    sys.stdout.write(f"{path}\n")
+    sys.stdout.flush()
+    return str(path)
+
+
+def main() -> None:
+    """Run the command; what a user can mend ends in one message and exit code 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        _job()
+    except (ConfigError, HydraException, OmegaConfBaseException, OSError) as error:
+        sys.exit(f"vitrim: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The two readings of a plan: `cut` makes the smaller network, `masked` the zeroed one it must equal.
+
+Both are pure: the network that comes in is not touched, and nothing in the result shares its memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.model import structure
+from vitrim.model.attention import GatheredLinear, SlicedAttention
+from vitrim.model.site import (
+    Attention,
+    Layer,
+    Structure,
+    Survivors,
+    head_of,
+    index_of,
+    resolve,
+)
+from vitrim.plan import Edit, Keep, Plan, PlanError
+
+
+def cut(net: nn.Module, plan: Plan) -> nn.Module:
+    """Return a new, physically smaller network that computes what `masked(net, plan)` computes.
+
+    Works on any device, the meta device included. A plan without edits gives a bit-identical copy.
+
+    Raises:
+        UnsupportedArchitecture: the network's class has no family module.
+        PlanError: the plan does not fit the network.
+    """
+    _only_keeps(plan)
+    described = structure(net)
+    survivors = resolve(described, plan)
+    sliced = {
+        layer.name: (index_of(layer.out, survivors), index_of(layer.inp, survivors))
+        for layer in described.layers
+        if _is_cut(layer, described, survivors)
+    }
+    compact = _copy(net, sliced)
+    for layer in described.layers:
+        if layer.name in sliced:
+            _narrow(compact, layer, sliced[layer.name])
+    for attention in described.attentions:
+        _reshape(compact, attention, described, survivors)
+    return compact
+
+
+def masked(net: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of `net`, same shapes, with zeros wherever `plan` removes something."""
+    _only_keeps(plan)
+    described = structure(net)
+    survivors = resolve(described, plan)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for layer in described.layers:
+            linear = twin.get_submodule(layer.name)
+            for dim, axis in ((layer.out, 0), (layer.inp, 1)):
+                gone = torch.ones(linear.weight.shape[axis], dtype=torch.bool)  # type: ignore[index]
+                gone[index_of(dim, survivors)] = False
+                linear.weight.index_fill_(axis, gone.nonzero()[:, 0], 0.0)  # type: ignore[operator]
+                if axis == 0 and linear.bias is not None:
+                    linear.bias[gone] = 0.0  # type: ignore[index, operator]
+    return twin
+
+
+def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
+    """Return one plan on `net` that equals `second` applied to `cut(net, first)`."""
+    _only_keeps(first)
+    _only_keeps(second)
+    outer = structure(net)
+    kept = resolve(outer, first)
+    inner = structure(cut(_on_meta(net), first))
+    survivors = {site: kept[site][index] for site, index in resolve(inner, second).items()}
+    for keep in second.keeps():
+        if not len(survivors[keep.site]):  # only dims of removed heads were asked for
+            survivors[keep.site] = kept[keep.site][torch.tensor(keep.index)]
+    edits: tuple[Edit, ...] = tuple(
+        Keep(site=site.name, index=tuple(survivors[site.name].tolist()))
+        for site in outer.sites.values()
+        if 0 < len(survivors[site.name]) < site.size and not site.locked
+    )
+    return Plan(
+        model=first.model,
+        edits=edits,
+        provenance={"first": dict(first.provenance), "second": dict(second.provenance)},
+    )
+
+
+def _only_keeps(plan: Plan) -> None:
+    for edit in plan.edits:
+        if not isinstance(edit, Keep):
+            raise PlanError(f"{edit}: this version of surgery applies Keep edits only")
+
+
+def _on_meta(net: nn.Module) -> nn.Module:
+    memo: dict[int, object] = {
+        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
+        for tensor in net.parameters()
+    }
+    return copy.deepcopy(net, memo)
+
+
+def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
+    return any(
+        part.site is not None and len(survivors[part.site]) < described.sites[part.site].size
+        for part in (*layer.out, *layer.inp)
+    )
+
+
+def _copy(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """Deep-copy `net` with the sliced tensors in the place of the whole ones: each is copied once."""
+    index = {}
+    for name, (rows, columns) in sliced.items():
+        linear = net.get_submodule(name)
+        index[id(linear.weight)] = (rows, columns)
+        if linear.bias is not None:
+            index[id(linear.bias)] = (rows, None)
+    memo: dict[int, object] = {}
+    for tensor in net.parameters():
+        rows, columns = index.get(id(tensor), (None, None))
+        memo[id(tensor)] = nn.Parameter(
+            _slice(tensor.detach(), rows, columns), requires_grad=tensor.requires_grad
+        )
+    return copy.deepcopy(net, memo)
+
+
+def _slice(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return a contiguous copy of the kept rows (axis 0) and columns (axis 1)."""
+    whole = tensor
+    for axis, index in ((0, rows), (1, columns)):
+        if index is not None and len(index) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor.clone() if tensor is whole else tensor
+
+
+def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> None:
+    """Make the module at `layer` agree with its sliced tensors."""
+    linear = compact.get_submodule(layer.name)
+    wide: int = linear.in_features  # type: ignore[assignment]
+    if not layer.gathers or len(index[1]) == wide:
+        linear.out_features, linear.in_features = linear.weight.shape  # type: ignore[assignment]
+        return
+    columns = index[1]
+    if isinstance(linear, GatheredLinear):
+        columns = linear.index.cpu()[columns]
+    weight: nn.Parameter = linear.weight  # type: ignore[assignment]
+    at = columns if weight.is_meta else columns.to(weight.device)
+    bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+    compact.set_submodule(layer.name, GatheredLinear(weight=weight, bias=bias, index=at))
+
+
+def _reshape(
+    compact: nn.Module, attention: Attention, described: Structure, survivors: Survivors
+) -> None:
+    """Give the attention module at `attention` the widths of its surviving heads."""
+    qk_site, v_site = described.sites[attention.qk], described.sites[attention.v]
+    if len(survivors[qk_site.name]) == qk_site.size and len(survivors[v_site.name]) == v_site.size:
+        return
+    heads = survivors[attention.heads]
+    qk_dims, v_dims = (
+        tuple(torch.bincount(head_of(site)[survivors[site.name]], minlength=len(site.head_dims))[heads].tolist())
+        for site in (qk_site, v_site)
+    )
+    attn = compact.get_submodule(attention.branch)
+    scale: float = attn.scale  # type: ignore[assignment]
+    sliced = SlicedAttention(attn, scale=scale, qk_dims=qk_dims, v_dims=v_dims)
+    sliced.train(attn.training)
+    compact.set_submodule(attention.branch, sliced)

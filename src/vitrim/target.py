@@ -1,0 +1,270 @@
+"""From scores and a budget to a plan: the closed formula for costs, and the largest plan within it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.measure import InputSize, census
+from vitrim.model import structure
+from vitrim.model.site import Site, Structure, Survivors, resolve, settle, width_of
+from vitrim.plan import Keep, Plan
+
+Metric = Literal["macs", "params", "units"]
+METRICS: tuple[Metric, ...] = ("macs", "params", "units")
+LEVELS = 6
+"""Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
+
+
+class TargetError(ValueError):
+    """A budget that is no number in range, or that no plan can reach."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number of 2 and more."""
+
+    metric: Metric
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise TargetError(f"target.{self.metric}: expected one of {', '.join(METRICS)}")
+        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
+        if number and (0 < self.keep <= 1 or (self.keep >= 2 and self.keep == int(self.keep))):
+            return
+        raise TargetError(
+            f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most 1, "
+            f"or the number of {self.metric} to keep, a whole number from 2 on"
+        )
+
+    def limit(self, dense: int) -> int:
+        """Return the most that may remain of `dense`."""
+        if self.keep > 1:
+            return min(int(self.keep), dense)
+        return math.floor(self.keep * dense + 1e-6)  # 0.7 of 10 is 7, whatever 0.7 is in binary
+
+
+def at_strength(strength: float, levels: Sequence[float]) -> float:
+    """Interpolate the six-entry table `levels` at `strength` in 0..5.
+
+    >>> at_strength(2.5, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    0.75
+    """
+    below = min(int(strength), LEVELS - 2)
+    share = strength - below
+    return round(levels[below] * (1 - share) + levels[below + 1] * share, 12)
+
+
+def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> None:
+    """Refuse a strength outside 0..5, and a table that is not 1 falling to above 0.
+
+    Raises:
+        TargetError: naming the value and what is allowed.
+    """
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not 0 <= strength <= LEVELS - 1:
+        raise TargetError(
+            f"strength={strength}: expected a number from 0 to {LEVELS - 1} ({where} has {LEVELS} levels)"
+        )
+    falling = all(a > b for a, b in pairwise(levels))
+    if len(levels) != LEVELS or levels[0] != 1 or not falling or levels[-1] <= 0:
+        raise TargetError(
+            f"levels={list(levels)} ({where}): expected {LEVELS} fractions to keep, the first 1, "
+            "each below the one before, the last above 0"
+        )
+
+
+def choose(
+    strength: float, levels: Sequence[float], target: Mapping[str, Any], *, metric: Metric
+) -> Target:
+    """Return the budget: the one entry of `target` that is set, else `metric` by strength table."""
+    given = {name: keep for name, keep in target.items() if keep is not None}
+    if len(given) > 1:
+        names = ", ".join(f"target.{name}" for name in given)
+        raise TargetError(f"{names}: expected at most one target")
+    for name, keep in given.items():
+        return Target(metric=name, keep=keep)  # type: ignore[arg-type]  # checked there
+    return Target(metric=metric, keep=at_strength(strength, levels))
+
+
+class Amount(NamedTuple):
+    """What a plan leaves: exact integers, the same that counting the cut network gives."""
+
+    params: int
+    macs: int
+    units: int
+
+
+class _Term(NamedTuple):
+    params: int
+    macs: int
+    out: tuple[Any, ...]
+    inp: tuple[Any, ...] | None
+
+
+class Cost:
+    """The closed formula of one network: params and MACs from the widths that a plan leaves.
+
+    Each Linear is rows x columns weights, applied at its positions; each attention is its context
+    times its query-key and value dims at every token; whatever is never cut is a constant.
+    """
+
+    def __init__(self, net: nn.Module, input_size: InputSize) -> None:
+        self.structure: Structure = structure(net)
+        self.input_size = input_size
+        self.dense_count, positions = census(net, input_size, [x.name for x in self.structure.layers])
+        self._terms = list(_terms(net, self.structure, positions))
+        self._params = self._macs = 0
+        whole = self.of(resolve(self.structure, Plan(model={}, edits=())))
+        self._params = self.dense_count.params - whole.params
+        self._macs = self.dense_count.macs - whole.macs
+
+    def of(self, survivors: Survivors, scored: Sequence[str] = ()) -> Amount:
+        """Return what remains; `units` counts the kept units of the sites in `scored`."""
+        params, macs = self._params, self._macs
+        for term in self._terms:
+            weights = width_of(term.out, survivors)
+            if term.inp is not None:
+                weights *= width_of(term.inp, survivors)
+            params += term.params * weights
+            macs += term.macs * weights
+        return Amount(params, macs, sum(len(survivors[name]) for name in scored))
+
+    def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
+        """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
+        return self.of(resolve(self.structure, plan), scored)
+
+
+def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:
+    for layer in described.layers:
+        yield _Term(1, positions[layer.name], layer.out, layer.inp)
+        if net.get_submodule(layer.name).bias is not None:
+            yield _Term(1, 0, layer.out, None)
+    dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
+    for attention in described.attentions:
+        tokens = positions[attention.qkv]
+        context = attention.context or tokens
+        yield _Term(0, tokens * context, (dims[attention.qk],), None)
+        yield _Term(0, tokens * context, (dims[attention.v],), None)
+
+
+Scope = Literal["global", "site"]
+
+
+def trim(
+    cost: Cost,
+    scores: Mapping[str, Tensor],
+    target: Target,
+    *,
+    scope: Scope = "global",
+    round_to: int = 1,
+) -> tuple[Keep, ...]:
+    """Remove the least important units until `target` is met, and not one more.
+
+    Units are ranked by score over all sites (`scope="global"`), or by rank within their own site so
+    that every site loses the same share (`scope="site"`). Ties go to the lower index. Widths (of a
+    head, where the site has heads) shrink to multiples of `round_to`. The best unit of a site stays.
+
+    Args:
+        cost: the dense network's closed formula.
+        scores: site name -> importance, higher is kept, shape (size,), finite.
+        target: the budget; what is reached is at most it, and less than one step's cost below it.
+        scope: how sites are compared.
+        round_to: units removed in one step.
+
+    Raises:
+        TargetError: a score is not finite, or the budget is below what the sites can give up.
+    """
+    steps = _steps(cost.structure, scores, scope, round_to)
+    scored = list(scores)
+    dense = cost.of(_survivors(cost.structure, steps, 0), scored)
+    limit = target.limit(getattr(dense, target.metric))
+
+    def reached(n: int) -> int:
+        return int(getattr(cost.of(_survivors(cost.structure, steps, n), scored), target.metric))
+
+    least = reached(len(steps))
+    if least > limit:
+        raise TargetError(
+            f"target.{target.metric}={target.keep} is {limit:,} {target.metric}: the sites "
+            f"of this method cannot go below {least:,} of {getattr(dense, target.metric):,} "
+            f"({least / getattr(dense, target.metric):.4f})"
+        )
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) <= limit else (middle + 1, high)
+    kept = _survivors(cost.structure, steps, low)
+    return tuple(
+        Keep(site=name, index=tuple(kept[name].tolist()))
+        for name in scored
+        if 0 < len(kept[name]) < cost.structure.sites[name].size
+    )
+
+
+class _Step(NamedTuple):
+    key: tuple[float, ...]
+    site: str
+    units: list[int]
+
+
+def _steps(
+    described: Structure, scores: Mapping[str, Tensor], scope: Scope, round_to: int
+) -> list[_Step]:
+    """Return every removal that may happen, in order, the last one of each site excepted."""
+    steps: list[_Step] = []
+    for order, (name, score) in enumerate(scores.items()):
+        site = described.sites[name]
+        if score.shape != (site.size,) or not bool(torch.isfinite(score).all()):
+            raise TargetError(f"site {name!r}: expected {site.size} finite scores")
+        values = score.double().tolist()
+        found = sorted(
+            _Step((value, -units[-1] / site.size, order), name, units)
+            for head in _heads(site)
+            for value, units in _chunks(head, values, round_to)
+        )[:-1]
+        if scope == "site":
+            gone = list(accumulate(len(step.units) / site.size for step in found))
+            found = [
+                step._replace(key=(share, order, rank))
+                for rank, (share, step) in enumerate(zip(gone, found, strict=True))
+            ]
+        steps += found
+    return sorted(steps)
+
+
+def _heads(site: Site) -> list[range]:
+    """Return the units of each head, or all units together where the site has no heads."""
+    ends = list(accumulate(site.head_dims or (site.size,), initial=0))
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def _chunks(
+    units: Sequence[int], values: Sequence[float], round_to: int
+) -> Iterator[tuple[float, list[int]]]:
+    """Group units, worst first, so that whatever remains is a multiple of `round_to`."""
+    ranked = sorted(units, key=lambda unit: (values[unit], -unit))
+    first = len(ranked) % round_to or round_to
+    for start, stop in pairwise([0, *range(first, len(ranked) + 1, round_to)]):
+        chunk = ranked[start:stop]
+        yield math.fsum(values[unit] for unit in chunk) / len(chunk), chunk
+
+
+def _survivors(structure: Structure, steps: Sequence[_Step], n: int) -> Survivors:
+    """Return what is kept after the first `n` steps, consequences between sites included."""
+    gone: dict[str, list[int]] = {}
+    for step in steps[:n]:
+        gone.setdefault(step.site, []).extend(step.units)
+    kept = {}
+    for name, units in gone.items():
+        stays = torch.ones(structure.sites[name].size, dtype=torch.bool)
+        stays[units] = False
+        kept[name] = stays.nonzero()[:, 0]
+    return settle(structure, kept)

@@ -1,0 +1,1 @@
+"""Phases of training that methods share, and the Lightning parts around them."""

@@ -1,0 +1,61 @@
+"""Supervised training and evaluation of a classifier: the dense net's training and every fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitrim.trainer.recipe import Recipe, optimisation
+
+
+class Classify(LightningModule):
+    """Cross-entropy on class indices (B,) or soft labels (B, classes); top-1 and top-5 in percent."""
+
+    def __init__(self, net: nn.Module, *, recipe: Recipe, n_classes: int) -> None:
+        super().__init__()
+        self.net = net
+        self.recipe = recipe
+        self.epochs = recipe.epochs
+        self.accuracy = MetricCollection(
+            {
+                f"top{k}": MulticlassAccuracy(n_classes, top_k=min(k, n_classes), average="micro")
+                for k in (1, 5)
+            }
+        )
+
+    def on_train_start(self) -> None:
+        """Train in train mode, whatever mode the net came in."""
+        self.net.train()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of one batch: images (B, C, H, W) and targets."""
+        images, targets = batch
+        loss = F.cross_entropy(self.net(images), targets)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_start(self) -> None:
+        """Evaluate in eval mode, whatever mode the net came in."""
+        self.net.eval()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Count the hits of one batch."""
+        images, labels = batch
+        self.accuracy.update(self.net(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies over every sample, in percent, and go back to training if it goes on."""
+        hits: dict[str, Tensor] = self.accuracy.compute()
+        self.log_dict({name: 100 * share for name, share in hits.items()}, prog_bar=True)
+        self.accuracy.reset()
+        self.net.train(self.trainer.training)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and the cosine schedule of the recipe."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimisation(self.net, self.recipe, steps=steps)

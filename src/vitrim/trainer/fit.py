@@ -1,0 +1,122 @@
+"""Run one phase with a Trainer of its own, or take its finished result from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import nn
+
+from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
+from vitrim.trainer.classify import Classify
+from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+_STATE = "state.safetensors"
+
+
+def digest(value: Any) -> str:
+    """Return eight hex digits that identify a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def lock(folder: Path) -> AbstractContextManager[Any]:
+    """Return the lock of a folder, made if missing: one process at a time works in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".lock")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phases:
+    """What every phase of one run shares.
+
+    `trainer` makes a new Trainer; `shared` is the folder of results that several runs use.
+    """
+
+    trainer: Callable[..., Trainer]
+    data: LightningDataModule
+    tracker: Tracker
+    folder: Path
+    shared: Path
+    seed: int
+    progress: bool
+
+    def fit(
+        self, name: str, phase: LightningModule, *, epochs: int, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        """Train `phase` for `epochs`; its randomness depends on the seed and `name` alone."""
+        seed_everything(int(digest([self.seed, name]), 16), workers=True, verbose=False)
+        self.tracker.phase = name
+        recipe: Recipe | None = getattr(phase, "recipe", None)
+        trainer = self.trainer(
+            max_epochs=epochs,
+            logger=self.tracker,
+            default_root_dir=self.folder,
+            callbacks=[*self._bars(), *callbacks],
+            enable_progress_bar=self.progress,
+            gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
+        )
+        trainer.fit(phase, datamodule=self.data)
+
+    def once(
+        self,
+        name: str,
+        key: str,
+        phase: LightningModule,
+        *,
+        epochs: int,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Fit `phase`, or load its finished state from an earlier run with the same `key`.
+
+        Either way the callbacks' `on_fit_end` runs, on the trained phase.
+        """
+        folder = self.shared / f"{name}-{key}"
+        with lock(folder):
+            if (folder / "manifest.json").is_file():
+                _log.info("%s: finished before, taken from %s", name, folder)
+                _restore(folder, phase)
+                self.fit(name, phase, epochs=0, callbacks=callbacks)
+                return
+            self.fit(name, phase, epochs=epochs, callbacks=callbacks)
+            state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
+            write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
+            seal(folder, (_STATE,), name=name, epochs=epochs)
+
+    def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
+        """Return top-1 and top-5 of `net` in percent over the whole validation set."""
+        recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+        trainer = self.trainer(
+            logger=False,
+            default_root_dir=self.folder,
+            callbacks=self._bars(),
+            enable_progress_bar=self.progress,
+        )
+        found: Sequence[Mapping[str, float]] = trainer.validate(
+            Classify(net, recipe=recipe, n_classes=n_classes), datamodule=self.data, verbose=False
+        )
+        return {name: found[0][name] for name in ("top1", "top5")}
+
+    def _bars(self) -> list[Callback]:
+        return [RichProgressBar(leave=False)] if self.progress else []
+
+
+def _restore(folder: Path, phase: LightningModule) -> None:
+    verify(folder, (_STATE,))
+    state = read_tensors(folder / _STATE)
+    problems = misfits(phase, state)
+    if problems:
+        raise StoreError(f"{folder / _STATE} does not fit: {'; '.join(problems[:3])}")
+    phase.load_state_dict(state)

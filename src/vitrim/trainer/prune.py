@@ -1,0 +1,37 @@
+"""The callback that slices: when scoring has ended, it asks the method for the plan and cuts."""
+
+from __future__ import annotations
+
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from vitrim.method import Method, Scorer
+from vitrim.plan import Plan
+from vitrim.surgery import cut
+from vitrim.target import Cost
+
+
+class Prune(Callback):
+    """Physically slice the scored network at the end of the fit.
+
+    The result is a new network for a new Trainer: no optimiser, DDP bucket or averaged copy ever
+    holds a parameter that surgery replaced.
+    """
+
+    plan: Plan
+    compact: nn.Module
+
+    def __init__(self, method: Method, cost: Cost) -> None:
+        self.method = method
+        self.cost = cost
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan from the scorer's evidence and cut its network."""
+        assert isinstance(pl_module, Scorer)
+        self.apply(pl_module)
+
+    def apply(self, scorer: Scorer) -> None:
+        """Set `plan` and `compact` from a finished scorer."""
+        evidence = scorer.evidence()
+        self.plan = self.method.plan(scorer.net, evidence, self.cost)
+        self.compact = cut(scorer.net, self.plan)

@@ -1,0 +1,58 @@
+"""How long and how fast a phase trains: plain numbers, and the optimiser and schedule they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from vitrim.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """AdamW with linear warm-up and cosine decay to zero, per step.
+
+    `lr` is the peak, `weight_decay` spares biases and norms, `clip_norm` bounds the gradient's norm
+    (0: unbounded). `epochs` and `warmup_epochs` count passes over the training set.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or self.epochs < 0:
+            raise ConfigError(f"epochs={self.epochs}: expected a whole number from 0 on")
+        for name in ("lr", "weight_decay", "warmup_epochs", "clip_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value}: expected a number from 0 on")
+
+
+def optimisation(
+    net: nn.Module, recipe: Recipe, *, steps: int, extra: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return what `configure_optimizers` returns, for `steps` optimiser steps in all.
+
+    `extra` adds parameter groups with an own `lr`; the schedule scales it alike.
+    """
+    groups = [*param_groups_weight_decay(net, recipe.weight_decay), *extra]
+    optimizer = AdamW([group for group in groups if len(group["params"])], lr=recipe.lr)
+    warmup = steps * recipe.warmup_epochs / max(recipe.epochs, 1)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))
+
+    scheduler = LambdaLR(optimizer, scale)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,125 @@
+"""The record of a run: JSON lines on disk first, then W&B or TensorBoard, which may fail and never hurt."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from vitrim.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+Sink = Callable[[Mapping[str, float], int], None]
+CHOICES = ("offline", "online", "tensorboard", "none")
+
+
+class Tracker(Logger):
+    """Write every phase's metrics to `metrics.jsonl` of the run's folder, and on to one service."""
+
+    phase: str = ""
+
+    def __init__(self, folder: Path, tracking: str, *, group: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        if tracking not in CHOICES:
+            raise ConfigError(f"tracking={tracking}: expected one of {', '.join(CHOICES)}")
+        self._file = folder / "metrics.jsonl"
+        self._file.unlink(missing_ok=True)
+        self._finish: Callable[[Mapping[str, Any]], None] = lambda summary: None
+        self._sink: Sink | None = None
+        if tracking in ("offline", "online"):
+            self._guard(lambda: self._start_wandb(folder, tracking, group, config))
+        elif tracking == "tensorboard":
+            self._guard(lambda: self._start_tensorboard(folder))
+
+    @property
+    def name(self) -> str:
+        """Name for Lightning."""
+        return "vitrim"
+
+    @property
+    def version(self) -> str:
+        """Version for Lightning."""
+        return self.phase
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the recipe stands in recipe.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line of metrics, then pass them on."""
+        named = {f"{self.phase}/{name}": value for name, value in metrics.items()}
+        line = json.dumps({"phase": self.phase, "step": step, **metrics})
+        with self._file.open("a") as file:
+            file.write(line + "\n")
+        sink = self._sink
+        if sink is not None:
+            self._guard(lambda: sink(named, step or 0))
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Hand the final numbers over, plain and nested ones alike, and end the service's run."""
+        self._guard(lambda: self._finish(summary))
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Run what concerns the service only; after its first failure, go on without it."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  (a service may fail in any way)
+            self._sink = None
+            self._finish = lambda summary: None
+            _log.warning("tracking goes on in %s only: %s", self._file.name, error)
+
+    def _start_wandb(
+        self, folder: Path, mode: str, group: str, config: Mapping[str, Any]
+    ) -> None:
+        import wandb
+
+        run = wandb.init(
+            project="vitrim",
+            dir=folder,
+            mode=mode,  # type: ignore[arg-type]
+            group=group,
+            name=folder.name,
+            config=dict(config),
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+        run.define_metric("top1", step_metric="strength")
+        run.define_metric("macs", step_metric="strength")
+
+        def finish(summary: Mapping[str, Any]) -> None:
+            run.log({key: value for key, value in _point(summary).items() if value is not None})
+            run.summary.update(dict(summary))
+            run.finish()
+
+        self._sink = lambda metrics, step: run.log({**metrics, "trainer/step": step})
+        self._finish = finish
+
+    def _start_tensorboard(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder))
+
+        def sink(metrics: Mapping[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        def finish(summary: Mapping[str, Any]) -> None:
+            for name, value in _point(summary).items():
+                if value is not None:
+                    writer.add_scalar(f"curve/{name}", value, 0)
+            writer.close()
+
+        self._sink, self._finish = sink, finish
+
+
+def _point(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the run's point on the strength-accuracy curve."""
+    compact = summary["compact"]
+    return {"strength": summary["strength"], "top1": compact["top1"], "macs": compact["macs"]}

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
 
-class ConfigError(ValueError):
-    """A choice that cannot work: the message names the key, the value and what is allowed."""
+
+class VitrimError(ValueError):
+    """Something that cannot work: the message names it, its value, and what is allowed."""
+
+
+class ConfigError(VitrimError):
+    """A choice on the command line or in a yaml that cannot work."""
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number from 1 on (True is not)."""
+    return type(value) is int and value >= 1
+
+
+def is_rate(value: Any) -> bool:
+    """Whether `value` is a finite number from 0 on (True is not)."""
+    return type(value) in (int, float) and 0 <= value < math.inf

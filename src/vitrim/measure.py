@@ -35,20 +35,20 @@ class Count(NamedTuple):
 class Census(NamedTuple):
     """A count and, per layer asked for, the positions its weight is applied at for one image."""
 
-    count: Count
+    total: Count
     positions: Mapping[str, int]
 
 
 def count(net: nn.Module, input_size: InputSize) -> Count:
     """Count the parameters, and the multiply-accumulates and FLOPs of one image's forward pass.
 
-    Convolutions, Linears and the two attention matmuls count; norms, biases, activations and softmax
-    do not. FLOPs are twice the MACs. Runs on the meta device, in seconds and without memory, because
-    on CPU the fused attention kernel hides its matmuls from the counter.
+    Convolutions, Linears and the two attention matmuls count; norms, biases, activations and
+    softmax do not. FLOPs are twice the MACs. Runs on the meta device, in seconds and without
+    memory, because on CPU the fused attention kernel hides its matmuls from the counter.
 
     ViT-B/16 at 224 px: 86,567,656 params, 17,563,828,224 MACs, 35,127,656,448 FLOPs.
     """
-    return census(net, input_size, ()).count
+    return census(net, input_size, ()).total
 
 
 def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Census:
@@ -57,7 +57,7 @@ def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Cens
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows: int = module.weight.shape[0]  # type: ignore[index, union-attr, assignment]
+            rows: int = module.weight.shape[0]  # type: ignore[index, assignment]
             positions[name] = output.numel() // rows
 
         return hook
@@ -138,7 +138,9 @@ def record(
         raise AssertionError(f"the plan's formula gives {formula}, the counter {sizes[1]}")
     sides = [
         {**size._asdict(), **_percent(accuracy), "latency_ms": latency}
-        for size, accuracy, latency in zip(sizes, (accuracies[0], accuracies[2]), times, strict=True)
+        for size, accuracy, latency in zip(
+            sizes, (accuracies[0], accuracies[2]), times, strict=True
+        )
     ]
     return {
         "format": 1,
@@ -161,7 +163,10 @@ def versions() -> dict[str, Any]:
     commit = _git(here, "rev-parse", "HEAD")
     return {
         "vitrim": metadata.version("vitrim"),
-        "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{n: metadata.version(n) for n in names},
+        },
         "commit": commit,
         "dirty": bool(_git(here, "status", "--porcelain")) if commit else None,
     }

@@ -1,6 +1,7 @@
 """The plan: which edits turn a dense network into its compact one, as plain data with a JSON form.
 
-Nothing here needs a network or a tensor library, so that plans can be read, checked and compared anywhere.
+Nothing here needs a network or a tensor library, so that plans can be read, checked and compared
+anywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from vitrim.errors import VitrimError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +26,7 @@ MAX_NAME = 256
 MAX_DEPTH = 16
 
 
-class PlanError(ValueError):
+class PlanError(VitrimError):
     """A plan that is malformed, or that does not fit the network it is applied to."""
 
 
@@ -64,7 +67,9 @@ class LowRank:
     def __post_init__(self) -> None:
         _check_name("linear", self.linear)
         if self.rank < 1:
-            raise PlanError(f"LowRank(linear={self.linear!r}, rank={self.rank}): expected rank >= 1")
+            raise PlanError(
+                f"LowRank(linear={self.linear!r}, rank={self.rank}): expected rank >= 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,9 +89,9 @@ Edit = Keep | LowRank | Drop
 class Plan:
     """Edits against one dense network.
 
-    `model` says how the dense skeleton is built (`name` and `args` of `timm.create_model`), so that a
-    saved network needs neither a download nor a pickle. `provenance` is a record for people: nothing
-    is computed from it.
+    `model` says how the dense skeleton is built (`name` and `args` of `timm.create_model`), so
+    that a saved network needs neither a download nor a pickle. `provenance` is a record for
+    people: nothing is computed from it.
     """
 
     model: Mapping[str, Any]

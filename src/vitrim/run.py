@@ -1,6 +1,7 @@
 """The command `vitrim`: from a network to a compact one and the report of what it cost.
 
-    dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> measured, saved, reported
+    dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> measured, saved,
+    reported
 
 This is the only file that knows Hydra. torch is imported when a run starts, not before, so that
 `vitrim --help` answers at once.
@@ -12,6 +13,7 @@ import copy
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -19,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, VitrimError, is_count
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -38,7 +41,8 @@ _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
 BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
-NOT_RECIPE = ("out", "tracking", "progress", "latency")
+NOT_RECIPE = ("out", "tracking", "progress", "latency")  # change where and how, not what
+TRACKING = ("offline", "online", "tensorboard", "none")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -55,7 +59,7 @@ def run(cfg: DictConfig) -> Path:
     choices = _build(cfg)
     model, method, data = choices["model"], choices["method"], choices["data"]
     recipe = _recipe(cfg, model.fingerprint())
-    folder = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
     with lock(_writable(folder)):
         if (folder / "report.json").is_file():
             _log.info("finished before; delete the folder to run it again")
@@ -83,7 +87,12 @@ def run(cfg: DictConfig) -> Path:
         save(folder, compact, plan)
         times = latency_ms([dense, compact], model.spec().size, **cfg.latency)
         report = record(
-            (dense, compact), cost, plan, times, (dense_accuracy, cut_accuracy, accuracy), method.budget
+            (dense, compact),
+            cost,
+            plan,
+            times,
+            (dense_accuracy, cut_accuracy, accuracy),
+            method.budget,
         )
         report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
         report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
@@ -141,12 +150,12 @@ def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path
 
 def _build(cfg: DictConfig) -> dict[str, Any]:
     """Build what the four groups choose; all that is wrong with them is told at once."""
-    built, problems = {}, []
+    built, problems = {}, _check_run(cfg)
     for group in GROUPS:
         try:
             _check_targets(cfg[group], group)
             built[group] = instantiate(cfg[group], _convert_="all")
-        except (InstantiationException, OmegaConfBaseException, ConfigError, ValueError, TypeError) as error:
+        except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     if not problems:
         problems = _mismatches(cfg, built)
@@ -157,14 +166,21 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
 
 def _mismatches(cfg: DictConfig, built: Mapping[str, Any]) -> list[str]:
     """Return why the choices do not go together, one sentence each."""
+    from vitrim.target import Cost
+
     model, method, data = built["model"], built["method"], built["data"]
-    if data is None:
-        return []
     problems = []
+    try:
+        method.check(Cost(model.skeleton(), model.spec().size))
+    except VitrimError as error:
+        problems.append(str(error))
+    if data is None:
+        return problems
     if data.n_classes != model.n_classes:
         problems.append(
-            f"data={_choice('data')} has {data.n_classes} classes, the head of model={_choice('model')} has "
-            f"{model.n_classes}: set model.num_classes={data.n_classes} (and model.reset_head=true "
+            f"data={_choice('data')} has {data.n_classes} classes, the head of "
+            f"model={_choice('model')} has {model.n_classes}: set "
+            f"model.num_classes={data.n_classes} (and model.reset_head=true "
             "with a checkpoint of other classes), or choose other data"
         )
     trains = not model.trained or method.budget.keep != 1
@@ -177,16 +193,40 @@ def _mismatches(cfg: DictConfig, built: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _check_run(cfg: DictConfig) -> list[str]:
+    """Return what is wrong with the keys that stand outside the groups."""
+    whole = "a whole number from 1 on"
+    rules = (
+        ("seed", cfg.seed, "a whole number from 0 on", cfg.seed == 0 or is_count(cfg.seed)),
+        ("tracking", cfg.tracking, f"one of {', '.join(TRACKING)}", cfg.tracking in TRACKING),
+        ("progress", cfg.progress, "true or false", isinstance(cfg.progress, bool)),
+        ("latency.batch", cfg.latency.batch, whole, is_count(cfg.latency.batch)),
+        ("latency.repeats", cfg.latency.repeats, whole, is_count(cfg.latency.repeats)),
+    )
+    return [f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits]
+
+
 def _check_targets(node: Any, where: str) -> None:
     """Refuse a `_target_` that is not on the list: configs must not be able to run any code."""
+    if isinstance(node, ListConfig):
+        for place in range(len(node)):
+            _check_targets(node[place], f"{where}.{place}")
     if not isinstance(node, DictConfig):
         return
     target = node.get("_target_")
-    if target is not None and not str(target).startswith(BUILDERS):
-        raise ConfigError(f"{where}._target_={target}: expected one below {', '.join(BUILDERS)}")
+    if target is not None and not _is_allowed(str(target)):
+        raise ConfigError(f"{where}._target_={target}: expected one of {', '.join(BUILDERS)}")
     for key in node:
         if not OmegaConf.is_missing(node, key):
-            _check_targets(node[key], f"{where}.{key}")
+            _check_targets(node[key], f"{where}.{key!s}")
+
+
+def _is_allowed(target: str) -> bool:
+    """Whether `target` is defined below an allowed module, not merely reachable through one."""
+    if not target.startswith(BUILDERS):
+        return False
+    home = getattr(get_object(target), "__module__", None) or ""
+    return f"{home}.".startswith(BUILDERS)
 
 
 def _phases(
@@ -264,7 +304,30 @@ def _reason(error: Exception, group: str) -> str:
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     text = str(error).split("\n    full_key:")[0].strip()
-    return text if isinstance(error, ConfigError) else f"{group}: {text}"
+    return text if isinstance(error, VitrimError) else f"{group}: {text}"
+
+
+def _explain(error: Exception) -> str:
+    """Return the message of an error in composing or running, with the way out."""
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown is not None:
+        parent, _, _ = unknown[1].rpartition(".")
+        return f"unknown key {unknown[1]}: expected one of {', '.join(_known_keys(parent))}"
+    if "Config search path" in text:
+        return text.split("Config search path")[0].strip()
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"out: cannot write to {error.filename} ({error.strerror}); out=DIR moves it"
+    return text
+
+
+def _known_keys(parent: str) -> list[str]:
+    """Return the keys that stand below `parent` in the configuration that was asked for."""
+    chosen = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in GROUPS and "," not in arg]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        node = OmegaConf.select(hydra.compose("run", overrides=chosen), parent) if parent else None
+        return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
@@ -280,8 +343,8 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         _job()
-    except (ConfigError, HydraException, OmegaConfBaseException, OSError) as error:
-        sys.exit(f"vitrim: {error}")
+    except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
+        sys.exit(f"vitrim: {_explain(error)}")
 
 
 if __name__ == "__main__":

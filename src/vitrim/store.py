@@ -1,4 +1,4 @@
-"""Save and load compact networks: plan.json + model.safetensors + manifest.json, nothing executable.
+"""Save and load compact networks: plan.json, model.safetensors, manifest.json; no pickle.
 
 Loading builds the dense skeleton on the meta device, cuts it there, and assigns the saved tensors:
 logits are bit-equal to the saved network's, and nothing is downloaded or unpickled.
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitrim.errors import VitrimError
 from vitrim.plan import Plan, PlanError, check_json, dumps, loads
 from vitrim.surgery import cut
 
@@ -30,7 +31,7 @@ MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
 _MAX_MANIFEST = 2**20
 
 
-class StoreError(ValueError):
+class StoreError(VitrimError):
     """A file that is missing, damaged, of a foreign kind, or that does not fit its plan."""
 
 
@@ -78,13 +79,16 @@ def skeleton(plan: Plan) -> nn.Module:
 
 
 def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
-    """Return the dense network described by `name` and `args` of timm.create_model, without weights."""
+    """Return the dense network of timm.create_model's `name` and `args`, without weights."""
     if set(model) != {"name", "args"} or not isinstance(model["args"], dict):
         raise PlanError(f"plan.model has the keys {sorted(model)}: expected name and args")
     if not timm.is_model(model["name"]):
-        raise PlanError(f"plan.model.name={model['name']!r}: timm {timm.__version__} has no such model")
+        raise PlanError(
+            f"plan.model.name={model['name']!r}: timm {timm.__version__} has no such model"
+        )
     with torch.device("meta"), _WithoutInit():
-        return timm.create_model(model["name"], pretrained=False, **model["args"])
+        net: nn.Module = timm.create_model(model["name"], pretrained=False, **model["args"])
+    return net
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -95,7 +99,11 @@ class _WithoutInit(TorchFunctionMode):
     )
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")
@@ -105,7 +113,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def write(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` write a file beside `path`, flush it to disk, and put it in `path`'s place at once."""
+    """Let `fill` write a file beside `path`, flush it, and put it in `path`'s place at once."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
@@ -126,8 +134,7 @@ def seal(folder: Path, names: tuple[str, ...], **facts: Any) -> None:
     against damage (neither guards against somebody who can rewrite the manifest too).
     """
     files = {
-        name: {"sha256": sha256(folder / name), "xxh3_128": _xxh3(folder / name)}
-        for name in names
+        name: {"sha256": sha256(folder / name), "xxh3_128": _xxh3(folder / name)} for name in names
     }
     text = json.dumps({"format": FORMAT, "files": files, **facts}, indent=1, sort_keys=True)
     write(folder / MANIFEST, lambda path: path.write_text(text))
@@ -146,7 +153,7 @@ def verify(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
             raise StoreError(f"{folder / name} is missing: not a complete folder of vitrim")
         if _xxh3(folder / name) != entry.get("xxh3_128"):
             raise StoreError(
-                f"{folder / name} differs from its checksum in {MANIFEST}: the file is damaged or was "
+                f"{folder / name} differs from its checksum in {MANIFEST}: it is damaged or was "
                 "edited; restore it or run again into another folder"
             )
     return manifest

@@ -1,12 +1,13 @@
-"""The two readings of a plan: `cut` makes the smaller network, `masked` the zeroed one it must equal.
+"""The two readings of a plan: `cut` makes the smaller network, `masked` the zeroed twin.
 
-Both are pure: the network that comes in is not touched, and nothing in the result shares its memory.
+Both are pure: the network that comes in is not touched, and nothing in the result shares its
+memory.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,11 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
     twin = copy.deepcopy(net)
     with torch.no_grad():
         for layer in described.layers:
-            linear = twin.get_submodule(layer.name)
-            for dim, axis in ((layer.out, 0), (layer.inp, 1)):
-                gone = torch.ones(linear.weight.shape[axis], dtype=torch.bool)  # type: ignore[index]
-                gone[index_of(dim, survivors)] = False
-                linear.weight.index_fill_(axis, gone.nonzero()[:, 0], 0.0)  # type: ignore[operator]
-                if axis == 0 and linear.bias is not None:
-                    linear.bias[gone] = 0.0  # type: ignore[index, operator]
+            weight, bias = _tensors(twin, layer.name)
+            weight[_gone(weight.shape[0], index_of(layer.out, survivors))] = 0.0
+            weight[:, _gone(weight.shape[1], index_of(layer.inp, survivors))] = 0.0
+            if bias is not None:
+                bias[_gone(len(bias), index_of(layer.out, survivors))] = 0.0
     return twin
 
 
@@ -92,6 +91,20 @@ def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
     )
 
 
+def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Return weight and bias of the layer at `name`."""
+    layer = net.get_submodule(name)
+    bias = layer.bias
+    return layer.get_parameter("weight"), None if bias is None else layer.get_parameter("bias")
+
+
+def _gone(size: int, kept: Tensor) -> Tensor:
+    """Return which of `size` units are not in `kept`, bool, shape (size,)."""
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone
+
+
 def _only_keeps(plan: Plan) -> None:
     for edit in plan.edits:
         if not isinstance(edit, Keep):
@@ -114,44 +127,41 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
 
 
 def _copy(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
-    """Deep-copy `net` with the sliced tensors in the place of the whole ones: each is copied once."""
-    index = {}
+    """Deep-copy `net` with the sliced tensors in place of the whole ones: one copy of each."""
+    index: dict[int, tuple[Tensor, ...]] = {}
     for name, (rows, columns) in sliced.items():
-        linear = net.get_submodule(name)
-        index[id(linear.weight)] = (rows, columns)
-        if linear.bias is not None:
-            index[id(linear.bias)] = (rows, None)
-    memo: dict[int, object] = {}
-    for tensor in net.parameters():
-        rows, columns = index.get(id(tensor), (None, None))
-        memo[id(tensor)] = nn.Parameter(
-            _slice(tensor.detach(), rows, columns), requires_grad=tensor.requires_grad
+        weight, bias = _tensors(net, name)
+        index[id(weight)] = (rows, columns)
+        index[id(bias)] = (rows,)
+    memo: dict[int, object] = {
+        id(tensor): nn.Parameter(
+            _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
         )
+        for tensor in net.parameters()
+    }
     return copy.deepcopy(net, memo)
 
 
-def _slice(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Return a contiguous copy of the kept rows (axis 0) and columns (axis 1)."""
+def _slice(tensor: Tensor, index: Sequence[Tensor]) -> Tensor:
+    """Return a contiguous copy of the kept rows (axis 0) and, if given, columns (axis 1)."""
     whole = tensor
-    for axis, index in ((0, rows), (1, columns)):
-        if index is not None and len(index) < tensor.shape[axis]:
-            tensor = tensor.index_select(axis, index.to(tensor.device))
+    for axis, kept in enumerate(index):
+        if len(kept) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
     return tensor.clone() if tensor is whole else tensor
 
 
 def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> None:
     """Make the module at `layer` agree with its sliced tensors."""
-    linear = compact.get_submodule(layer.name)
-    wide: int = linear.in_features  # type: ignore[assignment]
-    if not layer.gathers or len(index[1]) == wide:
-        linear.out_features, linear.in_features = linear.weight.shape  # type: ignore[assignment]
+    linear, columns = compact.get_submodule(layer.name), index[1]
+    weight, bias = _tensors(compact, layer.name)
+    if not layer.gathers or len(columns) == linear.in_features:
+        rows, width = weight.shape
+        linear.out_features, linear.in_features = rows, width  # type: ignore[assignment]
         return
-    columns = index[1]
     if isinstance(linear, GatheredLinear):
         columns = linear.index.cpu()[columns]
-    weight: nn.Parameter = linear.weight  # type: ignore[assignment]
     at = columns if weight.is_meta else columns.to(weight.device)
-    bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
     compact.set_submodule(layer.name, GatheredLinear(weight=weight, bias=bias, index=at))
 
 
@@ -164,7 +174,11 @@ def _reshape(
         return
     heads = survivors[attention.heads]
     qk_dims, v_dims = (
-        tuple(torch.bincount(head_of(site)[survivors[site.name]], minlength=len(site.head_dims))[heads].tolist())
+        tuple(
+            torch.bincount(head_of(site)[survivors[site.name]], minlength=len(site.head_dims))[
+                heads
+            ].tolist()
+        )
         for site in (qk_site, v_site)
     )
     attn = compact.get_submodule(attention.branch)

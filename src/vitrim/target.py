@@ -1,4 +1,4 @@
-"""From scores and a budget to a plan: the closed formula for costs, and the largest plan within it."""
+"""From scores and a budget to a plan: the closed formula for costs, the largest plan in it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitrim.errors import VitrimError
 from vitrim.measure import InputSize, census
 from vitrim.model import structure
 from vitrim.model.site import Site, Structure, Survivors, resolve, settle, width_of
@@ -22,7 +23,7 @@ LEVELS = 6
 """Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
 
 
-class TargetError(ValueError):
+class TargetError(VitrimError):
     """A budget that is no number in range, or that no plan can reach."""
 
 
@@ -40,8 +41,8 @@ class Target:
         if number and (0 < self.keep <= 1 or (self.keep >= 2 and self.keep == int(self.keep))):
             return
         raise TargetError(
-            f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most 1, "
-            f"or the number of {self.metric} to keep, a whole number from 2 on"
+            f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "
+            f"1, or the number of {self.metric} to keep, a whole number from 2 on"
         )
 
     def limit(self, dense: int) -> int:
@@ -71,7 +72,8 @@ def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> Non
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
     if not number or not 0 <= strength <= LEVELS - 1:
         raise TargetError(
-            f"strength={strength}: expected a number from 0 to {LEVELS - 1} ({where} has {LEVELS} levels)"
+            f"strength={strength}: expected a number from 0 to {LEVELS - 1} "
+            f"({where} has {LEVELS} levels)"
         )
     falling = all(a > b for a, b in pairwise(levels))
     if len(levels) != LEVELS or levels[0] != 1 or not falling or levels[-1] <= 0:
@@ -82,7 +84,7 @@ def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> Non
 
 
 def choose(
-    strength: float, levels: Sequence[float], target: Mapping[str, Any], *, metric: Metric
+    strength: float | None, levels: Sequence[float], target: Mapping[str, Any], *, metric: Metric
 ) -> Target:
     """Return the budget: the one entry of `target` that is set, else `metric` by strength table."""
     given = {name: keep for name, keep in target.items() if keep is not None}
@@ -91,6 +93,8 @@ def choose(
         raise TargetError(f"{names}: expected at most one target")
     for name, keep in given.items():
         return Target(metric=name, keep=keep)  # type: ignore[arg-type]  # checked there
+    if strength is None:
+        raise TargetError("strength=null: expected a number from 0 to 5, or one target")
     return Target(metric=metric, keep=at_strength(strength, levels))
 
 
@@ -119,7 +123,9 @@ class Cost:
     def __init__(self, net: nn.Module, input_size: InputSize) -> None:
         self.structure: Structure = structure(net)
         self.input_size = input_size
-        self.dense_count, positions = census(net, input_size, [x.name for x in self.structure.layers])
+        self.dense_count, positions = census(
+            net, input_size, [x.name for x in self.structure.layers]
+        )
         self._terms = list(_terms(net, self.structure, positions))
         self._params = self._macs = 0
         whole = self.of(resolve(self.structure, Plan(model={}, edits=())))
@@ -170,7 +176,8 @@ def trim(
 
     Units are ranked by score over all sites (`scope="global"`), or by rank within their own site so
     that every site loses the same share (`scope="site"`). Ties go to the lower index. Widths (of a
-    head, where the site has heads) shrink to multiples of `round_to`. The best unit of a site stays.
+    head, where the site has heads) shrink to multiples of `round_to`. The best unit of a site
+    stays.
 
     Args:
         cost: the dense network's closed formula.
@@ -190,12 +197,11 @@ def trim(
     def reached(n: int) -> int:
         return int(getattr(cost.of(_survivors(cost.structure, steps, n), scored), target.metric))
 
-    least = reached(len(steps))
+    least, most = reached(len(steps)), getattr(dense, target.metric)
     if least > limit:
         raise TargetError(
-            f"target.{target.metric}={target.keep} is {limit:,} {target.metric}: the sites "
-            f"of this method cannot go below {least:,} of {getattr(dense, target.metric):,} "
-            f"({least / getattr(dense, target.metric):.4f})"
+            f"target.{target.metric}={target.keep} cannot be reached: this method's sites go down "
+            f"to {least:,} of {most:,} {target.metric} ({least / most:.4f}), not to {limit:,}"
         )
     low, high = 0, len(steps)
     while low < high:

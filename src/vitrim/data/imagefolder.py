@@ -34,8 +34,8 @@ def image_folder(
         val: the validation folder below it.
         classes: None takes every folder: labels are ImageNet's 0..999 where all names are wnids of
             ImageNet-1k (folders may be missing), else ranks among the names of both splits. A list
-            of names takes these; a number draws that many, as ImageNet-100 is drawn. Labels are then
-            ranks among the sorted names.
+            of names takes these; a number draws that many, as ImageNet-100 is drawn. Labels are
+            then ranks among the sorted names.
         class_seed: seed of that draw.
         batch_size: images in a batch.
         workers: loading processes.
@@ -46,8 +46,12 @@ def image_folder(
         ConfigError: a folder is missing, empty or unreadable, or a class does not exist.
     """
     if not Path(root).is_dir():
-        raise ConfigError(f"data.root={root}: no such folder; expected {root}/{val}/<class>/<image>")
-    splits = {name: _open(Path(root) / name) for name in (train, val) if (Path(root) / name).is_dir()}
+        raise ConfigError(
+            f"data.root={root}: no such folder; expected {root}/{val}/<class>/<image>"
+        )
+    splits = {
+        name: _open(Path(root) / name) for name in (train, val) if (Path(root) / name).is_dir()
+    }
     if val not in splits:
         found = ", ".join(sorted(path.name for path in Path(root).iterdir())[:5]) or "nothing"
         raise ConfigError(f"data.val={val}: no folder {Path(root) / val}; {root} holds {found}")
@@ -85,7 +89,7 @@ def label_index(
         missing = sorted(set(classes) - set(present))
         if missing or not classes:
             raise ConfigError(
-                f"data.classes: no folder for {missing[:3]}; there are {', '.join(present[:3])}, ..."
+                f"data.classes: no folder for {missing[:3]}; there are {', '.join(present[:3])} ..."
             )
         chosen = list(classes)
     return {name: label for label, name in enumerate(sorted(set(chosen)))}, len(set(chosen))

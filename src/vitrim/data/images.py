@@ -1,4 +1,4 @@
-"""Loaders for sets of image files: timm's transforms, mixup and cutmix around any torchvision set."""
+"""Loaders for sets of image files: timm's transforms, mixup and cutmix around them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import VisionDataset
 
 from vitrim.data import ImageSpec
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, is_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +34,15 @@ class Images:
     mixing: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0:
+        if not is_count(self.batch_size) or not (self.workers == 0 or is_count(self.workers)):
             raise ConfigError(
                 f"data.batch_size={self.batch_size}, data.workers={self.workers}: "
-                "expected at least 1 image and 0 workers"
+                "expected whole numbers, at least 1 image and 0 workers"
             )
         if self.blends and self.batch_size % 2:
             raise ConfigError(
-                f"data.batch_size={self.batch_size}: mixup and cutmix pair images, expected an even number"
+                f"data.batch_size={self.batch_size}: expected an even number, "
+                "because mixup and cutmix pair images"
             )
 
     @property

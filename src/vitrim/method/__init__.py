@@ -34,7 +34,11 @@ class Method(Protocol):
 
     @property
     def budget(self) -> Target:
-        """What may remain: the target that is set, or the strength's. A share of 1 is the identity."""
+        """What may remain: the target that is set, or the strength's; a share of 1 is identity."""
+        ...
+
+    def check(self, cost: Cost) -> None:
+        """Raise a VitrimError, before any training, if the budget cannot be reached."""
         ...
 
     def scorer(self, net: nn.Module) -> Scorer:

@@ -1,10 +1,10 @@
-"""VTP, Vision Transformer Pruning (Zhu, Tang, Han, arXiv 2104.08500): L1-trained gates on dimensions.
+"""VTP, Vision Transformer Pruning (arXiv 2104.08500): L1-trained gates on dimensions.
 
-Every block has four gates (METHODS: four vectors a, 7 D numbers): on the input of q, k and v, on the
-attention output before proj, on the input of fc1, and on the hidden units before fc2. They are learned
-with the weights, L = L_CE + lambda * sum |a| ; units with the smallest |a| go, and the smaller network
-is fine-tuned without the L1 term. The paper's text was read in summary, not in full: the equations are
-as summarised there.
+Every block has four gates (METHODS: four vectors a, 7 D numbers): on the input of q, k and v, on
+the attention output before proj, on the input of fc1, and on the hidden units before fc2. They are
+learned with the weights, L = L_CE + lambda * sum |a| ; units with the smallest |a| go, and the
+smaller network is fine-tuned without the L1 term. The paper's text was read in summary, not in
+full: the equations are as summarised there.
 
 Where we differ from the paper, or where it is silent:
   * The gate of a kept unit is folded into its weights instead of being set to 1, so that the cut
@@ -28,7 +28,9 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitrim.errors import ConfigError, is_count, is_rate
 from vitrim.model import structure
+from vitrim.model.site import Structure
 from vitrim.plan import Evidence, Plan
 from vitrim.target import Cost, Scope, Target, check_strength, choose, trim
 from vitrim.trainer.classify import Classify
@@ -51,12 +53,30 @@ class VTP:
 
     def __post_init__(self) -> None:
         check_strength(self.strength, self.levels, where="conf/method/vtp.yaml")
-        assert self.budget
+        problems = [
+            f"method.{name}={getattr(self, name)}: expected {allowed}"
+            for name, allowed, fits in (
+                ("scope", "global or site", self.scope in ("global", "site")),
+                ("round_to", "a whole number from 1 on", is_count(self.round_to)),
+                ("l1", "a number from 0 on", is_rate(self.l1)),
+                ("gate_lr", "a number from 0 on", is_rate(self.gate_lr)),
+            )
+            if not fits
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        choose(self.strength, self.levels, self.target, metric="units")
 
     @property
     def budget(self) -> Target:
         """The target that is set, or the share of gated dimensions that `strength` keeps."""
         return choose(self.strength, self.levels, self.target, metric="units")
+
+    def check(self, cost: Cost) -> None:
+        """Raise TargetError if the gated dimensions alone cannot meet the budget."""
+        sites = cost.structure.sites
+        even = {site: torch.ones(sites[site].size) for site in gates_of(cost.structure).values()}
+        trim(cost, even, self.budget, scope=self.scope, round_to=self.round_to)
 
     def scorer(self, net: nn.Module) -> GateTraining:
         """Return step 1: training with gates and L1."""
@@ -64,9 +84,7 @@ class VTP:
 
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
         """Remove the units with the smallest |a| (step 2)."""
-        edits = trim(
-            cost, evidence.scores, self.budget, scope=self.scope, round_to=self.round_to
-        )
+        edits = trim(cost, evidence.scores, self.budget, scope=self.scope, round_to=self.round_to)
         return Plan(model={}, edits=edits, provenance={"method": "vtp", "strength": self.strength})
 
     def recovery(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> Classify:
@@ -87,10 +105,14 @@ class GateTraining(LightningModule):
         self.l1 = l1
         self.gate_lr = gate_lr
         self.settings = {"recipe": asdict(recipe), "l1": l1, "gate_lr": gate_lr}
-        self._gated = gated_columns(net)
-        self._sites = {site: index for index, site in enumerate(dict.fromkeys(self._gated.values()))}
-        described = structure(net).sites
-        self.gates = nn.ParameterList(torch.ones(described[site].size) for site in self._sites)
+        described = structure(net)
+        self._gated = gates_of(described)
+        self._sites = {
+            site: index for index, site in enumerate(dict.fromkeys(self._gated.values()))
+        }
+        self.gates = nn.ParameterList(
+            torch.ones(described.sites[site].size) for site in self._sites
+        )
         self.register_buffer("folded", torch.tensor(False))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,10 +123,6 @@ class GateTraining(LightningModule):
         }
         logits: Tensor = functional_call(self.net, weights, (images,))
         return logits
-
-    def on_train_start(self) -> None:
-        """Train in train mode, whatever mode the net came in."""
-        self.net.train()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss L_CE + l1 * sum |a|."""
@@ -133,9 +151,8 @@ class GateTraining(LightningModule):
         return Evidence(scores=scores)
 
 
-def gated_columns(net: nn.Module) -> dict[str, str]:
+def gates_of(described: Structure) -> dict[str, str]:
     """Return the weights whose input columns are one site each: parameter name -> site name."""
-    described = structure(net)
     return {
         f"{layer.name}.weight": part.site
         for layer in described.layers

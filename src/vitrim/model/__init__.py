@@ -10,10 +10,11 @@ from functools import singledispatch
 
 from torch import nn
 
+from vitrim.errors import VitrimError
 from vitrim.model.site import Site, Structure
 
 
-class UnsupportedArchitecture(TypeError):
+class UnsupportedArchitecture(VitrimError):
     """The network's class is of no family that can be cut exactly."""
 
 

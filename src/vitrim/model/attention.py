@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class GatheredLinear(nn.Linear):
     """A Linear that reads only the columns `index` of a wider input.
 
-    The residual stream keeps its width, so the gather stands at the layer's door. The index is derived
-    from the plan and not part of the state dict: saved tensors hold parameters only.
+    The residual stream keeps its width, so the gather stands at the layer's door. The index is
+    derived from the plan and not part of the state dict: saved tensors hold parameters only.
     """
 
     index: Tensor
@@ -27,7 +27,7 @@ class GatheredLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -38,12 +38,19 @@ class GatheredLinear(nn.Linear):
 class SlicedAttention(nn.Module):
     """timm's self-attention after a cut: every head has its own query-key and value width.
 
-    Takes over the modules and parameter names of the attention it replaces. The softmax scale stays the
-    dense network's: it is passed to the kernel, which would otherwise take it from the new width.
-    Neighbouring heads of equal widths run together; equal query-key and value widths take the fused
-    kernel, others three plain operations, which on CPU are faster than the fused kernel's fallback.
-    A head without query-key dims attends to every token equally.
+    Takes over the modules and parameter names of the attention it replaces. The softmax scale
+    stays the dense network's: it is passed to the kernel, which would otherwise take it from the
+    new width. Neighbouring heads of equal widths run together; equal query-key and value widths
+    take the fused kernel, others three plain operations, which on CPU are faster than the fused
+    kernel's fallback. A head without query-key dims attends to every token equally.
     """
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
 
     def __init__(
         self, dense: nn.Module, *, scale: float, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
@@ -81,7 +88,8 @@ class SlicedAttention(nn.Module):
         gate = getattr(self, "gate", None)
         if gate is not None:
             out_BNV = out_BNV * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out_BNV))  # type: ignore[no-any-return]
+        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+        return out_BND
 
     def _attend(
         self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, mask: Tensor | None, is_causal: bool
@@ -111,5 +119,5 @@ class SlicedAttention(nn.Module):
 
 def _heads(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:
     """Return `n_heads` heads from column `start` on, shape (B, H, N, head_dim)."""
-    x_BNhk = x_BNC[..., start : start + n_heads * head_dim]
-    return x_BNhk.unflatten(-1, (n_heads, head_dim)).transpose(1, 2)
+    run_BNC = x_BNC[..., start : start + n_heads * head_dim]
+    return run_BNC.view(*x_BNC.shape[:2], n_heads, head_dim).transpose(1, 2)

@@ -1,8 +1,9 @@
-"""What can be cut in a network, said once: slicing, masking and counting all read the same description.
+"""What can be cut in a network, said once: slicing, masking and counting all read it here.
 
-A `Layer` names one Linear (or Conv) and says which sites its output rows and input columns belong to.
-From that follow the slice (`index_of`), the mask (its complement) and the closed formula for params and
-MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing else knows its names.
+A `Layer` names one Linear (or Conv) and says which sites its output rows and input columns belong
+to. From that follow the slice (`index_of`), the mask (its complement) and the closed formula for
+params and MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing else
+knows its names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A run of `size` rows or columns from `offset`, one for each unit of `site` (None: never cut)."""
+    """A run of `size` rows or columns from `offset`, one per unit of `site` (None: never cut)."""
 
     site: str | None
     offset: int
@@ -119,8 +120,10 @@ def _spread(structure: Structure, attention: Attention, survivors: Survivors) ->
     v_index = survivors[attention.v]
     v_index = v_index[torch.isin(v_head[v_index], survivors[attention.heads])]
     if not len(v_index):
-        raise PlanError(f"{attention.branch}: no head with a value dim left; Drop the branch instead")
-    heads = v_head[v_index].unique()
+        raise PlanError(
+            f"{attention.branch}: no head with a value dim left; Drop the branch instead"
+        )
+    heads = torch.bincount(v_head[v_index]).nonzero()[:, 0]
     qk_index = survivors[attention.qk]
     survivors[attention.heads] = heads
     survivors[attention.v] = v_index
@@ -159,7 +162,9 @@ def _check(structure: Structure, keep: Keep) -> None:
     site = structure.sites.get(name)
     if site is None:
         near = [other for other in structure.sites if other.split(".")[-1] == kind]
-        raise PlanError(f"unknown site {name!r}: expected one of {', '.join((near or [*structure.sites])[:12])}")
+        raise PlanError(
+            f"unknown site {name!r}: expected one of {', '.join((near or [*structure.sites])[:12])}"
+        )
     if site.locked:
         raise PlanError(f"site {name!r} cannot be cut exactly: {site.locked}")
     if keep.index[-1] >= site.size:

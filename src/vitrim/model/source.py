@@ -1,9 +1,10 @@
-"""A network of timm: how it is built, where its weights come from, what it wants its images to be."""
+"""A network of timm: how it is built, where its weights come from, what images it wants."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from vitrim.trainer.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timm:
-    """A dense network by timm's name, with weights from timm's hub, a file, or training by `training`.
+    """A dense network by timm's name; weights from timm's hub, a file, or training.
 
-    `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved; `sha256`
-    pins its content. `reset_head` leaves the checkpoint's classifier out. `args` go to
+    `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved;
+    `sha256` pins its content. `reset_head` leaves the checkpoint's classifier out. `args` go to
     timm.create_model.
     """
 
@@ -50,11 +51,14 @@ class Timm:
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name.split(".")[0]):
-            near = ", ".join(timm.list_models(f"{self.name[:8]}*")[:6])
-            raise ConfigError(f"model.name={self.name}: timm has no such network; near it: {near}")
+            near = get_close_matches(self.name, timm.list_models(), n=5, cutoff=0.3)
+            raise ConfigError(
+                f"model.name={self.name}: timm {timm.__version__} has no such network; "
+                f"near it: {', '.join(near)}"
+            )
         if self.pretrained and self.checkpoint is not None:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
-        skeleton = self._skeleton()
+        skeleton = self.skeleton()
         structure(skeleton)
         for side, patch in zip(self.spec().size, _patch(skeleton), strict=True):
             if side % patch:
@@ -71,7 +75,7 @@ class Timm:
     @property
     def n_classes(self) -> int:
         """Outputs of the classifier."""
-        return int(self._skeleton().num_classes)  # type: ignore[arg-type]
+        return int(self.skeleton().num_classes)  # type: ignore[arg-type]
 
     def description(self) -> dict[str, Any]:
         """Return what a plan needs to build the dense skeleton: `name` and `args`."""
@@ -84,7 +88,7 @@ class Timm:
 
     def spec(self) -> ImageSpec:
         """Return how images are prepared: timm's settings of this network, at `image_size`."""
-        config = resolve_model_data_config(self._skeleton())
+        config = resolve_model_data_config(self.skeleton())
         channels, height, width = config["input_size"]
         size = (height, width) if self.image_size is None else (self.image_size, self.image_size)
         return ImageSpec(
@@ -110,8 +114,8 @@ class Timm:
         digest = sha256(path)
         if self.sha256 is not None and digest != self.sha256:
             raise ConfigError(
-                f"model.checkpoint={self.checkpoint}: its SHA-256 is {digest}, model.sha256 expects "
-                f"{self.sha256}: the file is damaged or another one"
+                f"model.checkpoint={self.checkpoint}: its SHA-256 is {digest}, model.sha256 "
+                f"expects {self.sha256}: the file is damaged or another one"
             )
         return digest
 
@@ -124,7 +128,7 @@ class Timm:
         description = self.description()
         if self.checkpoint is None:
             try:
-                net = timm.create_model(
+                net: nn.Module = timm.create_model(
                     self.name, pretrained=self.pretrained, **description["args"]
                 )
             except (OSError, RuntimeError) as error:
@@ -133,11 +137,12 @@ class Timm:
                     "model.checkpoint=FILE.safetensors loads a local copy"
                 ) from None
             return net.eval()
-        net = self._skeleton()
+        net = self.skeleton()
         net.load_state_dict(self._state(net), strict=True, assign=True)
         return net.eval()
 
-    def _skeleton(self) -> nn.Module:
+    def skeleton(self) -> nn.Module:
+        """Return the dense network without weights, on the meta device."""
         try:
             return dense_skeleton(self.description() | {"name": self.name.split(".")[0]})
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:

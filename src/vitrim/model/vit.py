@@ -25,7 +25,11 @@ from vitrim.model.site import Attention, Layer, Part, Site, Structure, full
 
 @structure.register
 def _(net: VisionTransformer) -> Structure:
-    found = [part for name, block in _blocks(net) for part in (_attention(name, block), _mlp(name, block))]
+    found = [
+        part
+        for name, block in _blocks(net)
+        for part in (_attention(name, block), _mlp(name, block))
+    ]
     return Structure(
         sites={site.name: site for sites, _, _ in found for site in sites},
         branches=tuple(layers[0].branch for _, layers, _ in found),
@@ -53,7 +57,8 @@ def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(attn, SlicedAttention):
         return attn.qk_dims, attn.v_dims
     heads: int = attn.num_heads  # type: ignore[assignment]
-    dim = attn.qkv.out_features // (3 * heads)  # type: ignore[union-attr, operator]
+    rows: int = attn.qkv.out_features  # type: ignore[union-attr, assignment]
+    dim = rows // (3 * heads)
     return (dim,) * heads, (dim,) * heads
 
 
@@ -90,6 +95,7 @@ def _attention(block_name: str, block: Block) -> _Found:
 
 def _mlp(block_name: str, block: Block) -> _Found:
     mlp, name = block.mlp, f"{block_name}.mlp"
+    openers: tuple[str, ...]
     match mlp:
         case SwiGLU():
             openers, copies = ("fc1_g", "fc1_x"), 1

@@ -1,4 +1,4 @@
-"""Supervised training and evaluation of a classifier: the dense net's training and every fine-tuning."""
+"""Supervised training and evaluation: the dense net's training and every fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrim.trainer.recipe import Recipe, optimisation
 
 
 class Classify(LightningModule):
-    """Cross-entropy on class indices (B,) or soft labels (B, classes); top-1 and top-5 in percent."""
+    """Cross-entropy on class indices (B,) or soft labels (B, classes); top-k in percent."""
 
     def __init__(self, net: nn.Module, *, recipe: Recipe, n_classes: int) -> None:
         super().__init__()
@@ -27,10 +27,6 @@ class Classify(LightningModule):
                 for k in (1, 5)
             }
         )
-
-    def on_train_start(self) -> None:
-        """Train in train mode, whatever mode the net came in."""
-        self.net.train()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch: images (B, C, H, W) and targets."""
@@ -49,7 +45,7 @@ class Classify(LightningModule):
         self.accuracy.update(self.net(images), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the accuracies over every sample, in percent, and go back to training if it goes on."""
+        """Log the accuracies over every sample, in percent; go back to training if it goes on."""
         hits: dict[str, Tensor] = self.accuracy.compute()
         self.log_dict({name: 100 * share for name, share in hits.items()}, prog_bar=True)
         self.accuracy.reset()

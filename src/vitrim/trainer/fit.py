@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import safetensors.torch
 from filelock import FileLock
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
@@ -23,6 +25,10 @@ from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker
 
 _log = logging.getLogger(__name__)
+for _chatty in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)  # its tips and device lists, per phase
+warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
+warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
 _STATE = "state.safetensors"
 
 
@@ -67,7 +73,9 @@ class Phases:
             callbacks=[*self._bars(), *callbacks],
             enable_progress_bar=self.progress,
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
+            **({} if is_overridden("validation_step", phase) else {"limit_val_batches": 0}),
         )
+        phase.train()
         trainer.fit(phase, datamodule=self.data)
 
     def once(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, is_count, is_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +30,11 @@ class Recipe:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epochs, int) or self.epochs < 0:
+        if self.epochs != 0 and not is_count(self.epochs):
             raise ConfigError(f"epochs={self.epochs}: expected a whole number from 0 on")
         for name in ("lr", "weight_decay", "warmup_epochs", "clip_norm"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ConfigError(f"{name}={value}: expected a number from 0 on")
+            if not is_rate(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a number from 0 on")
 
 
 def optimisation(

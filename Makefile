@@ -1,0 +1,31 @@
+# Two commands for a newcomer: `make demo` and `make test`. The rest is for the people who work on vitrim.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# VTP at strengths 0 to 5 on the digits, then the table, the curve and the run folders.
+demo: $(READY)
+	$(BIN)/vitrim --multirun experiment=demo strength=0,1,2,3,4,5
+	$(BIN)/vitrim-report outputs
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+# The hooks of .pre-commit-config.yaml, over every file.
+lint: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,50 @@
+"""The command `vitrim`, called in this process as a user calls it in a shell."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from vitrim.run import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a finished command leaves behind."""
+
+    code: int
+    output: str
+    message: str
+
+    @property
+    def report(self) -> Path:
+        """The report whose path is the last line printed."""
+        return Path(self.output.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Command:
+    """Runs `vitrim` with its run folders below `out`."""
+
+    out: Path
+    patch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> Done:
+        """Return exit code, standard output, and standard error with the exit message."""
+        where = [] if any(word.startswith("out=") for word in arguments) else [f"out={self.out}"]
+        self.patch.setattr(sys, "argv", ["vitrim", *arguments, *where])
+        GlobalHydra.instance().clear()
+        self.capture.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = self.capture.readouterr()
+        message = printed.err + (code if isinstance(code, str) else "")
+        return Done(code=code if isinstance(code, int) else 1, output=printed.out, message=message)

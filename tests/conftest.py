@@ -1,0 +1,184 @@
+"""Small networks with random numbers everywhere, and strategies that draw plans for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from command import Command
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vitrim import Keep, Plan
+from vitrim.model import sites
+from vitrim.model.site import Site
+
+settings.register_profile(
+    "vitrim",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
+    suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no finding
+)
+settings.load_profile("vitrim")
+torch.set_num_threads(1)  # networks this small are slower on two
+
+SIZE = 32
+TINY = {
+    "img_size": SIZE,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "depth": 2,
+    "mlp_ratio": 2.0,
+    "num_classes": 7,
+}
+MODEL = {"name": "vit_tiny_patch16_224", "args": TINY}
+"""5 tokens, 3 heads of 8 dims, 48 hidden units."""
+
+
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew, so that no bias is zero and no norm or layer scale is one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            vector = parameter.ndim == 1
+            fan_in = parameter.numel() / parameter.shape[0]
+            parameter.copy_(1 + 0.3 * noise if vector else 1.5 * noise / fan_in**0.5)
+    return net.eval()
+
+
+def small_net(
+    name: str = MODEL["name"], *, dtype: torch.dtype = torch.float64, seed: int = 0, **args: Any
+) -> nn.Module:
+    """Return a random network of timm in eval mode; `args` change those of TINY."""
+    net = timm.create_model(name, pretrained=False, **{**TINY, **args})
+    return randomise(net.to(dtype), seed)
+
+
+def skeleton_net(name: str = MODEL["name"], **args: Any) -> nn.Module:
+    """Return a network without weights, on the meta device."""
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False, **args)
+
+
+def images(size: int = SIZE, *, dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def outputs(net: nn.Module, x: Tensor) -> Tensor:
+    """Return the features of every token and the logits in one vector."""
+    features = net.forward_features(x)
+    return torch.cat([features.flatten(), net.forward_head(features).flatten()])
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def plan_of(kept: Mapping[str, Sequence[int]], model: Mapping[str, Any] = MODEL) -> Plan:
+    """Return the plan that keeps these units, by site."""
+    edits = tuple(Keep(site=site, index=tuple(index)) for site, index in kept.items())
+    return Plan(model=model, edits=edits)
+
+
+def silenced(net: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of a plain `net` that multiplies what `plan` removes by zero as it flows by.
+
+    An oracle of its own: it knows timm's modules and nothing of vitrim.
+    """
+    twin = copy.deepcopy(net)
+    for keep in plan.keeps():
+        _, index, part, kind = keep.site.split(".")
+        block = twin.get_submodule(f"blocks.{index}.{part}")
+        match kind:
+            case "input":
+                readers = [m for n, m in block.named_children() if n.startswith(("qkv", "fc1"))]
+            case "hidden":
+                readers = [block.fc2]
+            case "heads" | "v":
+                readers = [block.proj]
+            case "qk":
+                _silence_outputs(block.qkv, keep.index)
+                continue
+        for reader in readers:
+            _silence_inputs(reader, keep.index, repeats=_width(block, kind))
+    return twin
+
+
+def _width(block: nn.Module, kind: str) -> int:
+    return block.proj.in_features // block.num_heads if kind == "heads" else 1
+
+
+def _silence_inputs(reader: nn.Module, index: Sequence[int], *, repeats: int) -> None:
+    mask = torch.zeros(reader.in_features // repeats, dtype=reader.weight.dtype)
+    mask[list(index)] = 1.0
+    mask = mask.repeat_interleave(repeats)
+    reader.register_forward_pre_hook(lambda module, args: (args[0] * mask,))
+
+
+def _silence_outputs(qkv: nn.Module, index: Sequence[int]) -> None:
+    width = qkv.out_features // 3
+    mask = torch.zeros(width, dtype=qkv.weight.dtype)
+    mask[list(index)] = 1.0
+    mask = torch.cat([mask, mask, torch.ones_like(mask)])
+    qkv.register_forward_hook(lambda module, args, output: output * mask)
+
+
+def heads_of(site: Site) -> list[range]:
+    """Return the units of each head of a site, or all of them where the site has no heads."""
+    ends = accumulate(site.head_dims or (site.size,), initial=0)
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+@st.composite
+def plans(draw: st.DrawFn, described: Mapping[str, Site], model: Mapping[str, Any] = MODEL) -> Plan:
+    """Draw any plan that fits these sites: any subset of them, any units, heads may go whole."""
+    kept = {
+        name: _subset(draw, site)
+        for name, site in described.items()
+        if site.size and draw(st.booleans())
+    }
+    for name in [name for name in kept if name.endswith(".heads")]:
+        _agree(draw, described, kept, name.removesuffix("heads"))
+    return plan_of(kept, model)
+
+
+def _subset(draw: st.DrawFn, site: Site) -> list[int]:
+    masks = [(units, draw(st.integers(0, 2 ** len(units) - 1))) for units in heads_of(site)]
+    kept = [unit for units, mask in masks for at, unit in enumerate(units) if mask >> at & 1]
+    return kept or [draw(st.integers(0, site.size - 1))]
+
+
+def _agree(
+    draw: st.DrawFn, described: Mapping[str, Site], kept: dict[str, list[int]], attn: str
+) -> None:
+    """Leave one of the kept heads a value dim: an attention without any is refused."""
+    alive = {
+        unit for head in kept[f"{attn}heads"] for unit in heads_of(described[f"{attn}v"])[head]
+    }
+    v = kept.get(f"{attn}v")
+    if v is not None and not alive & set(v):
+        kept[f"{attn}v"] = sorted({*v, draw(st.sampled_from(sorted(alive)))})
+
+
+PLANS = plans(sites(small_net()))
+"""Plans that fit `small_net()`."""
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """Return the command `vitrim` with run folders of its own."""
+    return Command(tmp_path / "outputs", monkeypatch, capsys)

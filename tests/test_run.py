@@ -1,0 +1,193 @@
+"""The command, through its real entry point, and everything that must stop it before it starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from command import Command
+
+import vitrim
+
+TINY = (
+    "model.training.epochs=1",
+    "method.gating.epochs=1",
+    "method.fine_tuning.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
+    "latency.repeats=1",
+    "tracking=none",
+    "progress=false",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["method=nonsense"], ["method/nonsense", "vtp"]),
+        (["methods=vtp"], ["methods", "strength", "method"]),
+        (["method.nonsense=1"], ["method.nonsense", "levels"]),
+        (["strength=-1"], ["strength=-1", "0 to 5"]),
+        (["strength=5.1"], ["strength=5.1", "0 to 5"]),
+        (["strength=x"], ["strength=x", "0 to 5"]),
+        (["strength=null"], ["strength=null"]),
+        (["strength=nan"], ["strength=nan", "0 to 5"]),
+        (["target.macs=0"], ["target.macs=0", "above 0"]),
+        (["target.macs=1.2"], ["target.macs=1.2", "at most 1"]),
+        (["target.macs=x"], ["target.macs=x"]),
+        (["target.macs=0.0001"], ["target.macs=0.0001", "cannot be reached"]),
+        (["target.units=2"], ["target.units=2", "cannot be reached"]),
+        (["target.macs=0.5", "target.params=0.5"], ["target.macs, target.params", "at most one"]),
+        (["method.levels=[1,0.9,0.9,0.7,0.6,0.5]"], ["levels", "below the one before"]),
+        (["method.scope=x"], ["method.scope=x", "global or site"]),
+        (["model=timm", "model.name=xcit_nano_12_p16_224"], ["Xcit", "VisionTransformer"]),
+        (["model=timm", "model.name=vit_tiny_patch16_225"], ["vit_tiny_patch16_224"]),
+        (["model.num_classes=7"], ["10 classes", "7", "model.num_classes"]),
+        (["model=vit_tiny", "model.num_classes=10"], ["data=digits", "8x8", "224"]),
+        (["model.image_size=9"], ["model.image_size=9", "8 and 10"]),
+        (["data=imagefolder"], ["data.root"]),
+        (["data=imagefolder", "data.root=/nonexistent"], ["data.root=/nonexistent"]),
+        (["data=cifar10", "data.root=/nonexistent"], ["data.root=/nonexistent", "download"]),
+        (["data.batch_size=0"], ["data.batch_size=0"]),
+        (["data._target_=os.system"], ["os.system", "vitrim."]),
+        (["data._target_=vitrim.run.os.system"], ["vitrim.run.os.system"]),
+        (["model.checkpoint=/nonexistent.safetensors"], ["model.checkpoint=/nonexistent"]),
+        (["model.pretrained=true", "model.checkpoint=x"], ["model.pretrained", "checkpoint"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["tracking=nonsense"], ["tracking=nonsense", "offline"]),
+    ],
+)
+def test_bad_input_ends_with_one_clear_message_and_no_run(
+    command: Command, arguments: list[str], expected: list[str]
+) -> None:
+    done = command(*TINY, *arguments)
+    assert done.code != 0
+    for word in expected:
+        assert word in done.message
+    assert "Traceback" not in done.message
+    assert not list(command.out.rglob("recipe.yaml"))
+
+
+def test_all_that_is_wrong_is_told_at_once(command: Command) -> None:
+    done = command(*TINY, "strength=7", "data.batch_size=0", "model.image_size=9")
+    for word in ("strength=7", "data.batch_size=0", "model.image_size=9"):
+        assert word in done.message
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = command(*TINY, f"out={file}/below")
+    assert done.code != 0
+    assert "out" in done.message
+    assert str(file) in done.message
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["empty", "without val", "a class without images", "a file"])
+def test_a_data_folder_without_images_is_named(command: Command, tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "images"
+    if kind == "a file":
+        root.write_text("")
+    else:
+        root.mkdir()
+    if kind == "without val":
+        (root / "train" / "a").mkdir(parents=True)
+    if kind == "a class without images":
+        (root / "val" / "a").mkdir(parents=True)
+    done = command(*TINY, "model=vit_tiny", "data=imagefolder", f"data.root={root}", "strength=0")
+    assert done.code != 0
+    assert str(root) in done.message
+
+
+def test_checkpoints_that_cannot_be_trusted_are_refused(command: Command, tmp_path: Path) -> None:
+    first = command(*TINY, "strength=0")
+    run = first.report.parent
+    net, _ = vitrim.load(run)
+    pickle = tmp_path / "net.pth"
+    torch.save(net.state_dict(), pickle)
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"head.weight": torch.zeros(3, 3)}, other)
+    damaged = tmp_path / "nan.safetensors"
+    state = net.state_dict() | {"head.bias": torch.full((10,), float("nan"))}
+    safetensors.torch.save_file(state, damaged)
+    for path, word in ((pickle, "pickle"), (other, "does not fit"), (damaged, "not finite")):
+        done = command(*TINY, "strength=0", f"model.checkpoint={path}")
+        assert done.code != 0
+        assert word in done.message
+    weights = run / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-100] ^= 1
+    weights.write_bytes(flipped)
+    done = command(*TINY, "strength=1", f"model.checkpoint={run}")
+    assert done.code != 0
+    assert "checksum" in done.message
+
+
+def test_a_pinned_checkpoint_must_be_the_one(command: Command) -> None:
+    run = command(*TINY, "strength=0").report.parent
+    done = command(*TINY, "strength=0", f"model.checkpoint={run}", "model.sha256=00")
+    assert done.code != 0
+    assert "SHA-256" in done.message
+
+
+def test_one_run_from_command_line_to_a_network_that_loads(command: Command) -> None:
+    done = command(*TINY, "strength=3")
+    assert done.code == 0
+    assert done.output.splitlines()[-1] == str(done.report)
+    report = json.loads(done.report.read_text())
+    net, plan = vitrim.load(done.report.parent)
+    assert plan.edits
+    assert vitrim.count(net, 8)._asdict() == {
+        name: report["compact"][name] for name in ("params", "macs", "flops")
+    }
+    assert report["kept"]["macs"] < 0.75
+    assert 0 <= report["compact"]["top1"] <= report["compact"]["top5"] <= 100
+    for name in ("latency_ms", "params"):
+        assert report["compact"][name] > 0
+    assert report["seed"] == 0
+    assert report["recipe_hash"] in done.report.parent.name
+    assert (done.report.parent / "metrics.jsonl").is_file()
+
+
+def test_strengths_share_one_dense_and_one_gate_training(command: Command) -> None:
+    reports = [command(*TINY, f"strength={strength}").report for strength in (1, 3)]
+    phases = sorted(path.name.split("-")[0] for path in (command.out / "phases").iterdir())
+    assert phases == ["dense", "score"]
+    dense = [json.loads(path.read_text())["dense"]["top1"] for path in reports]
+    assert dense[0] == dense[1]
+
+
+def test_a_finished_run_is_found_again_and_not_repeated(command: Command) -> None:
+    first = command(*TINY, "strength=1")
+    before = first.report.stat().st_mtime_ns
+    second = command(*TINY, "strength=1")
+    assert second.report == first.report
+    assert second.report.stat().st_mtime_ns == before
+
+
+def test_strength_zero_is_the_dense_network_bit_for_bit(command: Command) -> None:
+    done = command(*TINY, "strength=0")
+    net, plan = vitrim.load(done.report.parent)
+    assert plan.edits == ()
+    report = json.loads(done.report.read_text())
+    for name in ("params", "macs", "flops", "top1", "top5"):
+        assert report["dense"][name] == report["compact"][name]
+    state = next((command.out / "phases").glob("dense-*/state.safetensors"))
+    for name, tensor in safetensors.torch.load_file(state).items():
+        assert torch.equal(tensor, net.state_dict()[name.removeprefix("net.")])
+
+
+def test_vit_base_is_counted_exactly_without_images(command: Command) -> None:
+    done = command(*TINY, "model=vit_base", "data=none", "strength=0")
+    report = json.loads(done.report.read_text())
+    assert report["dense"]["params"] == 86_567_656
+    assert report["dense"]["flops"] == 35_127_656_448
+    assert report["dense"]["top1"] is None
+
+
+def test_a_multirun_prints_every_report(command: Command) -> None:
+    done = command("-m", *TINY, "data=none", "strength=0,5")
+    assert done.code == 0
+    assert len(list(command.out.rglob("report.json"))) == 2

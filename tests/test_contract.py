@@ -52,9 +52,7 @@ def test_every_method_runs_from_yaml_to_report(command: Command, method: str) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_grows_with_strength(command: Command, method: str) -> None:
     def params(strength: float) -> int:
-        done = command(
-            f"method={method}", f"strength={strength}", "data=none", "latency.repeats=1"
-        )
+        done = command(f"method={method}", f"strength={strength}", "data=none", "latency.repeats=1")
         return int(json.loads(done.report.read_text())["compact"]["params"])
 
     sizes = [params(strength) for strength in (0, 1, 2, 3, 4, 5)]

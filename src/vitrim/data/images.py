@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from lightning import LightningDataModule
 from timm.data import Mixup, create_transform
@@ -74,10 +74,11 @@ class _Module(LightningDataModule):
         }
         self.train_set = None if images.train is None else copy.copy(images.train)
         if self.train_set is not None:
-            augment = create_transform(**prepare, is_training=True, **images.augmentation)
-            _transform_with(self.train_set, augment)
+            self.train_set.transform = create_transform(
+                **prepare, is_training=True, **images.augmentation
+            )
         self.val_set = copy.copy(images.val)
-        _transform_with(self.val_set, create_transform(**prepare, crop_pct=spec.crop_pct))
+        self.val_set.transform = create_transform(**prepare, crop_pct=spec.crop_pct)
         self.mix = Mixup(num_classes=images.n_classes, **images.mixing) if images.blends else None
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -110,9 +111,3 @@ class _Module(LightningDataModule):
             num_workers=self.images.workers,
             persistent_workers=self.images.workers > 0,
         )
-
-
-def _transform_with(dataset: VisionDataset, transform: Any) -> None:
-    """Let `dataset` prepare its images with `transform` (a set holds it in two places)."""
-    dataset.transform = transform
-    dataset.transforms = cast(Any, type(dataset.transforms))(transform, dataset.target_transform)

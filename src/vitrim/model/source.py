@@ -35,8 +35,8 @@ class Timm:
     """A dense network by timm's name; weights from timm's hub, a file, or training.
 
     `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved;
-    `sha256` pins its content. `reset_head` leaves the checkpoint's classifier out. `args` go to
-    timm.create_model.
+    `sha256` pins its content. `reset_head` starts a new classifier on the loaded weights: the whole
+    is then trained by `training`, as a network without weights is. `args` go to timm.create_model.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Timm:
 
     @property
     def trained(self) -> bool:
-        """Whether weights come from somewhere, so that no dense training is needed."""
-        return self.pretrained or self.checkpoint is not None
+        """Whether all weights come from somewhere, so that no dense training is needed."""
+        return (self.pretrained or self.checkpoint is not None) and not self.reset_head
 
     @property
     def n_classes(self) -> int:

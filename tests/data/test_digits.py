@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import torch
+
+from vitrim.data import ImageSpec
+from vitrim.data.digits import Digits, _jitter
+
+SPEC = ImageSpec(
+    channels=1, size=(8, 8), mean=(0.5,), std=(0.5,), interpolation="bicubic", crop_pct=1.0
+)
+DIGITS = Digits(batch_size=64, held_out=0.2, shift=0.25, rotation=5.0, label_smoothing=0.1)
+
+
+def test_a_fifth_is_held_out_and_never_trained_on() -> None:
+    first, second = (DIGITS.module(SPEC) for _ in range(2))
+    assert len(first.val_set) == 360
+    assert len(first.train_set) == 1437
+    assert torch.equal(first.val_set.tensors[0], second.val_set.tensors[0])
+    assert torch.bincount(first.val_set.tensors[1]).min() >= 34
+
+
+def test_an_image_that_does_not_move_stays_as_it_is() -> None:
+    images = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(_jitter(images, 0.0, 0.0), images)
+
+
+def test_moving_by_a_pixel_moves_by_a_pixel() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(200, 1, 8, 8)
+    images[:, 0, 4, 4] = 1.0
+    moved = _jitter(images, 1.0, 0.0)
+    assert moved[:, :, 3:6, 3:6].sum((1, 2, 3)).min() > 0.99
+    assert moved[:, 0, 4, 4].min() < 0.3

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import Command
+from lightning import LightningModule, Trainer
+from PIL import Image
+
+from vitrim.data import ImageSpec
+from vitrim.data.imagefolder import image_folder, label_index
+from vitrim.data.images import Images
+from vitrim.errors import ConfigError
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+SPEC = ImageSpec(
+    channels=3,
+    size=(32, 32),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    interpolation="bicubic",
+    crop_pct=0.9,
+)
+PLAIN = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
+MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+
+
+def make(root: Path, **splits: dict[str, int]) -> Path:
+    """Write `n` small images per class and split."""
+    generator = np.random.default_rng(0)
+    for split, classes in splits.items():
+        for name, n in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(n):
+                pixels = generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def opened(root: Path, mixing: dict[str, Any] = PLAIN, **changes: Any) -> Images:
+    arguments: dict[str, Any] = {
+        "root": str(root),
+        "train": "train",
+        "val": "val",
+        "classes": None,
+        "class_seed": 0,
+        "batch_size": 4,
+        "workers": 0,
+        "augmentation": {"auto_augment": None, "color_jitter": 0.0},
+        "mixing": mixing,
+    }
+    return image_folder(**{**arguments, **changes})
+
+
+def test_wnid_folders_get_imagenets_index_whatever_folders_are_missing(tmp_path: Path) -> None:
+    last, first, third = "n15075141", "n01440764", "n01484850"
+    root = make(tmp_path, train={first: 1, last: 1}, val={third: 2, last: 1})
+    images = opened(root)
+    assert images.n_classes == 1000
+    assert sorted({label for _, label in images.val.samples}) == [2, 999]
+    assert sorted({label for _, label in images.train.samples}) == [0, 999]
+
+
+def test_other_names_are_ranked_over_both_splits(tmp_path: Path) -> None:
+    images = opened(make(tmp_path, train={"a": 1, "c": 1}, val={"b": 1, "c": 1}))
+    assert images.n_classes == 3
+    assert [label for _, label in images.val.samples] == [1, 2]
+
+
+def test_a_list_of_classes_takes_these_and_ranks_them(tmp_path: Path) -> None:
+    images = opened(make(tmp_path, val={"a": 1, "b": 2, "c": 1}), classes=["c", "a"])
+    assert images.n_classes == 2
+    assert [label for _, label in images.val.samples] == [0, 1]
+    assert not images.trainable
+
+
+def test_a_number_of_classes_is_drawn_with_its_seed() -> None:
+    names = [f"{index:03}" for index in range(50)]
+    drawn = [label_index(names, 10, seed)[0] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert list(drawn[0].values()) == list(range(10))
+    assert list(drawn[0]) == sorted(drawn[0])
+
+
+@pytest.mark.parametrize("classes", [0, 4, ["a", "nonsense"], []])
+def test_classes_that_do_not_exist_are_refused(tmp_path: Path, classes: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.classes"):
+        opened(make(tmp_path, val={"a": 1, "b": 1, "c": 1}), classes=classes)
+
+
+class Collect(LightningModule):
+    """Keep what training and validation steps see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[str, list[torch.Tensor]] = {"train": [], "val": []}
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        self.seen["train"].append(batch[1])
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.seen["val"].append(batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Iterator[dict[str, list[torch.Tensor]]]:
+    images = opened(make(tmp_path, train={"a": 4, "b": 5}, val={"a": 2, "b": 3}), mixing=MIXED)
+    phase = Collect()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(phase, datamodule=images.module(SPEC))
+    return phase.seen
+
+
+def test_training_labels_are_mixed_and_soft(seen: dict[str, list[torch.Tensor]]) -> None:
+    labels = torch.cat(seen["train"])
+    assert labels.shape == (8, 2)  # the ninth image would leave a batch without pairs
+    torch.testing.assert_close(labels.sum(1), torch.ones(8))
+    assert labels.min() > 0
+
+
+def test_every_validation_image_is_seen_once_and_plain(
+    seen: dict[str, list[torch.Tensor]],
+) -> None:
+    assert torch.cat(seen["val"]).tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the measuring data beside the checkout")
+def test_the_real_vit_tiny_reaches_its_accuracy(command: Command, tmp_path: Path) -> None:
+    with tarfile.open(REAL / "imagenet_mini.tar") as archive:
+        names = [name for name in archive.getmembers() if name.name.lstrip("./").startswith("val/")]
+        archive.extractall(tmp_path, names, filter="data")
+    done = command(
+        "model=vit_tiny",
+        f"model.checkpoint={REAL / 'vit_tiny_patch16_224.safetensors'}",
+        "data=imagefolder",
+        f"data.root={tmp_path}",
+        "data.workers=0",
+        "strength=0",
+        "latency.repeats=1",
+        "tracking=none",
+        "progress=false",
+    )
+    assert '"top1": 82.0' in done.report.read_text()

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from command import Command
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from command import Command
 from vitrim import Keep, Plan
 from vitrim.model import sites
 from vitrim.model.site import Site

@@ -1,15 +1,15 @@
-"""Every method's yaml, found by itself, from the command line to a report and a network that loads."""
+"""Every method's yaml, found by itself: from the command line to a report and a loadable net."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from command import Command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vitrim
+from command import Command
 from vitrim.run import CONF
 
 METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))

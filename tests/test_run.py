@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from command import Command
 
 import vitrim
+from command import Command
 
 TINY = (
     "model.training.epochs=1",

@@ -123,6 +123,15 @@ def test_a_cut_network_can_be_cut_and_masked_again(first: Plan, data: st.DataObj
     assert relative_error(found, outputs(masked(once, second), x)) <= 1e-12
 
 
+@given(PLANS)
+def test_masked_leaves_as_many_numbers_as_cut(plan: Plan) -> None:
+    twin, small = masked(net(), plan), cut(net(), plan)
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in net().parameters()]
+    assert sum(int(p.count_nonzero()) for p in twin.parameters()) == sum(
+        p.numel() for p in small.parameters()
+    )
+
+
 @pytest.mark.parametrize("plan", EDGES, ids=IDS)
 def test_the_cut_network_is_smaller_and_has_no_mask_left(plan: Plan) -> None:
     small = cut(net(), plan)
@@ -180,8 +189,9 @@ def test_attention_masks_mean_the_same_after_the_cut(plan: Plan, fused: bool) ->
     bias = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     pair = [fuse(make(net(), plan), fused=fused) for make in (cut, masked)]
     for given_mask in ({"attn_mask": bias}, {"attn_mask": bias > 0}, {"is_causal": True}):
-        found, expected = (twin.blocks[0].attn(x, **given_mask) for twin in pair)
-        assert relative_error(found, expected) <= 1e-12
+        for block in (0, 1):  # the fused kernel runs where a head's two widths are equal
+            found, expected = (twin.blocks[block].attn(x, **given_mask) for twin in pair)
+            assert relative_error(found, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("fused", [False, True])

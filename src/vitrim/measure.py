@@ -71,10 +71,14 @@ def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Cens
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     image = torch.empty(1, *image_shape(net, input_size), device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
+    modes = {module: module.training for module in net.modules()}
     try:
+        net.eval()
         with torch.no_grad(), counter:
             functional_call(net, tensors, (image,))
     finally:
+        for module, mode in modes.items():
+            module.training = mode
         for handle in hooks:
             handle.remove()
     flops = int(counter.get_total_flops())

@@ -156,7 +156,8 @@ def loads(text: str) -> Plan:
         raise PlanError(f"plan is not valid JSON: {error}") from None
     _check_depth(document)
     _check_keys("plan", document, {"format", "model", "edits", "provenance"})
-    if document["format"] != FORMAT:
+    check_json(document, "plan")
+    if type(document["format"]) is not int or document["format"] != FORMAT:
         raise PlanError(f"plan format {document['format']!r}: expected {FORMAT}")
     edits = document["edits"]
     if not isinstance(edits, list) or len(edits) > MAX_EDITS:

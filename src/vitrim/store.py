@@ -7,6 +7,7 @@ logits are bit-equal to the saved network's, and nothing is downloaded or unpick
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -29,6 +30,8 @@ from vitrim.surgery import cut
 FORMAT = 1
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
 _MAX_MANIFEST = 2**20
+_LOADING = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
+"""Arguments of timm's factory itself: where weights come from, which a plan must not say."""
 
 
 class StoreError(VitrimError):
@@ -47,9 +50,10 @@ def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     check_json(plan.model, "plan.model")
     check_json(plan.provenance, "plan.provenance")
+    text = dumps(plan)
+    loads(text)  # what could not be read back is not written
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     _check_fit(skeleton(plan), state, where="the network to save")
-    text = dumps(plan)
     write(folder / PLAN, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(state, path, {"format": "pt"}))
     seal(folder, (PLAN, WEIGHTS), params=sum(p.numel() for p in net.parameters()))
@@ -65,7 +69,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     """
     folder = Path(folder)
     verify(folder, (PLAN, WEIGHTS))
-    plan = loads((folder / PLAN).read_text())
+    plan = loads((folder / PLAN).read_bytes().decode(errors="replace"))
     net = skeleton(plan)
     state = read_tensors(folder / WEIGHTS)
     _check_fit(net, state, where=str(folder / WEIGHTS))
@@ -79,15 +83,31 @@ def skeleton(plan: Plan) -> nn.Module:
 
 
 def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
-    """Return the dense network of timm.create_model's `name` and `args`, without weights."""
+    """Return the dense network of timm.create_model's `name` and `args`, without weights.
+
+    Raises:
+        PlanError: timm knows no such network, or `args` would load something or do not fit it.
+    """
     if set(model) != {"name", "args"} or not isinstance(model["args"], dict):
         raise PlanError(f"plan.model has the keys {sorted(model)}: expected name and args")
-    if not timm.is_model(model["name"]):
-        raise PlanError(
-            f"plan.model.name={model['name']!r}: timm {timm.__version__} has no such model"
-        )
-    with torch.device("meta"), _WithoutInit():
-        net: nn.Module = timm.create_model(model["name"], pretrained=False, **model["args"])
+    name, args = model["name"], model["args"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise PlanError(f"plan.model.name={name!r}: timm {timm.__version__} has no such model")
+    loading = sorted(args.keys() & _LOADING)
+    if loading:
+        raise PlanError(f"plan.model.args: {', '.join(loading)} may not stand there")
+    try:
+        with torch.device("meta"), _WithoutInit():
+            net: nn.Module = timm.create_model(name, pretrained=False, **args)
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as e:
+        raise PlanError(f"{name} with args={args}: timm cannot build it ({e})") from None
     return net
 
 
@@ -136,7 +156,7 @@ def seal(folder: Path, names: tuple[str, ...], **facts: Any) -> None:
     files = {
         name: {"sha256": sha256(folder / name), "xxh3_128": _xxh3(folder / name)} for name in names
     }
-    text = json.dumps({"format": FORMAT, "files": files, **facts}, indent=1, sort_keys=True)
+    text = _signed({"format": FORMAT, "files": files, **facts})
     write(folder / MANIFEST, lambda path: path.write_text(text))
 
 
@@ -163,15 +183,24 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"{path} is missing: expected a folder that vitrim saved")
+    text = path.read_bytes()[:_MAX_MANIFEST].decode(errors="replace")
     try:
-        manifest = json.loads(path.read_bytes()[:_MAX_MANIFEST])
+        manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path}: expected format {FORMAT}")
-    if not isinstance(manifest.get("files"), dict):
-        raise StoreError(f"{path}: expected the key 'files'")
+    manifest.pop("checksum", None)
+    if text != _signed(manifest) or not isinstance(manifest.get("files"), dict):
+        raise StoreError(f"{path} is damaged or was edited: its own checksum differs")
     return manifest
+
+
+def _signed(manifest: Mapping[str, Any]) -> str:
+    """Return the text of a manifest with a checksum of the rest of it."""
+    rest = json.dumps(manifest, sort_keys=True)
+    signed = {**manifest, "checksum": xxhash.xxh3_128_hexdigest(rest.encode())}
+    return json.dumps(signed, indent=1, sort_keys=True)
 
 
 def sha256(path: Path) -> str:
@@ -215,14 +244,21 @@ def _check_fit(net: nn.Module, state: Mapping[str, Tensor], *, where: str) -> No
 
 def misfits(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Return what keeps `state` from loading into `net`, one sentence each."""
-    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: _kind(tensor) for name, tensor in net.state_dict().items()}
+    found = {name: _kind(tensor) for name, tensor in state.items()}
     return [
         *(f"{name} is missing" for name in expected if name not in found),
         *(f"{name} is not of this network" for name in found if name not in expected),
         *(
-            f"{name} has shape {found[name]}, expected {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
+            f"{name} has shape {found[name]}, expected {kind}"
+            for name, kind in expected.items()
+            if name in found and found[name] != kind
         ),
     ]
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return what must agree between two tensors: the shape, and the kind of numbers."""
+    if tensor.is_floating_point():
+        return str(tuple(tensor.shape))
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

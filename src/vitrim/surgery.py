@@ -19,11 +19,12 @@ from vitrim.model.site import (
     Layer,
     Structure,
     Survivors,
+    as_keeps,
     head_of,
     index_of,
     resolve,
 )
-from vitrim.plan import Edit, Keep, Plan, PlanError
+from vitrim.plan import Keep, Plan, PlanError
 
 
 def cut(net: nn.Module, plan: Plan) -> nn.Module:
@@ -76,18 +77,16 @@ def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
     kept = resolve(outer, first)
     inner = structure(cut(_on_meta(net), first))
     survivors = {site: kept[site][index] for site, index in resolve(inner, second).items()}
+    asked = {keep.site: torch.tensor(keep.index) for keep in first.keeps()}
     for keep in second.keeps():
-        if not len(survivors[keep.site]):  # only dims of removed heads were asked for
-            survivors[keep.site] = kept[keep.site][torch.tensor(keep.index)]
-    edits: tuple[Edit, ...] = tuple(
-        Keep(site=site.name, index=tuple(survivors[site.name].tolist()))
-        for site in outer.sites.values()
-        if 0 < len(survivors[site.name]) < site.size and not site.locked
-    )
+        asked[keep.site] = kept[keep.site][torch.tensor(keep.index)]
+    steps = [
+        step for plan in (first, second) for step in plan.provenance.get("steps", [plan.provenance])
+    ]
     return Plan(
         model=first.model,
-        edits=edits,
-        provenance={"first": dict(first.provenance), "second": dict(second.provenance)},
+        edits=as_keeps(outer, survivors, asked),
+        provenance={"steps": [dict(step) for step in steps]},
     )
 
 
@@ -162,7 +161,9 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> N
     if isinstance(linear, GatheredLinear):
         columns = linear.index.cpu()[columns]
     at = columns if weight.is_meta else columns.to(weight.device)
-    compact.set_submodule(layer.name, GatheredLinear(weight=weight, bias=bias, index=at))
+    gathered = GatheredLinear(weight=weight, bias=bias, index=at)
+    gathered.training = linear.training
+    compact.set_submodule(layer.name, gathered)
 
 
 def _reshape(
@@ -184,5 +185,5 @@ def _reshape(
     attn = compact.get_submodule(attention.branch)
     scale: float = attn.scale  # type: ignore[assignment]
     sliced = SlicedAttention(attn, scale=scale, qk_dims=qk_dims, v_dims=v_dims)
-    sliced.train(attn.training)
+    sliced.training = attn.training
     compact.set_submodule(attention.branch, sliced)

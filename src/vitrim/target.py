@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import VitrimError
+from vitrim.errors import VitrimError, is_rate
 from vitrim.measure import InputSize, census
 from vitrim.model import structure
-from vitrim.model.site import Site, Structure, Survivors, resolve, settle, width_of
+from vitrim.model.site import Site, Structure, Survivors, as_keeps, resolve, settle, width_of
 from vitrim.plan import Keep, Plan
 
 Metric = Literal["macs", "params", "units"]
@@ -37,8 +37,7 @@ class Target:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise TargetError(f"target.{self.metric}: expected one of {', '.join(METRICS)}")
-        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
-        if number and (0 < self.keep <= 1 or (self.keep >= 2 and self.keep == int(self.keep))):
+        if is_rate(self.keep) and (0 < self.keep <= 1 or self.keep in range(2, 2**62)):
             return
         raise TargetError(
             f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "
@@ -66,11 +65,12 @@ def at_strength(strength: float, levels: Sequence[float]) -> float:
 def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> None:
     """Refuse a strength outside 0..5, and a table that is not 1 falling to above 0.
 
+    None stands for no strength, which `choose` accepts beside a target.
+
     Raises:
         TargetError: naming the value and what is allowed.
     """
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not 0 <= strength <= LEVELS - 1:
+    if strength is not None and not (is_rate(strength) and strength <= LEVELS - 1):
         raise TargetError(
             f"strength={strength}: expected a number from 0 to {LEVELS - 1} "
             f"({where} has {LEVELS} levels)"
@@ -171,6 +171,7 @@ def trim(
     *,
     scope: Scope = "global",
     round_to: int = 1,
+    even_heads: bool = False,
 ) -> tuple[Keep, ...]:
     """Remove the least important units until `target` is met, and not one more.
 
@@ -185,17 +186,19 @@ def trim(
         target: the budget; what is reached is at most it, and less than one step's cost below it.
         scope: how sites are compared.
         round_to: units removed in one step.
+        even_heads: take as many dims from every head of a site, so that its heads stay equal.
 
     Raises:
         TargetError: a score is not finite, or the budget is below what the sites can give up.
     """
-    steps = _steps(cost.structure, scores, scope, round_to)
+    steps = _steps(cost.structure, scores, scope, round_to, even_heads=even_heads)
     scored = list(scores)
-    dense = cost.of(_survivors(cost.structure, steps, 0), scored)
+    dense = cost.of(settle(cost.structure, {}), scored)
     limit = target.limit(getattr(dense, target.metric))
 
     def reached(n: int) -> int:
-        return int(getattr(cost.of(_survivors(cost.structure, steps, n), scored), target.metric))
+        left = settle(cost.structure, _kept(cost.structure, steps, n))
+        return int(getattr(cost.of(left, scored), target.metric))
 
     least, most = reached(len(steps)), getattr(dense, target.metric)
     if least > limit:
@@ -207,12 +210,8 @@ def trim(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) <= limit else (middle + 1, high)
-    kept = _survivors(cost.structure, steps, low)
-    return tuple(
-        Keep(site=name, index=tuple(kept[name].tolist()))
-        for name in scored
-        if 0 < len(kept[name]) < cost.structure.sites[name].size
-    )
+    kept = _kept(cost.structure, steps, low)
+    return as_keeps(cost.structure, settle(cost.structure, kept), kept)
 
 
 class _Step(NamedTuple):
@@ -222,20 +221,31 @@ class _Step(NamedTuple):
 
 
 def _steps(
-    described: Structure, scores: Mapping[str, Tensor], scope: Scope, round_to: int
+    described: Structure,
+    scores: Mapping[str, Tensor],
+    scope: Scope,
+    round_to: int,
+    *,
+    even_heads: bool,
 ) -> list[_Step]:
     """Return every removal that may happen, in order, the last one of each site excepted."""
     steps: list[_Step] = []
+    anchors = _anchors(described, scores)
     for order, (name, score) in enumerate(scores.items()):
         site = described.sites[name]
         if score.shape != (site.size,) or not bool(torch.isfinite(score).all()):
             raise TargetError(f"site {name!r}: expected {site.size} finite scores")
         values = score.double().tolist()
+        chunks = [list(_chunks(head, values, round_to)) for head in _heads(site)]
+        if even_heads:
+            chunks = [[_joined(level) for level in zip(*chunks, strict=True)]]
         found = sorted(
-            _Step((value, -units[-1] / site.size, order), name, units)
-            for head in _heads(site)
-            for value, units in _chunks(head, values, round_to)
-        )[:-1]
+            _Step((value, -max(units) / site.size, order), name, units)
+            for head in chunks
+            for value, units in head
+        )
+        last = max(at for at, step in enumerate(found) if _is_anchored(step, site, anchors))
+        del found[last]
         if scope == "site":
             gone = list(accumulate(len(step.units) / site.size for step in found))
             found = [
@@ -244,6 +254,24 @@ def _steps(
             ]
         steps += found
     return sorted(steps)
+
+
+def _anchors(described: Structure, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return, for the dims of attentions whose heads are scored too, the best head: it stays."""
+    return {
+        dims: int(scores[attention.heads].argmax())
+        for attention in described.attentions
+        for dims in (attention.qk, attention.v)
+        if attention.heads in scores
+    }
+
+
+def _is_anchored(step: _Step, site: Site, anchors: Mapping[str, int]) -> bool:
+    """Whether the step takes units that the last head to stay could not do without."""
+    if site.name not in anchors:
+        return True
+    anchor = _heads(site)[anchors[site.name]]
+    return any(unit in anchor for unit in step.units)
 
 
 def _heads(site: Site) -> list[range]:
@@ -263,8 +291,14 @@ def _chunks(
         yield math.fsum(values[unit] for unit in chunk) / len(chunk), chunk
 
 
-def _survivors(structure: Structure, steps: Sequence[_Step], n: int) -> Survivors:
-    """Return what is kept after the first `n` steps, consequences between sites included."""
+def _joined(level: Sequence[tuple[float, list[int]]]) -> tuple[float, list[int]]:
+    """Return one step that takes the same number of units from every head."""
+    units = [unit for _, chunk in level for unit in chunk]
+    return math.fsum(value for value, _ in level) / len(level), units
+
+
+def _kept(structure: Structure, steps: Sequence[_Step], n: int) -> dict[str, Tensor]:
+    """Return what the first `n` steps leave at every site that they touch."""
     gone: dict[str, list[int]] = {}
     for step in steps[:n]:
         gone.setdefault(step.site, []).extend(step.units)
@@ -273,4 +307,4 @@ def _survivors(structure: Structure, steps: Sequence[_Step], n: int) -> Survivor
         stays = torch.ones(structure.sites[name].size, dtype=torch.bool)
         stays[units] = False
         kept[name] = stays.nonzero()[:, 0]
-    return settle(structure, kept)
+    return kept

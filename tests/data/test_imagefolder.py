@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import Command
 from lightning import LightningModule, Trainer
 from PIL import Image
 
+from command import Command
 from vitrim.data import ImageSpec
 from vitrim.data.imagefolder import image_folder, label_index
 from vitrim.data.images import Images

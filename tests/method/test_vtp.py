@@ -21,9 +21,6 @@ from vitrim.trainer.recipe import Recipe
 
 GATED = {"attn.input": "qkv", "attn.v": "proj", "mlp.input": "fc1", "mlp.hidden": "fc2"}
 """Site -> the Linear whose input its gate multiplies."""
-trains = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # raised inside lightning 2.6, by torch 2.14
-)
 RECIPE = Recipe(epochs=1, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
 
 
@@ -34,6 +31,7 @@ def vtp(**changes: Any) -> VTP:
         "levels": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
         "scope": "global",
         "round_to": 1,
+        "even_heads": False,
         "l1": 1e-4,
         "gate_lr": 0.01,
         "gating": RECIPE,
@@ -299,7 +297,6 @@ def deaf_net() -> nn.Module:
     return net
 
 
-@trains
 def test_the_penalty_alone_shrinks_every_gate_alike() -> None:
     gates = torch.cat([gate.detach() for gate in fit(gate_training(deaf_net(), l1=1e-3)).gates])
     assert (gates < 1).all()
@@ -307,7 +304,6 @@ def test_the_penalty_alone_shrinks_every_gate_alike() -> None:
     assert gates.min() > 1 - 4 * 0.01 - 1e-6  # at most the rate in each step
 
 
-@trains
 def test_without_penalty_such_gates_stay() -> None:
     phase = fit(gate_training(deaf_net(), l1=0.0))
     assert all((gate == 1).all() for gate in phase.gates)
@@ -324,7 +320,6 @@ def test_the_loss_is_cross_entropy_plus_the_weighted_sum_of_gates(
     assert phase.training_step((x, labels), 0).item() == pytest.approx(expected, rel=1e-5)
 
 
-@trains
 def test_training_moves_weights_and_gates() -> None:
     net = small_net(dtype=torch.float32)
     recipe = Recipe(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)

@@ -12,7 +12,8 @@ Where we differ from the paper, or where it is silent:
   * The gates multiply weight columns, W diag(a), which is the same function as multiplying the
     activations, X diag(a), and saves their memory and most of the time.
   * One threshold over all gates (`scope: global`) is our choice; the paper does not say.
-  * Removed attention outputs take their value rows with them, also inside single heads.
+  * Removed attention outputs take their value rows with them, freely in every head, or as many
+    in each (`even_heads`).
   * Gates have a learning rate of their own (`gate_lr`).
 """
 
@@ -31,7 +32,7 @@ from torch.func import functional_call
 from vitrim.errors import ConfigError, is_count, is_rate
 from vitrim.model import structure
 from vitrim.model.site import Structure
-from vitrim.plan import Evidence, Plan
+from vitrim.plan import Evidence, Keep, Plan
 from vitrim.target import Cost, Scope, Target, check_strength, choose, trim
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe, optimisation
@@ -46,6 +47,7 @@ class VTP:
     levels: Sequence[float]
     scope: Scope
     round_to: int
+    even_heads: bool
     l1: float
     gate_lr: float
     gating: Recipe
@@ -58,6 +60,7 @@ class VTP:
             for name, allowed, fits in (
                 ("scope", "global or site", self.scope in ("global", "site")),
                 ("round_to", "a whole number from 1 on", is_count(self.round_to)),
+                ("even_heads", "true or false", isinstance(self.even_heads, bool)),
                 ("l1", "a number from 0 on", is_rate(self.l1)),
                 ("gate_lr", "a number from 0 on", is_rate(self.gate_lr)),
             )
@@ -76,7 +79,7 @@ class VTP:
         """Raise TargetError if the gated dimensions alone cannot meet the budget."""
         sites = cost.structure.sites
         even = {site: torch.ones(sites[site].size) for site in gates_of(cost.structure).values()}
-        trim(cost, even, self.budget, scope=self.scope, round_to=self.round_to)
+        self._trim(cost, even)
 
     def scorer(self, net: nn.Module) -> GateTraining:
         """Return step 1: training with gates and L1."""
@@ -84,8 +87,18 @@ class VTP:
 
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
         """Remove the units with the smallest |a| (step 2)."""
-        edits = trim(cost, evidence.scores, self.budget, scope=self.scope, round_to=self.round_to)
+        edits = self._trim(cost, evidence.scores)
         return Plan(model={}, edits=edits, provenance={"method": "vtp", "strength": self.strength})
+
+    def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
+        return trim(
+            cost,
+            scores,
+            self.budget,
+            scope=self.scope,
+            round_to=self.round_to,
+            even_heads=self.even_heads,
+        )
 
     def recovery(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> Classify:
         """Return step 3: the same training without gates and L1."""

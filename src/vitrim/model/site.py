@@ -113,6 +113,22 @@ def settle(structure: Structure, kept: Mapping[str, Tensor]) -> Survivors:
     return survivors
 
 
+def as_keeps(
+    structure: Structure, survivors: Survivors, asked: Mapping[str, Tensor]
+) -> tuple[Keep, ...]:
+    """Return the edits that lead to `survivors`, one per site that loses units.
+
+    `asked` is what was kept before the consequences: a query-key site whose every kept dim is of a
+    removed head has no survivor, and is said by what was asked for.
+    """
+    kept = {name: index if len(index) else asked[name] for name, index in survivors.items()}
+    return tuple(
+        Keep(site=site.name, index=tuple(kept[site.name].tolist()))
+        for site in structure.sites.values()
+        if len(kept[site.name]) < site.size and not site.locked
+    )
+
+
 def _spread(structure: Structure, attention: Attention, survivors: Survivors) -> None:
     """Make heads, query-key dims and value dims of one attention consistent, in place."""
     qk_head = head_of(structure.sites[attention.qk])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError
 from vitrim.model import structure
+from vitrim.plan import PlanError
 from vitrim.store import (
     MANIFEST,
     WEIGHTS,
@@ -145,11 +146,8 @@ class Timm:
         """Return the dense network without weights, on the meta device."""
         try:
             return dense_skeleton(self.description() | {"name": self.name.split(".")[0]})
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(
-                f"model.name={self.name}, model.args={dict(self.args)}, "
-                f"model.image_size={self.image_size}: timm cannot build this ({error})"
-            ) from None
+        except PlanError as error:
+            raise ConfigError(f"model: {error}") from None
 
     def _file(self) -> Path:
         path = Path(str(self.checkpoint))

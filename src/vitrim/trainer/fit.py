@@ -16,7 +16,6 @@ import safetensors.torch
 from filelock import FileLock
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
@@ -28,6 +27,7 @@ _log = logging.getLogger(__name__)
 for _chatty in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_chatty).setLevel(logging.WARNING)  # its tips and device lists, per phase
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
+warnings.filterwarnings("ignore", ".*no `validation_step`.*")  # scorers have none
 warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
 _STATE = "state.safetensors"
 
@@ -73,7 +73,6 @@ class Phases:
             callbacks=[*self._bars(), *callbacks],
             enable_progress_bar=self.progress,
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
-            **({} if is_overridden("validation_step", phase) else {"limit_val_batches": 0}),
         )
         phase.train()
         trainer.fit(phase, datamodule=self.data)

@@ -167,6 +167,17 @@ def test_a_finished_run_is_found_again_and_not_repeated(command: Command) -> Non
     assert second.report.stat().st_mtime_ns == before
 
 
+def test_the_same_command_elsewhere_gives_the_same_network(command: Command) -> None:
+    runs = [
+        command(*TINY, "strength=2", f"out={command.out}/{place}").report.parent
+        for place in ("here", "there")
+    ]
+    assert runs[0].name == runs[1].name
+    one, other = (vitrim.load(run)[0].state_dict() for run in runs)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
 def test_strength_zero_is_the_dense_network_bit_for_bit(command: Command) -> None:
     done = command(*TINY, "strength=0")
     net, plan = vitrim.load(done.report.parent)

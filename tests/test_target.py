@@ -249,13 +249,13 @@ def test_a_head_narrower_than_round_to_goes_as_a_whole() -> None:
         )
 
 
-@pytest.mark.parametrize("value", [1.0, 0.0, 0.4720982075991226])
+@pytest.mark.parametrize("value", [1.0, 0.0, 0.7])
 @given(scope=SCOPES, keep=st.integers(64, 288), round_to=st.sampled_from([1, 3, 8]))
 @example(scope="global", keep=150, round_to=3)
 def test_equal_scores_keep_the_low_indices(
     value: float, scope: Any, keep: int, round_to: int
 ) -> None:
-    """The mean of three times the last value is not that value: ties must not hang on it."""
+    """The mean of three times 0.7 is a bit less than 0.7: ties must not hang on it."""
     scores = {name: torch.full_like(x, value).double() for name, x in random_scores(0).items()}
     target = Target(metric="units", keep=keep)
     edits = trim(cost(), scores, target, scope=scope, round_to=round_to)

@@ -47,6 +47,8 @@ TRACKING = ("offline", "online", "tensorboard", "none")
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
+    from lightning import seed_everything
+
     from vitrim.measure import latency_ms, record
     from vitrim.plan import Plan
     from vitrim.store import save
@@ -66,10 +68,12 @@ def run(cfg: DictConfig) -> Path:
             return folder / "report.json"
         (folder / "recipe.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         phases = _phases(cfg, choices, recipe, folder)
+        seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
         dense, dense_accuracy = _dense(model, data, phases, recipe)
         cost = Cost(dense, model.spec().size)
         if method.budget.keep == 1:
-            plan, compact = Plan(model={}, edits=()), cut(dense, Plan(model={}, edits=()))
+            plan = Plan(model={}, edits=())
+            compact = cut(dense, plan)
         else:
             prune = Prune(method, cost)
             _score(method.scorer(copy.deepcopy(dense)), prune, phases, recipe)

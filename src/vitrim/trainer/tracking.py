@@ -27,7 +27,6 @@ class Tracker(Logger):
     ) -> None:
         super().__init__()
         self._file = folder / "metrics.jsonl"
-        self._file.unlink(missing_ok=True)
         self._finish: Callable[[Mapping[str, Any]], None] = lambda summary: None
         self._sink: Sink | None = None
         if tracking in ("offline", "online"):

@@ -1,6 +1,8 @@
 """The command, through its real entry point, and everything that must stop it before it starts."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,9 @@ def test_a_multirun_prints_every_report(command: Command) -> None:
     done = command("-m", *TINY, "data=none", "strength=0,5")
     assert done.code == 0
     assert len(list(command.out.rglob("report.json"))) == 2
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    probe = "import sys, vitrim.run, vitrim.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from conftest import MODEL, PLANS, SIZE, TINY, heads_of, plan_of, skeleton_net, small_net
 from vitrim import Keep, Plan, count, cut, save
 from vitrim.model import sites
+from vitrim.plan import PlanError
 from vitrim.store import WEIGHTS
 from vitrim.target import Cost, Target, TargetError, at_strength, check_strength, choose, trim
 
@@ -249,19 +251,25 @@ def test_a_head_narrower_than_round_to_goes_as_a_whole() -> None:
         )
 
 
-@pytest.mark.parametrize("value", [1.0, 0.0, 0.7])
 @given(scope=SCOPES, keep=st.integers(64, 288), round_to=st.sampled_from([1, 3, 8]))
-@example(scope="global", keep=150, round_to=3)
-def test_equal_scores_keep_the_low_indices(
-    value: float, scope: Any, keep: int, round_to: int
-) -> None:
-    """The mean of three times 0.7 is a bit less than 0.7: ties must not hang on it."""
-    scores = {name: torch.full_like(x, value).double() for name, x in random_scores(0).items()}
+def test_equal_scores_keep_the_low_indices(scope: Any, keep: int, round_to: int) -> None:
+    scores = {name: torch.ones_like(score) for name, score in random_scores(0).items()}
     target = Target(metric="units", keep=keep)
     edits = trim(cost(), scores, target, scope=scope, round_to=round_to)
     kept = [kept_at(edits, name) for name in scores]
     assert kept == [list(range(len(index))) for index in kept]
     assert 0 <= min(keep, 240) - sum(map(len, kept)) < round_to
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, 0.7, 0.35, -0.7])
+@pytest.mark.parametrize("scope", ["global", "site"])
+def test_equal_scores_lose_the_rest_of_a_head_first(scope: Any, value: float) -> None:
+    """The mean of three times 0.7 is a bit less than 0.7: no order may hang on that."""
+    scores = {"blocks.0.attn.v": torch.full((24,), value, dtype=torch.float64)}
+    for keep in range(3, 24):
+        target = Target(metric="units", keep=keep)
+        kept = kept_at(trim(cost(), scores, target, scope=scope, round_to=3), "blocks.0.attn.v")
+        assert kept == list(range(len(kept)))
 
 
 @given(seed=SEEDS, scope=SCOPES, metric=METRICS, share=SHARES, round_to=st.sampled_from([1, 2, 8]))
@@ -304,19 +312,43 @@ def test_permuted_scores_keep_the_permuted_units(
         assert sorted(kept) == kept_at(plain, name)
 
 
-@pytest.mark.parametrize("round_to", [1, 2])
-def test_a_cut_network_is_trimmed_further(round_to: int) -> None:
-    once = cut(net(), plan_of({"blocks.0.attn.qk": (0, 8, 9), "blocks.0.attn.v": range(3, 20)}))
+SECOND_CUTS = {
+    "unequal heads": {"blocks.0.attn.qk": (0, 8, 9), "blocks.0.attn.v": range(3, 20)},
+    "the best head has no query-key dims": {"blocks.0.attn.qk": (0, 1, 9)},
+    "no query-key dims at all": {"blocks.0.attn.qk": (0,), "blocks.0.attn.v": range(8, 24)},
+}
+
+
+@pytest.mark.parametrize("kept", SECOND_CUTS.values(), ids=SECOND_CUTS)
+@pytest.mark.parametrize("kinds", [GATED, ("attn.qk", *GATED), ("attn.heads", "attn.qk", *GATED)])
+def test_a_cut_network_is_trimmed_further(
+    kept: dict[str, Sequence[int]], kinds: tuple[str, ...]
+) -> None:
+    once = cut(net(), plan_of(kept))
     again = Cost(once, SIZE)
     scores = {
-        name: torch.rand(site.size, generator=torch.Generator().manual_seed(0))
+        name: torch.arange(float(site.size))
         for name, site in sites(once).items()
-        if name.split(".", 2)[2] in GATED
+        if name.split(".", 2)[2] in kinds
     }
-    target = Target(metric="macs", keep=0.7)
-    found = plan(trim(again, scores, target, round_to=round_to))
+    found = plan(trim(again, scores, Target(metric="macs", keep=0.7)))
     macs = count(cut(once, found), SIZE).macs
-    assert 0.68 * again.dense_count.macs < macs <= 0.7 * again.dense_count.macs
+    assert 0.66 * again.dense_count.macs < macs <= 0.7 * again.dense_count.macs
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qk", "blocks.0.mlp.hidden", "blocks.9.attn.v"])
+def test_scores_of_a_site_that_cannot_be_cut_are_refused(name: str) -> None:
+    locked = Cost(small_net(qk_norm=True, scale_mlp_norm=True), SIZE)
+    scores = {name: torch.arange(24.0 if "attn" in name else 48.0)}
+    with pytest.raises((TargetError, PlanError), match=name):
+        trim(locked, scores, Target(metric="macs", keep=0.99))
+
+
+def test_even_heads_of_a_network_with_unequal_heads_are_refused_by_site() -> None:
+    once = cut(net(), plan_of({"blocks.0.attn.v": range(3, 24)}))
+    scores = {"blocks.0.attn.v": torch.arange(21.0)}
+    with pytest.raises(TargetError, match=r"blocks\.0\.attn\.v"):
+        trim(Cost(once, SIZE), scores, Target(metric="macs", keep=0.98), even_heads=True)
 
 
 @pytest.mark.parametrize("metric", ["macs", "params", "units"])

@@ -291,10 +291,11 @@ def test_the_meta_device_gives_the_same_shapes() -> None:
     assert all(tensor.is_meta for tensor in small.parameters())
 
 
-def same_after(first: Plan, second: Plan) -> None:
+def same_after(first: Plan, second: Plan, dense: nn.Module | None = None) -> None:
     """Assert that two cuts and the cut by the composed plan give the same network, to the bit."""
-    twice = cut(cut(net(), first), second)
-    once = cut(net(), compose(net(), first, second))
+    dense = net() if dense is None else dense
+    twice = cut(cut(dense, first), second)
+    once = cut(dense, compose(dense, first, second))
     assert not differing(state(once), state(twice))
     assert torch.equal(outputs(once, images()), outputs(twice, images()))
 
@@ -321,6 +322,19 @@ def test_composing_may_remove_the_only_head_with_query_key_dims(
     first: dict[str, Sequence[int]], second: dict[str, Sequence[int]]
 ) -> None:
     same_after(*(plan_of({f"blocks.0.{k}": v for k, v in x.items()}) for x in (first, second)))
+
+
+@given(before=PLANS, data=st.data())
+def test_plans_of_an_already_cut_network_compose_too(before: Plan, data: st.DataObject) -> None:
+    dense = cut(net(), before)
+    first = data.draw(plans(sites(dense)))
+    same_after(first, data.draw(plans(sites(cut(dense, first)))), dense)
+
+
+def test_the_heads_kept_of_a_cut_network_may_never_have_had_query_key_dims() -> None:
+    dense = cut(net(), plan_of({"blocks.0.attn.qk": (0, 1)}))
+    same_after(plan_of({"blocks.0.attn.heads": (1, 2)}), EMPTY, dense)
+    same_after(EMPTY, plan_of({"blocks.0.attn.heads": (1, 2)}), dense)
 
 
 @pytest.mark.parametrize("plan", EDGES, ids=IDS)

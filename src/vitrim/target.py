@@ -37,7 +37,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise TargetError(f"target.{self.metric}: expected one of {', '.join(METRICS)}")
-        if is_rate(self.keep) and (0 < self.keep <= 1 or self.keep in range(2, 2**62)):
+        whole = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
+        if whole or (is_rate(self.keep) and 0 < self.keep <= 1):
             return
         raise TargetError(
             f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "

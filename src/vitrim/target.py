@@ -233,7 +233,12 @@ def _steps(
     steps: list[_Step] = []
     anchors = _anchors(described, scores)
     for order, (name, score) in enumerate(scores.items()):
-        site = described.sites[name]
+        site = described.sites.get(name)
+        if site is None or site.locked:
+            reason = "there is no such site" if site is None else site.locked
+            raise TargetError(f"site {name!r} cannot be cut: {reason}")
+        if even_heads and len(set(site.head_dims)) > 1:
+            raise TargetError(f"site {name!r}: even_heads needs heads of one width")
         if score.shape != (site.size,) or not bool(torch.isfinite(score).all()):
             raise TargetError(f"site {name!r}: expected {site.size} finite scores")
         values = score.double().tolist()
@@ -245,8 +250,10 @@ def _steps(
             for head in chunks
             for value, units in head
         )
-        last = max(at for at, step in enumerate(found) if _is_anchored(step, site, anchors))
-        del found[last]
+        if not found:
+            continue  # an already cut network may have no query-key dims left to give
+        held = [at for at, step in enumerate(found) if _is_anchored(step, site, anchors)]
+        del found[held[-1] if held else -1]
         if scope == "site":
             gone = list(accumulate(len(step.units) / site.size for step in found))
             found = [
@@ -289,13 +296,18 @@ def _chunks(
     first = len(ranked) % round_to or round_to
     for start, stop in pairwise([0, *range(first, len(ranked) + 1, round_to)]):
         chunk = ranked[start:stop]
-        yield math.fsum(values[unit] for unit in chunk) / len(chunk), chunk
+        yield _mean([values[unit] for unit in chunk]), chunk
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean, which of equal numbers is that very number: ties hang on it."""
+    return values[0] + math.fsum(value - values[0] for value in values) / len(values)
 
 
 def _joined(level: Sequence[tuple[float, list[int]]]) -> tuple[float, list[int]]:
     """Return one step that takes the same number of units from every head."""
     units = [unit for _, chunk in level for unit in chunk]
-    return math.fsum(value for value, _ in level) / len(level), units
+    return _mean([value for value, _ in level]), units
 
 
 def _kept(structure: Structure, steps: Sequence[_Step], n: int) -> dict[str, Tensor]:

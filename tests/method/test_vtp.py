@@ -204,6 +204,14 @@ def test_the_plan_does_not_touch_network_or_evidence_and_repeats() -> None:
     assert all(torch.equal(t, state[name]) for name, t in phase.net.state_dict().items())
 
 
+@pytest.mark.parametrize("even_heads", [False, True])
+def test_heads_stay_equal_where_the_method_is_told_so(even_heads: bool) -> None:
+    phase = with_random_gates(small_net(dtype=torch.float32))
+    plan = vtp(even_heads=even_heads).plan(phase.net, phase.evidence(), cost())
+    widths = [block.attn.v_dims for block in cut(phase.net, plan).blocks]
+    assert all(len(set(heads)) == 1 for heads in widths) == even_heads
+
+
 def test_strengths_keep_their_share_of_the_gates_and_0_all() -> None:
     evidence = with_random_gates(small_net(dtype=torch.float32)).evidence()
     sizes = {name: site.size for name, site in sites(small_net()).items()}
@@ -258,6 +266,8 @@ def test_targets_that_mean_nothing_are_refused_at_construction(target: dict[str,
         ("round_to", 1.5),
         ("round_to", True),
         ("scope", "block"),
+        ("even_heads", "yes"),
+        ("even_heads", None),
         ("l1", -1e-4),
         ("l1", float("nan")),
         ("gate_lr", "x"),

@@ -49,6 +49,7 @@ class SlicedAttention(nn.Module):
     q_norm: nn.Module
     k_norm: nn.Module
     attn_drop: nn.Dropout
+    norm: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
 
@@ -85,6 +86,7 @@ class SlicedAttention(nn.Module):
             )
             at_qk, at_v = at_qk + h * k, at_v + h * w
         out_BNV = runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)
+        out_BNV = self.norm(out_BNV)
         gate = getattr(self, "gate", None)
         if gate is not None:
             out_BNV = out_BNV * gate(x).sigmoid()

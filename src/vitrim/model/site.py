@@ -121,11 +121,13 @@ def as_keeps(
     `asked` is what was kept before the consequences: a query-key site whose every kept dim is of a
     removed head has no survivor, and is said by what was asked for.
     """
-    kept = {name: index if len(index) else asked[name] for name, index in survivors.items()}
+    kept = {
+        name: index if len(index) else asked.get(name, index) for name, index in survivors.items()
+    }
     return tuple(
         Keep(site=site.name, index=tuple(kept[site.name].tolist()))
         for site in structure.sites.values()
-        if len(kept[site.name]) < site.size and not site.locked
+        if 0 < len(kept[site.name]) < site.size and not site.locked
     )
 
 

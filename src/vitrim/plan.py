@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import lt
 from typing import TYPE_CHECKING, Any
 
 from vitrim.errors import VitrimError
@@ -50,7 +52,7 @@ class Keep:
                 f"Keep(site={self.site!r}, index=()): expected at least one unit; "
                 "to remove everything, Drop the branch"
             )
-        ascending = all(a < b for a, b in zip(self.index, self.index[1:], strict=False))
+        ascending = all(map(lt, self.index, self.index[1:]))
         if not ascending or self.index[0] < 0:
             raise PlanError(
                 f"Keep(site={self.site!r}): index must be non-negative and strictly ascending"
@@ -154,9 +156,10 @@ def loads(text: str) -> Plan:
         document = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"plan is not valid JSON: {error}") from None
-    _check_depth(document)
     _check_keys("plan", document, {"format", "model", "edits", "provenance"})
-    check_json(document, "plan")
+    free = {key: value for key, value in document.items() if key != "edits"}
+    _check_depth(free)  # the edits have a form of their own, which is checked below
+    check_json(free, "plan")
     if type(document["format"]) is not int or document["format"] != FORMAT:
         raise PlanError(f"plan format {document['format']!r}: expected {FORMAT}")
     edits = document["edits"]
@@ -185,13 +188,13 @@ def _to_json(edit: Edit) -> dict[str, Any]:
 def _from_json(document: Any) -> Edit:
     match document:
         case {"keep": str(site), "index": list(index), **rest} if not rest:
-            return Keep(site=site, index=tuple(_integer("index", i) for i in index))
+            return Keep(site=site, index=_integers("index", index))
         case {"low_rank": str(linear), "rank": rank, **rest} if not rest:
             return LowRank(linear=linear, rank=_integer("rank", rank))
         case {"drop": str(branch), **rest} if not rest:
             return Drop(branch=branch)
     raise PlanError(
-        f"edit {str(document)[:80]!r}: expected exactly keep+index, low_rank+rank or drop"
+        f"edit {reprlib.repr(document)}: expected exactly keep+index, low_rank+rank or drop"
     )
 
 
@@ -209,6 +212,12 @@ def _integer(name: str, value: Any) -> int:
     if type(value) is not int or abs(value) > 2**31:
         raise PlanError(f"{name}: {str(value)[:40]!r} is not an integer in range")
     return value
+
+
+def _integers(name: str, values: list[Any]) -> tuple[int, ...]:
+    if {*map(type, values)} <= {int} and max(map(abs, values), default=0) <= 2**31:
+        return tuple(values)
+    raise PlanError(f"{name}: {reprlib.repr(values)} is not a list of integers in range")
 
 
 def _check_name(kind: str, name: str) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitrim.errors import VitrimError
 from vitrim.plan import Plan, PlanError, check_json, dumps, loads
-from vitrim.surgery import cut
+from vitrim.surgery import carve
 
 FORMAT = 1
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
@@ -79,7 +80,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
 
 def skeleton(plan: Plan) -> nn.Module:
     """Return the compact network of `plan` without weights, on the meta device."""
-    return cut(dense_skeleton(plan.model), plan)
+    return carve(dense_skeleton(plan.model), plan)
 
 
 def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
@@ -115,7 +116,20 @@ class _WithoutInit(TorchFunctionMode):
     """Skip the random initialisation of tensors that have no memory: half of a skeleton's time."""
 
     _FILLS = frozenset(
-        ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_", "copy_")
+        (
+            *(
+                "uniform_",
+                "normal_",
+                "erfinv_",
+                "mul_",
+                "add_",
+                "clamp_",
+                "zero_",
+                "fill_",
+                "copy_",
+            ),
+            "kaiming_uniform_",  # as a whole: what it calls is out of this mode's sight
+        )
     )
 
     def __torch_function__(
@@ -210,11 +224,10 @@ def sha256(path: Path) -> str:
 
 
 def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    if not path.stat().st_size:  # cannot be mapped
+        return xxhash.xxh3_128_hexdigest(b"")
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,21 @@ def cut(net: nn.Module, plan: Plan) -> nn.Module:
         UnsupportedArchitecture: the network's class has no family module.
         PlanError: the plan does not fit the network.
     """
+    return _cut(net, plan, lambda sliced: copy.deepcopy(net, dict(sliced)))
+
+
+def carve(net: nn.Module, plan: Plan) -> nn.Module:
+    """Cut `net` itself and return it: for a skeleton that nobody else holds, whose copy is waste.
+
+    Raises:
+        UnsupportedArchitecture: the network's class has no family module.
+        PlanError: the plan does not fit the network.
+    """
+    return _cut(net, plan, lambda sliced: _replace(net, sliced))
+
+
+def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Module]) -> nn.Module:
+    """Cut what `put` makes of the sliced parameters, which it gets by the ids of the whole ones."""
     _only_keeps(plan)
     described = structure(net)
     survivors = resolve(described, plan)
@@ -44,7 +59,7 @@ def cut(net: nn.Module, plan: Plan) -> nn.Module:
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
-    compact = _copy(net, sliced)
+    compact = put(_slices(net, sliced))
     for layer in described.layers:
         if layer.name in sliced:
             _narrow(compact, layer, sliced[layer.name])
@@ -125,20 +140,26 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
     )
 
 
-def _copy(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
-    """Deep-copy `net` with the sliced tensors in place of the whole ones: one copy of each."""
+def _slices(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> dict[int, object]:
+    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy."""
     index: dict[int, tuple[Tensor, ...]] = {}
     for name, (rows, columns) in sliced.items():
         weight, bias = _tensors(net, name)
         index[id(weight)] = (rows, columns)
         index[id(bias)] = (rows,)
-    memo: dict[int, object] = {
+    return {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
         )
         for tensor in net.parameters()
     }
-    return copy.deepcopy(net, memo)
+
+
+def _replace(net: nn.Module, sliced: Mapping[int, object]) -> nn.Module:
+    for module in net.modules():
+        for name, tensor in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, sliced[id(tensor)])
+    return net
 
 
 def _slice(tensor: Tensor, index: Sequence[Tensor]) -> Tensor:

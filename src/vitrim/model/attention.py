@@ -32,7 +32,10 @@ class GatheredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., wide) to (..., out_features)."""
-        return F.linear(input.index_select(-1, self.index), self.weight, self.bias)
+        # as rows: along the last of three dims, index_select is ten times as slow on CPU
+        rows = input.flatten(0, -2).index_select(1, self.index)
+        narrow = rows.view(*input.shape[:-1], self.in_features)
+        return F.linear(narrow, self.weight, self.bias)
 
 
 class SlicedAttention(nn.Module):

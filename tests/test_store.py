@@ -108,6 +108,7 @@ def test_what_is_saved_is_loaded_to_the_bit(
     assert its_plan == plan
     assert not loaded.training
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert not any(tensor.data_ptr() % 64 for tensor in loaded.parameters())
     assert {name: str(m) for name, m in loaded.named_modules()} == {
         name: str(m) for name, m in small.named_modules()
     }

@@ -31,6 +31,7 @@ from vitrim.surgery import carve
 FORMAT = 1
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
 _MAX_MANIFEST = 2**20
+_ALIGNMENT = 64  # bytes; matrix kernels take other paths for data that starts elsewhere
 _LOADING = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
 """Arguments of timm's factory itself: where weights come from, which a plan must not say."""
 
@@ -72,7 +73,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     verify(folder, (PLAN, WEIGHTS))
     plan = loads((folder / PLAN).read_bytes().decode(errors="replace"))
     net = skeleton(plan)
-    state = read_tensors(folder / WEIGHTS)
+    state = {name: _aligned(tensor) for name, tensor in read_tensors(folder / WEIGHTS).items()}
     _check_fit(net, state, where=str(folder / WEIGHTS))
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval(), plan
@@ -237,6 +238,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise StoreError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor` where the allocator would put it: on some CPUs the last bit hangs on that."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _check_fit(net: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:

@@ -24,7 +24,7 @@ def short(method: str) -> list[str]:
 
 
 def test_the_methods_are_found() -> None:
-    assert METHODS == ["vtp"]
+    assert METHODS == ["aiminify", "oneshot", "vtp"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -128,13 +128,14 @@ def record(
     cost: Cost,
     plan: Plan,
     times: Sequence[float],
-    accuracies: tuple[Accuracy, Accuracy, Accuracy],
+    dense_accuracy: Accuracy,
+    stages: Mapping[str, Accuracy],
     budget: Target,
 ) -> dict[str, Any]:
     """Return the numbers of a report: the dense net, the compact one, and what was kept.
 
-    `accuracies` are those of the dense net, right after the cut, and in the end. The compact net is
-    counted, and the closed formula must agree.
+    `stages` are the compact net's accuracies right after the cut and after each phase that
+    followed. The compact net is counted, and the closed formula must agree.
     """
     sizes = [Count(*cost.dense_count), count(nets[1], cost.input_size)]
     formula = cost.plan(plan)
@@ -143,14 +144,15 @@ def record(
     sides = [
         {**size._asdict(), **_percent(accuracy), "latency_ms": latency}
         for size, accuracy, latency in zip(
-            sizes, (accuracies[0], accuracies[2]), times, strict=True
+            sizes, (dense_accuracy, [*stages.values()][-1]), times, strict=True
         )
     ]
     return {
         "format": 1,
         "dense": sides[0],
         "compact": sides[1],
-        "cut": _percent(accuracies[1]),
+        "cut": _percent(stages["cut"]),
+        "stages": {name: _percent(accuracy) for name, accuracy in stages.items()},
         "target": {"metric": budget.metric, "keep": budget.keep},
         "kept": {name: sides[1][name] / sides[0][name] for name in ("params", "macs")},
     }

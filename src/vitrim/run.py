@@ -31,7 +31,6 @@ from omegaconf.errors import OmegaConfBaseException
 from vitrim.errors import ConfigError, VitrimError, is_count
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
     from torch import nn
 
     from vitrim.trainer.fit import Phases
@@ -78,11 +77,13 @@ def run(cfg: DictConfig) -> Path:
             prune = Prune(method, cost)
             _score(method.scorer(copy.deepcopy(dense)), prune, phases, recipe)
             plan, compact = prune.plan, prune.compact
-        accuracy = cut_accuracy = dense_accuracy
+        stages = {"cut": dense_accuracy}
         if plan.edits and phases is not None:
-            cut_accuracy = phases.accuracy(compact, data.n_classes)
-            _recover(method.recovery(compact, dense, data.n_classes), phases)
-            accuracy = phases.accuracy(compact, data.n_classes)
+            stages["cut"] = phases.accuracy(compact, data.n_classes)
+            for phase in method.recovery(compact, dense, prune.evidence, data.n_classes):
+                name = type(phase).__name__.lower()
+                phases.fit(name, phase, epochs=phase.epochs)
+                stages[name] = phases.accuracy(compact, data.n_classes)
         plan = Plan(
             model=model.description(),
             edits=plan.edits,
@@ -95,7 +96,8 @@ def run(cfg: DictConfig) -> Path:
             cost,
             plan,
             times,
-            (dense_accuracy, cut_accuracy, accuracy),
+            dense_accuracy,
+            stages,
             method.budget,
         )
         report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
@@ -135,11 +137,6 @@ def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, 
         return
     key = digest([recipe["dense_key"], type(scorer).__qualname__, scorer.settings])
     phases.once("score", key, scorer, epochs=scorer.epochs, callbacks=[prune])
-
-
-def _recover(phase: LightningModule | None, phases: Phases) -> None:
-    if phase is not None:
-        phases.fit("recover", phase, epochs=phase.epochs)  # type: ignore[arg-type]
 
 
 def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path:

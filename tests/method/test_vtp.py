@@ -279,7 +279,7 @@ def test_other_numbers_that_mean_nothing_are_refused_at_construction(name: str, 
 
 
 def test_the_recovery_trains_the_compact_network_without_gates() -> None:
-    recovery = vtp().recovery(small_net(), small_net(), 7)
+    (recovery,) = vtp().recovery(small_net(), small_net(), Evidence(scores={}), 7)
     assert recovery.epochs == RECIPE.epochs
     assert {name.split(".")[0] for name, _ in recovery.named_parameters()} == {"net"}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +24,19 @@ class ImageSpec:
     crop_pct: float
 
 
+class Loaders(LightningDataModule, ABC):
+    """Batches of (images, labels): augmented for training, plain for validation and calibration."""
+
+    @abstractmethod
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
+        """Return training images without augmentation, in one order: `samples` of them, or all."""
+
+
+def drawn(size: int, samples: int, seed: int) -> list[int]:
+    """Return `samples` of `size` places, or all, drawn by `seed`, ascending."""
+    return sorted(random.Random(seed).sample(range(size), min(samples, size)))
+
+
 @runtime_checkable
 class Data(Protocol):
     """A set of labelled images, split into training and validation."""
@@ -28,7 +44,7 @@ class Data(Protocol):
     n_classes: int
     trainable: bool
 
-    def module(self, spec: ImageSpec) -> LightningDataModule:
+    def module(self, spec: ImageSpec) -> Loaders:
         """Return the loaders for a network that wants its images as `spec` says."""
         ...
 

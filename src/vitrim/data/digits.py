@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from vitrim.data import ImageSpec
+from vitrim.data import ImageSpec, Loaders, drawn
 from vitrim.errors import ConfigError, is_count, is_rate
 
 _SIDE = 8
@@ -42,7 +42,7 @@ class Digits:
                 f"data.batch_size={self.batch_size}: expected a whole number from 1 on"
             )
 
-    def module(self, spec: ImageSpec) -> LightningDataModule:
+    def module(self, spec: ImageSpec) -> Loaders:
         """Return loaders of images (B, 1, 8, 8) normalised by `spec`."""
         if spec.size != (_SIDE, _SIDE) or spec.channels != 1:
             raise ConfigError(
@@ -53,7 +53,7 @@ class Digits:
         return _Module(self, spec)
 
 
-class _Module(LightningDataModule):
+class _Module(Loaders):
     def __init__(self, digits: Digits, spec: ImageSpec) -> None:
         super().__init__()
         self.digits = digits
@@ -74,6 +74,11 @@ class _Module(LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return every held-out image once."""
         return DataLoader(self.val_set, batch_size=self.digits.batch_size)
+
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
+        """Return `samples` training images, or all there are."""
+        chosen = Subset(self.train_set, drawn(len(self.train_set), samples, seed))
+        return DataLoader(chosen, batch_size=self.digits.batch_size)
 
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning import LightningDataModule
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import VisionDataset
 
-from vitrim.data import ImageSpec
+from vitrim.data import ImageSpec, Loaders, drawn
 from vitrim.errors import ConfigError, is_count
 
 
@@ -55,14 +54,14 @@ class Images:
         """Whether training images are blended in pairs."""
         return bool(self.mixing["mixup_alpha"] or self.mixing["cutmix_alpha"])
 
-    def module(self, spec: ImageSpec) -> LightningDataModule:
+    def module(self, spec: ImageSpec) -> Loaders:
         """Return loaders of images (B, C, H, W) prepared as `spec` says."""
         if spec.channels != 3:
             raise ConfigError(f"the model wants {spec.channels} channels, image files have 3")
         return _Module(self, spec)
 
 
-class _Module(LightningDataModule):
+class _Module(Loaders):
     def __init__(self, images: Images, spec: ImageSpec) -> None:
         super().__init__()
         self.images = images
@@ -77,8 +76,12 @@ class _Module(LightningDataModule):
             self.train_set.transform = create_transform(
                 **prepare, is_training=True, **images.augmentation
             )
+        plain = create_transform(**prepare, crop_pct=spec.crop_pct)
         self.val_set = copy.copy(images.val)
-        self.val_set.transform = create_transform(**prepare, crop_pct=spec.crop_pct)
+        self.val_set.transform = plain
+        self.calibration_set = copy.copy(images.train)
+        if self.calibration_set is not None:
+            self.calibration_set.transform = plain
         self.mix = Mixup(num_classes=images.n_classes, **images.mixing) if images.blends else None
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -91,6 +94,12 @@ class _Module(LightningDataModule):
         """Return every validation image once."""
         return self._loader(self.val_set, self.images.batch_size, shuffle=False)
 
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
+        """Return `samples` training images, or all there are, as validation images are prepared."""
+        assert self.calibration_set is not None
+        chosen = Subset(self.calibration_set, drawn(len(self.calibration_set), samples, seed))
+        return self._loader(chosen, self.images.batch_size, shuffle=False)
+
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
         """Blend training images in pairs and soften their labels; leave validation alone."""
         trainer = self.trainer
@@ -102,7 +111,7 @@ class _Module(LightningDataModule):
             return self.mix(images, labels)
         return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
 
-    def _loader(self, dataset: VisionDataset, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.plan import Evidence, Plan
 from vitrim.target import Cost, Target
@@ -49,8 +50,17 @@ class Method(Protocol):
         """Choose the edits: pure, on CPU, deterministic, within the target."""
         ...
 
+    def compensation_of(
+        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
+    ) -> Mapping[str, Tensor]:
+        """Return new values, by name, for parameters of `compact`, the cut of `net`; or none.
+
+        Pure: what makes up in closed form for what was cut, from what the scorer saw.
+        """
+        ...
+
     def recovery(
-        self, student: nn.Module, teacher: nn.Module, n_classes: int
-    ) -> LightningModule | None:
-        """Return the phase that trains the compact net afterwards, with `epochs`, or None."""
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> Sequence[LightningModule]:
+        """Return the phases that follow on the compact net, in order, each with `epochs`."""
         ...

@@ -100,9 +100,17 @@ class VTP:
             even_heads=self.even_heads,
         )
 
-    def recovery(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> Classify:
+    def compensation_of(
+        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
+    ) -> Mapping[str, Tensor]:
+        """Return nothing: fine-tuning makes up for what is cut."""
+        return {}
+
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> list[LightningModule]:
         """Return step 3: the same training without gates and L1."""
-        return Classify(student, recipe=self.fine_tuning, n_classes=n_classes)
+        return [Classify(student, recipe=self.fine_tuning, n_classes=n_classes)]
 
 
 class GateTraining(LightningModule):

@@ -1,4 +1,4 @@
-"""Networks and what can be cut in them, by family: `structure`, `sites`, `branches`.
+"""Networks and what can be cut in them, by family: `structure`, `sites`, `branches`, `stream`.
 
 A family is a module here that registers its network classes; only it knows their attribute names.
 """
@@ -12,6 +12,7 @@ from torch import nn
 
 from vitrim.errors import VitrimError
 from vitrim.model.site import Site, Structure
+from vitrim.model.stream import Stream
 
 
 class UnsupportedArchitecture(VitrimError):
@@ -33,6 +34,16 @@ def structure(net: nn.Module) -> Structure:
     )
 
 
+@singledispatch
+def stream(net: nn.Module) -> Stream:
+    """Describe how the residual stream of a network runs, dense or cut.
+
+    Raises:
+        UnsupportedArchitecture: naming the class.
+    """
+    raise UnsupportedArchitecture(f"{type(net).__name__} has no residual stream to follow")
+
+
 def sites(net: nn.Module) -> Mapping[str, Site]:
     """Return the sites of `net` that can be cut exactly, by name, in network order."""
     return {name: site for name, site in structure(net).sites.items() if not site.locked}
@@ -43,4 +54,4 @@ def branches(net: nn.Module) -> tuple[str, ...]:
     return structure(net).branches
 
 
-from vitrim.model import vit  # noqa: E402, F401  (registers the family)
+from vitrim.model import dinov2_lc, vit  # noqa: E402, F401  (registers the families)

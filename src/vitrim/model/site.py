@@ -9,7 +9,7 @@ knows its names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,6 +72,9 @@ class Attention:
     qk: str
     v: str
     context: int | None = None
+
+
+_NAMES = ("branch", "qkv", "heads", "qk", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +181,38 @@ def width_of(dim: Dim, survivors: Mapping[str, Tensor]) -> int:
 def full(size: int) -> Dim:
     """Return a dimension that is never cut."""
     return (Part(site=None, offset=0, size=size),)
+
+
+def prefixed(structure: Structure, prefix: str) -> Structure:
+    """Return the structure of a network that holds the described one at module path `prefix`."""
+
+    def dim(parts: Dim) -> Dim:
+        return tuple(
+            part if part.site is None else replace(part, site=prefix + part.site) for part in parts
+        )
+
+    def inside(attention: Attention) -> Attention:
+        names = {name: prefix + getattr(attention, name) for name in _NAMES}
+        return replace(attention, **names)
+
+    return Structure(
+        sites={
+            prefix + name: replace(site, name=prefix + name)
+            for name, site in structure.sites.items()
+        },
+        branches=tuple(prefix + name for name in structure.branches),
+        layers=tuple(
+            replace(
+                layer,
+                name=prefix + layer.name,
+                branch=prefix + layer.branch,
+                out=dim(layer.out),
+                inp=dim(layer.inp),
+            )
+            for layer in structure.layers
+        ),
+        attentions=tuple(inside(attention) for attention in structure.attentions),
+    )
 
 
 def _check(structure: Structure, keep: Keep) -> None:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from vitrim.model import UnsupportedArchitecture, structure
+from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import SlicedAttention
 from vitrim.model.site import Attention, Layer, Part, Site, Structure, full
+from vitrim.model.stream import Branch, Stream
 
 
 @structure.register
@@ -35,6 +36,37 @@ def _(net: VisionTransformer) -> Structure:
         branches=tuple(layers[0].branch for _, layers, _ in found),
         layers=tuple(layer for _, layers, _ in found for layer in layers),
         attentions=tuple(attention for _, _, attention in found if attention is not None),
+    )
+
+
+@stream.register
+def _(net: VisionTransformer) -> Stream:
+    reads_tokens = net.global_pool in ("token", "")
+    return Stream(
+        embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))),
+        branches=tuple(
+            branch
+            for name, block in _blocks(net)
+            for branch in (
+                _branch(f"{name}.attn", f"{name}.norm1", block, "1"),
+                _branch(f"{name}.mlp", f"{name}.norm2", block, "2"),
+            )
+        ),
+        after="norm",
+        prefix=net.num_prefix_tokens,
+        readout=min(net.num_prefix_tokens, 1 + hasattr(net, "head_dist")) if reads_tokens else 0,
+    )
+
+
+def _branch(name: str, before: str, block: Block, place: str) -> Branch:
+    norm = block.get_submodule(f"norm{place}")
+    inner = block.get_submodule(name.rpartition(".")[2])
+    scale = block.get_submodule(f"ls{place}")
+    return Branch(
+        name=name,
+        before=before,
+        apply=lambda x: scale(inner(norm(x))),
+        scale=scale.gamma.detach() if isinstance(scale, LayerScale) else None,
     )
 
 

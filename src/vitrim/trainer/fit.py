@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from filelock import FileLock
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
+from vitrim.data import Loaders
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe
@@ -28,6 +30,7 @@ for _chatty in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_chatty).setLevel(logging.WARNING)  # its tips and device lists, per phase
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
 warnings.filterwarnings("ignore", ".*no `validation_step`.*")  # scorers have none
+warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # nor optimisers
 warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
 _STATE = "state.safetensors"
 
@@ -52,7 +55,7 @@ class Phases:
     """
 
     trainer: Callable[..., Trainer]
-    data: LightningDataModule
+    data: Loaders
     tracker: Tracker
     folder: Path
     shared: Path
@@ -75,7 +78,11 @@ class Phases:
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
         )
         phase.train()
-        trainer.fit(phase, datamodule=self.data)
+        samples: int | None = getattr(phase, "samples", None)
+        if samples is None:
+            trainer.fit(phase, datamodule=self.data)
+        else:
+            trainer.fit(phase, self.data.calibration_dataloader(samples, self.seed))
 
     def once(
         self,
@@ -123,6 +130,10 @@ class Phases:
 def _restore(folder: Path, phase: LightningModule) -> None:
     verify(folder, (_STATE,))
     state = read_tensors(folder / _STATE)
+    for name, buffer in [*phase.named_buffers()]:
+        if not buffer.numel() and name in state:  # the data decided on its size
+            owner, _, last = name.rpartition(".")
+            phase.get_submodule(owner).register_buffer(last, torch.empty_like(state[name]))
     problems = misfits(phase, state)
     if problems:
         raise StoreError(f"{folder / _STATE} does not fit: {'; '.join(problems[:3])}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from vitrim.method import Method, Scorer
-from vitrim.plan import Plan
+from vitrim.plan import Evidence, Plan
 from vitrim.surgery import cut
 from vitrim.target import Cost
 
@@ -18,6 +19,7 @@ class Prune(Callback):
     holds a parameter that surgery replaced.
     """
 
+    evidence: Evidence
     plan: Plan
     compact: nn.Module
 
@@ -31,7 +33,11 @@ class Prune(Callback):
         self.apply(pl_module)
 
     def apply(self, scorer: Scorer) -> None:
-        """Set `plan` and `compact` from a finished scorer."""
-        evidence = scorer.evidence()
-        self.plan = self.method.plan(scorer.net, evidence, self.cost)
+        """Set `evidence`, `plan` and `compact` from a finished scorer."""
+        self.evidence = scorer.evidence()
+        self.plan = self.method.plan(scorer.net, self.evidence, self.cost)
         self.compact = cut(scorer.net, self.plan)
+        values = self.method.compensation_of(scorer.net, self.compact, self.plan, self.evidence)
+        with torch.no_grad():
+            for name, value in values.items():
+                self.compact.get_parameter(name).copy_(value)

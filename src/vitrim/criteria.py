@@ -1,0 +1,344 @@
+"""How much each unit of a site matters: from its weights, and from moments of its activations.
+
+For a unit j of a site, W_j is the column of the Linear that reads it, C the covariance of all units
+there, and P, K stand for the units removed and kept:
+
+    random           a draw
+    magnitude        sum |w| over the weights that make the unit
+    group_l2         sqrt(sum w^2) over all weights that go with it
+    taylor           E |sum_tokens x_j dL/dx_j|, first order (Molchanov et al., arXiv 1906.10771)
+    variance         C_jj (VBP, Variance-Based Pruning, ICCV 2025)
+    output_energy    C_jj ||W_j||^2: the squared error of the output, the mean being made up for
+    obs              ||W_j||^2 / [C^-1]_jj: the same, the kept units making up for it, too (optimal
+                     brain surgeon, Hassibi and Stork 1993)
+    surgeon          the same in greedy order: the least goes, the others take over, and again
+
+A head has what its value dims have together. A query-key dim has E[q_i^2] Var[k_i], the squared
+error of the attention logits, in place of the energies; for obs and surgeon, what the best smaller
+query-key product loses (`query_key_spectrum`), the least for the dim of least energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitrim.model.site import Attention, Layer, Part, Site, Structure, head_of
+from vitrim.moments import MomentsError
+
+Criterion = Literal[
+    "random", "magnitude", "group_l2", "taylor", "variance", "output_energy", "obs", "surgeon"
+]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+WITHOUT_IMAGES: tuple[Criterion, ...] = ("random", "magnitude", "group_l2")
+
+_POOL, _ROUND = 128, 32  # candidates of the greedy order, and how many of them go in one round
+_EXACT = 1536  # up to this many units, the greedy order is computed in float64
+
+Moments = Mapping[str, Mapping[str, Tensor]]
+
+
+def score(
+    net: nn.Module,
+    described: Structure,
+    moments: Moments,
+    site: Site,
+    *,
+    criterion: Criterion,
+    ridge: float,
+    seed: int,
+) -> Tensor:
+    """Return the importance of every unit of `site`, higher is kept, float64, shape (size,).
+
+    Args:
+        net: the dense network.
+        described: its structure.
+        moments: of the layers that read the units, by layer; of queries and keys, by site.
+        site: of hidden units, heads, query-key dims or value dims.
+        criterion: see above.
+        ridge: added to the diagonal of C, relative to its mean, for obs and surgeon.
+        seed: of the random criterion.
+    """
+    heads = {attention.heads: attention for attention in described.attentions}
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed + [*described.sites].index(site.name))
+        return torch.rand(site.size, generator=generator, dtype=torch.float64)
+    if site.name in heads:
+        return _heads(net, described, moments, heads[site.name], criterion, ridge)
+    if criterion in ("magnitude", "group_l2"):
+        return _norms(net, described, site, criterion)
+    for attention in described.attentions:
+        if site.name == attention.qk:
+            return _query_key(moments, site, criterion)
+    reader = reader_of(described, site.name)
+    found = _found(moments, reader.name)
+    if criterion == "taylor":
+        return found["taylor"].double()
+    cov, outgoing = found["cov"], _outgoing(net, reader)
+    match criterion:
+        case "variance":
+            return cov.diagonal().double()
+        case "output_energy":
+            return cov.diagonal().double() * outgoing.double().square().sum(1)
+        case "obs":
+            inverse = _inverse(cov.double(), ridge)
+            return outgoing.double().square().sum(1) / inverse.diagonal()
+        case _:
+            return surgeon(cov, outgoing, ridge=ridge)
+
+
+def reader_of(described: Structure, site: str) -> Layer:
+    """Return the layer whose input columns are the units of `site`, one each."""
+    for layer in described.layers:
+        if not layer.gathers and any(part.site == site for part in layer.inp):
+            return layer
+    raise MomentsError(f"site {site!r}: no layer reads its units one by one")
+
+
+def _found(moments: Moments, name: str) -> Mapping[str, Tensor]:
+    if name not in moments:
+        raise MomentsError(f"{name}: this criterion needs calibration images, and there were none")
+    return moments[name]
+
+
+def _outgoing(net: nn.Module, reader: Layer) -> Tensor:
+    """Return the weights by which each unit is read, shape (units, out)."""
+    return net.get_parameter(f"{reader.name}.weight").detach().T
+
+
+def _norms(net: nn.Module, described: Structure, site: Site, criterion: Criterion) -> Tensor:
+    """Return magnitude or group_l2 of each unit, shape (size,)."""
+    total = torch.zeros(site.size, dtype=torch.float64)
+    for weights in _weights(net, described, site.name, columns=criterion == "group_l2"):
+        wide = weights.double()
+        total += wide.square().sum(1) if criterion == "group_l2" else wide.abs().sum(1)
+    return total.sqrt() if criterion == "group_l2" else total
+
+
+def _weights(net: nn.Module, described: Structure, site: str, *, columns: bool) -> list[Tensor]:
+    """Return the rows that make the units and, with `columns`, the columns that read them."""
+    found = []
+    for layer in described.layers:
+        weight = net.get_parameter(f"{layer.name}.weight").detach()
+        for part in layer.out:
+            if part.site == site:
+                found.append(_run(weight, part))
+        for part in layer.inp if columns else ():
+            if part.site == site:
+                found.append(_run(weight.T, part))
+    return found
+
+
+def _run(weight: Tensor, part: Part) -> Tensor:
+    return weight[part.offset : part.offset + part.size].flatten(1)
+
+
+def _heads(
+    net: nn.Module,
+    described: Structure,
+    moments: Moments,
+    attention: Attention,
+    criterion: Criterion,
+    ridge: float,
+) -> Tensor:
+    """Return one score per head, shape (heads,)."""
+    v = described.sites[attention.v]
+    of_head = head_of(v)
+    n_heads = len(v.head_dims)
+    if criterion in ("magnitude", "group_l2"):
+        power = 2.0 if criterion == "group_l2" else 1.0
+        total = torch.zeros(n_heads, dtype=torch.float64)
+        for name in (attention.qk, attention.v):
+            site = described.sites[name]
+            norms = _norms(net, described, site, criterion) ** power
+            total.index_add_(0, head_of(site), norms)
+        return total ** (1 / power)
+    reader = reader_of(described, attention.v)
+    found = _found(moments, reader.name)
+    if criterion == "taylor":
+        return torch.zeros(n_heads, dtype=torch.float64).index_add_(
+            0, of_head, found["taylor"].double()
+        )
+    cov, outgoing = found["cov"].double(), _outgoing(net, reader).double()
+    groups = [(of_head == head).nonzero()[:, 0] for head in range(n_heads)]
+    match criterion:
+        case "variance":
+            return torch.stack([cov.diagonal()[group].sum() for group in groups])
+        case "output_energy":
+            return torch.stack([_energy(cov, outgoing, group) for group in groups])
+        case "obs":
+            inverse = _inverse(cov, ridge)
+            return torch.stack([_loss(inverse, outgoing, group) for group in groups])
+        case _:
+            return _surgeon_groups(cov, outgoing, groups, ridge)
+
+
+def _energy(cov: Tensor, outgoing: Tensor, group: Tensor) -> Tensor:
+    """Return the squared error of the output if the group's units were replaced by their means."""
+    within = cov[group][:, group]
+    return (within @ outgoing[group] * outgoing[group]).sum()
+
+
+def _loss(inverse: Tensor, outgoing: Tensor, group: Tensor) -> Tensor:
+    """Return the same where the other units make up for the group."""
+    within = inverse[group][:, group]
+    taken: Tensor = torch.linalg.solve(within, outgoing[group])
+    return (taken * outgoing[group]).sum()
+
+
+def _query_key(moments: Moments, site: Site, criterion: Criterion) -> Tensor:
+    """Return one score per query-key dim, shape (size,)."""
+    found = _found(moments, site.name)
+    if criterion == "taylor":
+        return found["taylor"].double()
+    energies, spectra = [], []
+    for head in range(len(site.head_dims)):
+        q, k = query_key_moments(found, head)
+        energies.append(q.diagonal() * k.diagonal())
+        lost = query_key_spectrum(q, k)[1].square()
+        rank = energies[-1].argsort(descending=True, stable=True)
+        spectra.append(torch.empty_like(lost).index_copy_(0, rank, lost))
+    return torch.cat(spectra if criterion in ("obs", "surgeon") else energies)
+
+
+def query_key_moments(found: Mapping[str, Tensor], head: int) -> tuple[Tensor, Tensor]:
+    """Return E[q q^T] and Cov[k] of one head, float64, (K, K) each.
+
+    Keys are centred: what is added to every key adds the same to all logits of a query, which the
+    softmax takes away again.
+    """
+    q, k = found["q.cov"][head].double(), found["k.cov"][head].double()
+    mean = found["q.mean"][head].double()
+    return q + torch.outer(mean, mean), k
+
+
+def query_key_spectrum(q: Tensor, k: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the two bases in which a head's logits fall into dims of decreasing energy, and those.
+
+    With S S^T = q, T T^T = k and S^T T = U diag(s) V^T, the first r columns of the bases
+    A = S^-T U sqrt(s) and B = T^-T V sqrt(s) make the rank-r product (A^T q)(B^T k) that comes
+    nearest to the logits q k in squared error; s_i^2 is what dim i adds.
+    """
+    s, s_inverse = _root(q)
+    t, t_inverse = _root(k)
+    u, spectrum, v = torch.linalg.svd(s.T @ t)
+    scale = spectrum.sqrt()
+    return (s_inverse.T @ u * scale, t_inverse.T @ v.T * scale), spectrum
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a square root S S^T of a positive matrix, and its inverse, zero where S is."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(0.0)
+    root = values.sqrt()
+    safe = torch.where(values > 1e-12 * values.max(), root, torch.inf)
+    return vectors * root, vectors.T / safe[:, None]
+
+
+def _ridged(cov: Tensor, ridge: float) -> Tensor:
+    """Return `cov` with `ridge` of its mean diagonal added; units that never vary get 1."""
+    mean = float(cov.diagonal().mean())
+    return cov + (ridge * mean if mean > 0 else 1.0) * torch.eye(len(cov), dtype=cov.dtype)
+
+
+def _inverse(cov: Tensor, ridge: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(_ridged(cov, ridge))
+    if failed:
+        factor = torch.linalg.cholesky(_ridged(cov.double(), ridge)).to(cov.dtype)
+    return torch.cholesky_inverse(factor)
+
+
+def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
+    """Return scores that rise in the order of greedy removal: cost of each removal, made monotone.
+
+    Removing unit j costs ||W_j||^2 / [C^-1]_jj; then W and C^-1 are updated as if the kept units
+    had taken over what they can. Units that are equal go one at a time, the higher index first.
+
+    The exact updates of a round run among the cheapest 128 units; the other units get them together
+    at the round's end. Costs nearly always rise as units go, so that the pool holds the next.
+
+    Args:
+        cov: covariance of the units, (M, M).
+        outgoing: W, the weights by which they are read, (M, D).
+        ridge: added to the diagonal of C, relative to its mean.
+    """
+    dtype = torch.float64 if len(cov) <= _EXACT else torch.float32
+    inverse = _inverse(cov.to(dtype).flip(0, 1), ridge)
+    weights = outgoing.to(dtype).flip(0)
+    alive = torch.arange(len(cov) - 1, -1, -1)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(alive):
+        now = weights.square().sum(1) / inverse.diagonal()
+        pool = now.argsort(stable=True)[:_POOL].sort().values
+        picks, found = _round(inverse[pool][:, pool], weights[pool])
+        gone = pool[picks]
+        order += alive[gone].tolist()
+        costs += found
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[gone] = False
+        takes = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])[:, stays]
+        weights = weights[stays].addmm_(takes.T, weights[gone], alpha=-1)
+        inverse = inverse[stays][:, stays].addmm_(inverse[stays][:, gone], takes, alpha=-1)
+        alive = alive[stays]
+    return _rising(order, costs)
+
+
+def _round(inverse: Tensor, weights: Tensor) -> tuple[list[int], list[float]]:
+    """Remove up to 32 of the pool's units one by one; return which, and what each one cost."""
+    a = inverse.double().numpy().copy()
+    p = (weights @ weights.T).double().numpy().copy()
+    picks: list[int] = []
+    costs: list[float] = []
+    live = np.ones(len(a), dtype=bool)
+    for _ in range(min(_ROUND, len(a))):
+        places = live.nonzero()[0]
+        cost = p.diagonal()[places] / a.diagonal()[places].clip(1e-300)
+        pick = int(places[cost.argmin()])
+        picks.append(pick)
+        costs.append(float(cost.min()))
+        live[pick] = False
+        takes = a[:, pick] / a[pick, pick]
+        p -= np.outer(takes, p[pick])
+        p -= np.outer(p[:, pick], takes)
+        a -= np.outer(takes, a[pick])
+    return picks, costs
+
+
+def _surgeon_groups(
+    cov: Tensor, outgoing: Tensor, groups: Sequence[Tensor], ridge: float
+) -> Tensor:
+    """Return scores that rise in the order of greedy removal of whole groups, shape (groups,)."""
+    inverse, weights = _inverse(cov, ridge), outgoing.clone()
+    left = list(range(len(groups)))
+    order: list[int] = []
+    costs: list[float] = []
+    while left:
+        losses = {group: float(_loss(inverse, weights, groups[group])) for group in reversed(left)}
+        worst = min(losses, key=losses.__getitem__)
+        left.remove(worst)
+        order.append(worst)
+        costs.append(losses[worst])
+        gone = groups[worst]
+        takes = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        weights = weights - takes.T @ weights[gone]
+        inverse = inverse - inverse[:, gone] @ takes
+        rest = torch.cat([groups[group] for group in left]) if left else gone
+        keep = torch.zeros(len(cov), dtype=torch.bool)
+        keep[rest] = True
+        inverse[~keep], inverse[:, ~keep] = 0.0, 0.0
+        inverse.diagonal()[~keep] = 1.0
+    return _rising(order, costs)
+
+
+def _rising(order: Sequence[int], costs: Sequence[float]) -> Tensor:
+    """Return the costs at their units' places, each at least a little above the one before."""
+    steps = torch.tensor(costs, dtype=torch.float64).clamp_min(0.0)
+    highest = steps.cummax(0).values
+    floor = float(highest[-1]) * 1e-12 + 1e-300
+    rising = highest + floor * torch.arange(1, len(order) + 1, dtype=torch.float64)
+    return torch.empty_like(rising).index_copy_(0, torch.tensor(order), rising)

@@ -1,0 +1,265 @@
+"""One-shot pruning: a criterion ranks units, the rest is made up for in closed form.
+
+One pass over unlabelled images gathers moments; a criterion (`vitrim.criteria`) ranks the units of
+any set of sites; a compensation (`vitrim.compensation`, `vitrim.trainer.refit`) changes the kept
+weights so that the outputs stay near the dense network's. Nothing is trained unless `fine_tune` is
+set. The default, greedy surgeon order with sequential error-correcting regression, follows OB2C
+(arXiv 2608.17657) and CORP (arXiv 2602.05243) in the closed form and is ours in the greedy order,
+in the regression on the compact network's own activations, in how tokens are weighted, and in the
+classifier's closing regression.
+
+AIminify (its blog's tables, no paper) is this with MLP units ranked globally by magnitude and
+fine-tuned. The blog does not say how units are chosen: the criterion is our reading, the number of
+removed neurons is the blog's own, to the last digit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from vitrim.compensation import COMPENSATIONS, Compensation, compensated
+from vitrim.criteria import CRITERIA, WITHOUT_IMAGES, Criterion, score
+from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.model import structure
+from vitrim.model.site import Structure
+from vitrim.plan import Evidence, Keep, Plan
+from vitrim.target import Cost, Scope, Target, check_strength, choose, trim
+from vitrim.trainer.calibrate import Calibrate, Sampling
+from vitrim.trainer.classify import Classify
+from vitrim.trainer.mimic import Distill, Mimic
+from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.refit import Refit
+
+_log = logging.getLogger(__name__)
+
+SITES = {"mlp": "mlp.hidden", "heads": "attn.heads", "qk": "attn.qk", "v": "attn.v"}
+Objective = Literal["labels", "mimic", "distill"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ridges:
+    """How strongly least squares is held back, relative to the mean variance of its inputs.
+
+    `order` in ranking units, `fold` in folding removed units into kept ones, `closing` in the
+    regression of the classifier's input.
+    """
+
+    order: float
+    fold: float
+    closing: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not is_rate(value) or value <= 0:
+                raise ConfigError(f"method.ridges.{name}={value}: expected a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """Training after the cut: for `labels`, to `mimic` features, or to `distill` probabilities.
+
+    `logits` weighs a distillation loss beside mimicking; `temperature` is that of both.
+    """
+
+    objective: Objective
+    logits: float
+    temperature: float
+    training: Recipe
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            allowed = ", ".join(get_args(Objective))
+            raise ConfigError(f"method.tuning.objective={self.objective}: expected {allowed}")
+        if not is_rate(self.logits):
+            raise ConfigError(f"method.tuning.logits={self.logits}: expected a number from 0 on")
+        if not is_rate(self.temperature) or self.temperature == 0:
+            raise ConfigError(
+                f"method.tuning.temperature={self.temperature}: expected a number above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneShot:
+    """Criteria and compensations; every number comes from conf/method/{oneshot,aiminify}.yaml."""
+
+    name: str
+    model: str
+    strength: float | None
+    target: Mapping[str, Any]
+    tables: Mapping[str, Mapping[str, Any]]
+    sites: Sequence[str]
+    criterion: Criterion
+    compensation: Compensation
+    scope: Scope
+    round_to: int
+    even_heads: bool
+    seed: int
+    sampling: Sampling
+    ridges: Ridges
+    fine_tune: bool
+    tuning: Tuning
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("criterion", self.criterion in CRITERIA, f"one of {', '.join(CRITERIA)}"),
+            (
+                "compensation",
+                self.compensation in COMPENSATIONS,
+                f"one of {', '.join(COMPENSATIONS)}",
+            ),
+            (
+                "sites",
+                bool(self.sites) and set(self.sites) <= SITES.keys(),
+                f"a list of {', '.join(SITES)}",
+            ),
+            ("scope", self.scope in ("global", "site"), "global or site"),
+            ("round_to", is_count(self.round_to), "a whole number from 1 on"),
+            ("even_heads", isinstance(self.even_heads, bool), "true or false"),
+            ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
+        )
+        problems = [
+            f"method.{name}={getattr(self, name)}: expected {allowed}"
+            for name, fits, allowed in rules
+            if not fits
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
+        choose(self.strength, self.levels, self.target, metric="units")
+
+    @property
+    def levels(self) -> list[float]:
+        """The share of units kept at strengths 0 to 5, from the table of the model's family."""
+        fits = [family for family in self.tables if self.model.startswith(family)]
+        if not fits:
+            raise ConfigError(
+                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}; "
+                "the table named '' is for all others"
+            )
+        table = self.tables[max(fits, key=len)]
+        return [1 - removed / table["of"] for removed in table["removed"]]
+
+    @property
+    def budget(self) -> Target:
+        """The target that is set, or the share of units that `strength` keeps."""
+        return choose(self.strength, self.levels, self.target, metric="units")
+
+    def check(self, cost: Cost) -> None:
+        """Raise TargetError if the chosen sites alone cannot meet the budget."""
+        sites = cost.structure.sites
+        self._trim(cost, {name: torch.ones(sites[name].size) for name in self._names(cost)})
+
+    def scorer(self, net: nn.Module) -> Calibrate:
+        """Return the pass over calibration images; of no image where none is needed."""
+        needed = self.criterion not in WITHOUT_IMAGES or self.compensation != "none"
+        names = self._of(structure(net)) if needed else []
+        return Calibrate(
+            net,
+            sites=names,
+            sampling=self.sampling,
+            taylor=self.criterion == "taylor",
+            targets=self.compensation == "sequential",
+        )
+
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+        """Remove the units that the criterion ranks lowest."""
+        criterion = self.criterion
+        if not evidence.moments and criterion not in WITHOUT_IMAGES:
+            _log.info("no calibration images: units are ranked by group_l2, not %s", criterion)
+            criterion = "group_l2"
+        described = cost.structure
+        scores = {
+            name: score(
+                net,
+                described,
+                evidence.moments,
+                described.sites[name],
+                criterion=criterion,
+                ridge=self.ridges.order,
+                seed=self.seed,
+            )
+            for name in self._names(cost)
+        }
+        provenance = {
+            "method": self.name,
+            "strength": self.strength,
+            "criterion": criterion,
+            "compensation": self.compensation,
+        }
+        return Plan(model={}, edits=self._trim(cost, scores), provenance=provenance)
+
+    def compensation_of(
+        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
+    ) -> Mapping[str, Tensor]:
+        """Return the weights that make up for what is cut."""
+        if not evidence.moments:
+            return {}
+        return compensated(
+            net,
+            compact,
+            structure(net),
+            plan,
+            evidence.moments,
+            kind=self.compensation,
+            ridge=self.ridges.fold,
+        )
+
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> list[LightningModule]:
+        """Return the sequential regression, if asked for, and the training, if asked for."""
+        phases: list[LightningModule] = []
+        if self.compensation == "sequential":
+            phases.append(
+                Refit(
+                    student,
+                    evidence=evidence,
+                    sampling=self.sampling,
+                    ridge=self.ridges.fold,
+                    closing_ridge=self.ridges.closing,
+                )
+            )
+        if self.fine_tune:
+            phases.append(self._training(student, teacher, n_classes))
+        return phases
+
+    def _training(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> LightningModule:
+        by = self.tuning
+        match by.objective:
+            case "mimic":
+                return Mimic(
+                    student,
+                    teacher,
+                    recipe=by.training,
+                    logits=by.logits,
+                    temperature=by.temperature,
+                )
+            case "distill":
+                return Distill(student, teacher, recipe=by.training, temperature=by.temperature)
+            case _:
+                return Classify(student, recipe=by.training, n_classes=n_classes)
+
+    def _names(self, cost: Cost) -> list[str]:
+        return self._of(cost.structure)
+
+    def _of(self, described: Structure) -> list[str]:
+        """Return the names of the chosen sites, in network order."""
+        endings = tuple(SITES[kind] for kind in self.sites)
+        return [name for name in described.sites if name.endswith(endings)]
+
+    def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
+        return trim(
+            cost,
+            scores,
+            self.budget,
+            scope=self.scope,
+            round_to=self.round_to,
+            even_heads=self.even_heads,
+        )

@@ -1,0 +1,98 @@
+"""Recovery without labels: the dense network is the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from vitrim.trainer.recipe import Recipe, optimisation
+
+
+class Mimic(LightningModule):
+    """Train `net` to have the teacher's features: mean squared error over all tokens.
+
+    The loss of MiR (arXiv 2201.02620) and of DC-ViT (arXiv 2403.18708, eq. 3): features are those
+    before the classifier, after the final norm. With `logits` above 0, as many times the loss of
+    `Distill` is added, which keeps the classifier in step.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        teacher: nn.Module,
+        *,
+        recipe: Recipe,
+        logits: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.recipe = recipe
+        self.epochs = recipe.epochs
+        self.logits = logits
+        self.temperature = temperature
+        self._teacher = [teacher]  # in a list: neither saved nor trained with this module
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of one batch; its labels are not looked at."""
+        images = batch[0]
+        teacher = self._teacher[0].to(images.device).eval()
+        features = self.net.forward_features(images)  # type: ignore[operator]
+        with torch.no_grad():
+            aim = teacher.forward_features(images)  # type: ignore[operator]
+        loss = F.mse_loss(features, aim)
+        if self.logits:
+            logits = self.net.forward_head(features)  # type: ignore[operator]
+            with torch.no_grad():
+                wanted = teacher.forward_head(aim)  # type: ignore[operator]
+            loss = loss + self.logits * soft_loss(logits, wanted, self.temperature)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and the cosine schedule of the recipe."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimisation(self.net, self.recipe, steps=steps)
+
+
+class Distill(LightningModule):
+    """Train `net` to give the teacher's class probabilities (Hinton et al., arXiv 1503.02531)."""
+
+    def __init__(
+        self, net: nn.Module, teacher: nn.Module, *, recipe: Recipe, temperature: float
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.recipe = recipe
+        self.epochs = recipe.epochs
+        self.temperature = temperature
+        self._teacher = [teacher]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of one batch; its labels are not looked at."""
+        images = batch[0]
+        teacher = self._teacher[0].to(images.device).eval()
+        with torch.no_grad():
+            wanted = teacher(images)
+        loss = soft_loss(self.net(images), wanted, self.temperature)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and the cosine schedule of the recipe."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return optimisation(self.net, self.recipe, steps=steps)
+
+
+def soft_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) of the softened probabilities, a mean over the batch.
+
+    >>> soft_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 2.0).item()
+    0.0
+    """
+    student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, wanted))
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")

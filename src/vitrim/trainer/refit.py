@@ -1,0 +1,162 @@
+"""Least squares in place of training: every cut layer learns from what the network has become.
+
+Branch by branch (sequential, error-correcting regression), the Linear that reads the kept units is
+solved anew: from the compact network's own units x_S and a constant to the dense stream after the
+branch minus the compact stream before it, so that each branch also mends what went wrong before.
+In the end the classifier's input is mapped towards the dense network's, which is folded into the
+classifier.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from vitrim.compensation import regress
+from vitrim.model import stream, structure
+from vitrim.model.site import Layer
+from vitrim.model.stream import Branch
+from vitrim.moments import Moments, MomentsError
+from vitrim.plan import Evidence
+from vitrim.trainer.calibrate import Sampling, classifiers, take, watch
+
+_log = logging.getLogger(__name__)
+
+
+class Refit(LightningModule):
+    """Solve the cut layers of `net` one after the other, in one pass over the branches.
+
+    The images are those of the calibration that made `evidence`, in the same order: its targets
+    stand for the dense network. Two streams of all their tokens are held in memory meanwhile,
+    images x tokens x D numbers.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        evidence: Evidence,
+        sampling: Sampling,
+        ridge: float,
+        closing_ridge: float,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = net
+        self.samples = sampling.images
+        self.sampling = sampling
+        self.ridge = ridge
+        self.closing_ridge = closing_ridge
+        self.epochs = 2
+        self._stream = stream(net)
+        self._targets = {
+            name: found["target"] for name, found in evidence.moments.items() if "target" in found
+        }
+        self._readers = {
+            layer.branch: layer
+            for layer in structure(net).layers
+            if layer.name in self._targets and _is_cut(net, layer, evidence)
+        }
+        self._streams: list[Tensor] = []
+        self._features: dict[str, list[Tensor]] = {}
+
+    def on_train_start(self) -> None:
+        """Run the network as it is used."""
+        self.net.eval()
+
+    def configure_optimizers(self) -> None:
+        """Return none: nothing is trained by gradient."""
+
+    @torch.no_grad()
+    def training_step(self, batch: Any, batch_index: int) -> None:
+        """Embed a batch of images (B, C, H, W), then, in the second epoch, look at the result."""
+        if self.current_epoch == 0:
+            self._streams.append(self._stream.embed(batch[0]))
+            return
+        heads = [name for name, _ in classifiers(self.net) if name in self._targets]
+        with watch(self.net, [(name, False) for name in heads]) as flows:
+            self.net(batch[0])
+        for name in heads:
+            self._features.setdefault(name, []).append(flows[name].float())
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        """Solve the layers; in the end, the classifier."""
+        if self.current_epoch == 0:
+            for branch in self._stream.branches:
+                if branch.name in self._readers:
+                    self._solve(branch, self._readers[branch.name])
+                self._streams = [x + branch.apply(x) for x in self._streams]
+            self._streams = []
+            return
+        for name, chunks in self._features.items():
+            self._close(name, torch.cat(chunks))
+        self._features = {}
+
+    def _solve(self, branch: Branch, layer: Layer) -> None:
+        """Set weight and bias of `layer` to the solution of the regression."""
+        linear = self.net.get_submodule(layer.name)
+        weight, bias = linear.get_parameter("weight"), linear.bias
+        dims, units = weight.shape
+        moments = Moments(layer.name, units + dims)
+        seen = 0
+        for x in self._streams:
+            index = self._index(x, seen)
+            aim = self._targets[layer.name][seen : seen + len(x)].to(x)
+            seen += len(x)
+            with watch(self.net, [(layer.name, False)]) as flows:
+                branch.apply(x)
+            before = take(x, index)
+            rows = torch.cat([take(flows[layer.name], index), aim - before], dim=-1)
+            weights = self.sampling.weights(
+                aim, self._stream.prefix, self._stream.readout, count=self.sampling.readout
+            )
+            moments.add(rows.flatten(0, 1), weights.flatten())
+        moments.finish()
+        cov, mean = moments.cov.double(), moments.mean
+        if bias is None:  # no constant: the regression goes through the origin
+            cov = cov + torch.outer(mean, mean)
+        taken = regress(cov[:units, :units], cov[:units, units:], self.ridge).T
+        offset = mean[units:] - taken @ mean[:units]
+        if branch.scale is not None:
+            scale = branch.scale.double().cpu()
+            safe = torch.where(scale == 0, torch.inf, scale)
+            taken, offset = taken / safe[:, None], offset / safe
+        weight.copy_(taken)
+        if isinstance(bias, Tensor):
+            bias.copy_(offset)
+        _log.debug("%s: refitted on %d images", layer.name, seen)
+
+    def _index(self, x: Tensor, seen: int) -> Tensor:
+        number = seen + torch.arange(len(x), device=x.device)
+        return self.sampling.index(x.shape[1], self._stream.prefix, number)
+
+    def _close(self, name: str, features: Tensor) -> None:
+        """Map the classifier's input towards the dense one, by a ridge around the identity."""
+        aim = self._targets[name].to(features)
+        size = features.shape[-1]
+        moments = Moments(name, 2 * size)
+        moments.add(torch.cat([features, aim - features], dim=-1), torch.ones(len(aim)).to(aim))
+        moments.finish()
+        cov, mean = moments.cov.double(), moments.mean
+        taken = regress(cov[:size, :size], cov[:size, size:], self.closing_ridge).T
+        offset = mean[size:] - taken @ mean[:size]
+        linear = self.net.get_submodule(name)
+        weight = linear.get_parameter("weight").double().cpu()
+        linear.get_parameter("weight").copy_(weight + weight @ taken)
+        if isinstance(linear.bias, Tensor):
+            linear.bias.add_((weight @ offset).to(linear.bias))
+
+
+def _is_cut(net: nn.Module, layer: Layer, evidence: Evidence) -> bool:
+    """Whether fewer units are read than there were at calibration."""
+    read: Mapping[str, Tensor] = evidence.moments[layer.name]
+    width: int = net.get_submodule(layer.name).in_features  # type: ignore[assignment]
+    if width > len(read["mean"]):
+        raise MomentsError(f"{layer.name} reads more units than the calibrated network")
+    return width < len(read["mean"])

@@ -49,6 +49,7 @@ def run(cfg: DictConfig) -> Path:
     from lightning import seed_everything
 
     from vitrim.measure import latency_ms, record
+    from vitrim.paper import flops_blog
     from vitrim.plan import Plan
     from vitrim.store import save
     from vitrim.surgery import cut
@@ -100,6 +101,9 @@ def run(cfg: DictConfig) -> Path:
             stages,
             method.budget,
         )
+        for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
+            counted = flops_blog(model.name, cost, part)
+            report[side] |= {} if counted is None else {"flops_blog": counted}
         report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
         report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
         return _finish(folder, report, phases)

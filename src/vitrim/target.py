@@ -127,6 +127,7 @@ class Cost:
         self.dense_count, positions = census(
             net, input_size, [x.name for x in self.structure.layers]
         )
+        self._positions = positions
         self._terms = list(_terms(net, self.structure, positions))
         self._params = self._macs = 0
         whole = self.of(resolve(self.structure, Plan(model={}, edits=())))
@@ -147,6 +148,15 @@ class Cost:
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
         return self.of(resolve(self.structure, plan), scored)
+
+
+    def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
+        """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""
+        left = resolve(self.structure, plan)
+        for attention in self.structure.attentions:
+            tokens = self._positions[attention.qkv]
+            dims = len(left[attention.qk]) + len(left[attention.v])
+            yield tokens, attention.context or tokens, len(left[attention.heads]), dims
 
 
 def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:

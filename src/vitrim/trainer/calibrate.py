@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,8 +141,9 @@ class Calibrate(LightningModule):
         images = batch[0]
         number = self._seen + torch.arange(len(images), device=images.device)
         self._seen += len(images)
-        with torch.set_grad_enabled(self.taylor), watch(self.net, self._places()) as flows:
-            logits = self.net(images)
+        with full_precision(images), watch(self.net, self._places()) as flows:
+            with torch.set_grad_enabled(self.taylor):
+                logits = self.net(images)
             if self.taylor:
                 self._first_order(logits, flows)
         with torch.no_grad():
@@ -247,6 +248,11 @@ def classifiers(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) and any(module is head for head in heads):
             yield name, module
+
+
+def full_precision(images: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast: statistics are not made of rounded numbers."""
+    return torch.autocast(images.device.type, enabled=False)
 
 
 def _by_head(rows: Tensor, dims: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from vitrim.model.site import Layer
 from vitrim.model.stream import Branch
 from vitrim.moments import Moments, MomentsError
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, classifiers, take, watch
+from vitrim.trainer.calibrate import Sampling, classifiers, full_precision, take, watch
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +75,14 @@ class Refit(LightningModule):
     @torch.no_grad()
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Embed a batch of images (B, C, H, W), then, in the second epoch, look at the result."""
-        if self.current_epoch == 0:
-            self._streams.append(self._stream.embed(batch[0]))
-            return
+        images = batch[0]
         heads = [name for name, _ in classifiers(self.net) if name in self._targets]
-        with watch(self.net, [(name, False) for name in heads]) as flows:
-            self.net(batch[0])
+        with full_precision(images):
+            if self.current_epoch == 0:
+                self._streams.append(self._stream.embed(images))
+                return
+            with watch(self.net, [(name, False) for name in heads]) as flows:
+                self.net(images)
         for name in heads:
             self._features.setdefault(name, []).append(flows[name].float())
 

@@ -258,14 +258,14 @@ def test_a_head_narrower_than_round_to_goes_as_a_whole() -> None:
         assert edits == (Keep(site="blocks.0.attn.v", index=tuple(index)),)
 
 
-@given(scope=SCOPES, keep=st.integers(64, 288), round_to=st.sampled_from([1, 3, 8]))
+@given(scope=SCOPES, keep=st.integers(64, 240), round_to=st.sampled_from([1, 3, 8]))
 def test_equal_scores_keep_the_low_indices(scope: Any, keep: int, round_to: int) -> None:
     scores = {name: torch.ones_like(score) for name, score in random_scores(0).items()}
     target = Target(metric="units", keep=keep)
     edits = trim(cost(), scores, target, scope=scope, round_to=round_to)
     kept = [kept_at(edits, name) for name in scores]
     assert kept == [list(range(len(index))) for index in kept]
-    assert 0 <= min(keep, 240) - sum(map(len, kept)) < round_to
+    assert 0 <= keep - sum(map(len, kept)) < round_to
 
 
 @pytest.mark.parametrize("value", [1.0, 0.5, 0.7, 0.35, -0.7])
@@ -360,7 +360,7 @@ def test_even_heads_of_a_network_with_unequal_heads_are_refused_by_site() -> Non
 
 @pytest.mark.parametrize("metric", ["macs", "params", "units"])
 @pytest.mark.parametrize("scope", ["global", "site"])
-@pytest.mark.parametrize("keep", [1, 1.0, 10**12])
+@pytest.mark.parametrize("keep", [1, 1.0])
 def test_keeping_everything_takes_no_edits(metric: Any, scope: Any, keep: float) -> None:
     assert trim(cost(), random_scores(0), Target(metric=metric, keep=keep), scope=scope) == ()
 
@@ -463,12 +463,18 @@ def test_a_target_of_another_metric_is_refused(metric: Any) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "dense", "limit"),
-    [(0.7, 10, 7), (0.5, 7, 3), (1.0, 9, 9), (1, 9, 9), (2, 9, 2), (9.0, 8, 8), (0.1, 30, 3)],
+    [(0.7, 10, 7), (0.5, 7, 3), (1.0, 9, 9), (1, 9, 9), (2, 9, 2), (8.0, 8, 8), (0.1, 30, 3)],
 )
 def test_the_limit_is_a_whole_number_and_at_most_the_dense_one(
     keep: float, dense: int, limit: int
 ) -> None:
     assert Target(metric="units", keep=keep).limit(dense) == limit
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+def test_more_than_there_is_is_refused(metric: Any) -> None:
+    with pytest.raises(TargetError, match=rf"target\.{metric}=1000000000000: expected at most"):
+        trim(cost(), random_scores(0), Target(metric=metric, keep=10**12))
 
 
 @given(st.floats(0, 5))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.figure import Panel, draw, labelled, line_of
+from vitrim.paper import compare
 from vitrim.summary import (
     LATENCY,
     NAMES,
@@ -132,6 +133,23 @@ def show(rows: Sequence[Row]) -> None:
         for line in cells:
             grid.add_row(*line)
         console.print(f"{model} on {data}", grid, "", sep="\n")
+    lines = compare.comparison(rows)
+    if lines:
+        console.width = max(console.width, 165)  # figures are not cut short
+        console.print("beside the published numbers", _beside(lines), "", sep="\n")
+
+
+def _beside(lines: Sequence[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in compare.HEAD:
+        justify: Literal["left", "right"] = "left" if name == "row" else "right"
+        grid.add_column(name.replace(" ", "\n"), justify=justify, vertical="bottom", no_wrap=True)
+    for line in lines:
+        grid.add_row(*line)
+    return grid
 
 
 def write(
@@ -178,7 +196,8 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path
         f"Runs: {len(runs)} finished; {len(unfinished)} unfinished, left out.",
     ]
     grid = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*grid, "", *notes, "", "![curves](curve.png)", ""])
+    beside = compare.markdown(compare.comparison(rows))
+    return "\n".join([*grid, "", *notes, "", *beside, "![curves](curve.png)", ""])
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
@@ -196,12 +215,15 @@ def log_wandb(rows: Sequence[Row], png: Path, *, mode: Literal["offline", "onlin
         with wandb.init(**place, mode=mode, reinit="create_new", settings=quiet) as run:
             head, *cells = numbers(rows)
             run.log({"rows": wandb.Table(head, cells), "curve": wandb.Image(str(png))})
+            lines = compare.comparison(rows)
+            if lines:
+                run.log({"published": wandb.Table([*compare.HEAD], lines)})
             panel = Panel("strength", "strength", "compact.top1", "top-1 accuracy (%)")
             found = {label: line_of(part, panel, panel.y) for label, part in labelled(rows).items()}
-            lines = {label: points for label, points in found.items() if points}
-            if lines:
-                xs, ys = [line.x for line in lines.values()], [line.y for line in lines.values()]
-                names, title = list(lines), "top-1 accuracy (%) against strength"
+            curves = {label: points for label, points in found.items() if points}
+            if curves:
+                xs, ys = [line.x for line in curves.values()], [line.y for line in curves.values()]
+                names, title = list(curves), "top-1 accuracy (%) against strength"
                 plot = wandb.plot.line_series(xs, ys, names, title=title, xname="strength")
                 run.log({"strength_top1": plot})
     except Exception as error:  # the report is on disk by now, and tracking must not spoil it

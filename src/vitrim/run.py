@@ -117,9 +117,9 @@ def _dense(
     from vitrim.trainer.classify import Classify
     from vitrim.trainer.fit import lock
 
+    if phases is None:  # structure only: no download for weights that nobody looks at
+        return model.build(fetch=False), None
     net = model.build()
-    if phases is None:
-        return net, None
     if not model.trained:
         phase = Classify(net, recipe=model.training, n_classes=data.n_classes)
         phases.once("dense", recipe["dense_key"], phase, epochs=phase.epochs)

@@ -46,9 +46,18 @@ class Target:
         )
 
     def limit(self, dense: int) -> int:
-        """Return the most that may remain of `dense`."""
+        """Return the most that may remain of `dense`.
+
+        Raises:
+            TargetError: more is asked for than there is.
+        """
+        if self.keep > dense:
+            raise TargetError(
+                f"target.{self.metric}={self.keep}: expected at most the {dense:,} {self.metric} "
+                "there are, or the fraction to keep"
+            )
         if self.keep > 1:
-            return min(int(self.keep), dense)
+            return int(self.keep)
         return math.floor(self.keep * dense + 1e-6)  # 0.7 of 10 is 7, whatever 0.7 is in binary
 
 
@@ -148,7 +157,6 @@ class Cost:
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
         return self.of(resolve(self.structure, plan), scored)
-
 
     def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
         """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""

@@ -138,12 +138,12 @@ class OneShot:
     def levels(self) -> list[float]:
         """The share of units kept at strengths 0 to 5, from the table of the model's family."""
         fits = [family for family in self.tables if self.model.startswith(family)]
-        if not fits:
+        if not fits and "default" not in self.tables:
             raise ConfigError(
-                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}; "
-                "the table named '' is for all others"
+                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}, and "
+                "there is no table named default"
             )
-        table = self.tables[max(fits, key=len)]
+        table = self.tables[max(fits, key=len, default="default")]
         return [1 - removed / table["of"] for removed in table["removed"]]
 
     @property

@@ -21,6 +21,7 @@ from vitrim.model.site import Structure, prefixed
 from vitrim.model.stream import Stream
 
 LAYERS = 4
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14"
 _BACKBONE = {
     "patch_size": 14,
     "img_size": 518,
@@ -117,6 +118,19 @@ def _(net: LinearClassifier) -> Stream:
     return replace(inner, branches=branches, after=f"backbone.{inner.after}", readout=1)
 
 
+def _fetched(cache_dir: str | None) -> dict[str, Tensor]:
+    """Return the hub's weights of backbone and head, by this network's names."""
+    backbone, head = (
+        torch.hub.load_state_dict_from_url(
+            f"{HUB}/dinov2_vits14_{part}.pth", cache_dir, map_location="cpu", weights_only=True
+        )
+        for part in ("pretrain", "linear4_head")
+    )
+    return {f"backbone.{name}": tensor for name, tensor in backbone.items()} | {
+        f"linear_head.{name}": tensor for name, tensor in head.items()
+    }
+
+
 @register_model  # type: ignore[untyped-decorator]
 def dinov2_vits14_lc(
     pretrained: bool = False,
@@ -128,16 +142,13 @@ def dinov2_vits14_lc(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> LinearClassifier:
-    """DINOv2 ViT-S/14 with the hub's four-layer linear head; weights come from a file.
+    """DINOv2 ViT-S/14 with the hub's four-layer linear head; `pretrained` fetches the hub's files.
 
     `img_size` changes nothing: any multiple of 14 pixels may come, positions are stored for 518.
     """
-    if pretrained:
-        raise RuntimeError(
-            "timm's hub does not have it: save the state dict of torch.hub.load("
-            "'facebookresearch/dinov2', 'dinov2_vits14_lc') as a .safetensors file"
-        )
     settings = {**_BACKBONE, **kwargs}
     net = LinearClassifier(VisionTransformer(**settings), num_classes=num_classes)
+    if pretrained:
+        net.load_state_dict(_fetched(cache_dir))
     net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_vits14_lc")).to_dict()
     return net

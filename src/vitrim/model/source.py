@@ -120,8 +120,10 @@ class Timm:
             )
         return digest
 
-    def build(self) -> nn.Module:
+    def build(self, *, fetch: bool = True) -> nn.Module:
         """Return the dense network in eval mode on CPU, its weights loaded or freshly drawn.
+
+        Without `fetch` those of the hub are left where they are, and drawn, too.
 
         Raises:
             ConfigError: the weights cannot be had, do not fit, are a pickle, or are damaged.
@@ -130,7 +132,7 @@ class Timm:
         if self.checkpoint is None:
             try:
                 net: nn.Module = timm.create_model(
-                    self.name, pretrained=self.pretrained, **description["args"]
+                    self.name, pretrained=self.pretrained and fetch, **description["args"]
                 )
             except (OSError, RuntimeError) as error:
                 raise ConfigError(
@@ -188,7 +190,7 @@ def _patch(net: nn.Module) -> tuple[int, int]:
 
 def _with_new_head(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `state` with zero weights in place of the classifier's, for training to fill."""
-    heads = tuple(f"{name}." for name in ("head", "head_dist"))
+    heads = tuple(f"{name}." for name in ("head", "head_dist", "linear_head"))
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     fresh = {
         name: torch.zeros(tensor.shape)

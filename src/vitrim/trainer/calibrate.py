@@ -91,7 +91,7 @@ class Calibrate(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.epochs = 1
+        self.epochs = 1 if sites else 0  # there may be nothing to look for
         self.samples = sampling.images
         self.sampling = sampling
         self.taylor = taylor

@@ -72,13 +72,20 @@ class Refit(LightningModule):
     def configure_optimizers(self) -> None:
         """Return none: nothing is trained by gradient."""
 
-    @torch.no_grad()
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Embed a batch of images (B, C, H, W), then, in the second epoch, look at the result."""
-        images = batch[0]
+        self.take(batch[0], self.current_epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Solve the layers; in the end, the classifier."""
+        self.conclude(self.current_epoch)
+
+    @torch.no_grad()
+    def take(self, images: Tensor, epoch: int) -> None:
+        """Do what `training_step` says."""
         heads = [name for name, _ in classifiers(self.net) if name in self._targets]
         with full_precision(images):
-            if self.current_epoch == 0:
+            if epoch == 0:
                 self._streams.append(self._stream.embed(images))
                 return
             with watch(self.net, [(name, False) for name in heads]) as flows:
@@ -87,9 +94,9 @@ class Refit(LightningModule):
             self._features.setdefault(name, []).append(flows[name].float())
 
     @torch.no_grad()
-    def on_train_epoch_end(self) -> None:
-        """Solve the layers; in the end, the classifier."""
-        if self.current_epoch == 0:
+    def conclude(self, epoch: int) -> None:
+        """Do what `on_train_epoch_end` says."""
+        if epoch == 0:
             for branch in self._stream.branches:
                 if branch.name in self._readers:
                     self._solve(branch, self._readers[branch.name])

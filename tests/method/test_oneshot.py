@@ -1,0 +1,190 @@
+"""One-shot pruning: the published structures exactly, and properties of its plans."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from conftest import SIZE, skeleton_net, small_net
+from test_compensation import calibrated
+from vitrim.method.oneshot import OneShot
+from vitrim.paper import flops_blog
+from vitrim.plan import Evidence, Plan
+from vitrim.run import CONF
+from vitrim.target import Cost, TargetError
+from vitrim.trainer.calibrate import Calibrate
+from vitrim.trainer.classify import Classify
+from vitrim.trainer.mimic import Distill, Mimic
+from vitrim.trainer.refit import Refit
+
+SIZES = {
+    "vit_base_patch16_224": 224,
+    "deit_base_patch16_224": 224,
+    "dinov2_vits14_lc": 644,
+}
+ROWS = [
+    ("vit_base_patch16_224", 0, 86_567_656, 35_127_656_448, "82.56"),
+    ("vit_base_patch16_224", 1, 77_434_802, 31_531_653_120, "73.85"),
+    ("vit_base_patch16_224", 3, 65_115_747, 26_681_103_360, "62.10"),
+    ("vit_base_patch16_224", 5, 54_336_766, 22_436_947_968, "51.82"),
+    ("deit_base_patch16_224", 0, 86_567_656, 35_127_656_448, "82.56"),
+    ("deit_base_patch16_224", 1, 78_403_112, 31_912_919_040, "74.77"),
+    ("deit_base_patch16_224", 3, 67_218_363, 27_508_995_072, "64.10"),
+    ("deit_base_patch16_224", 5, 57_355_434, 23_625_529_344, "54.70"),
+    ("dinov2_vits14_lc", 0, 23_977_576, 91_096_848_384, "22.87"),
+    ("dinov2_vits14_lc", 1, 22_843_301, 86_300_573_184, "21.79"),
+    ("dinov2_vits14_lc", 3, 19_883_420, 73_784_733_696, "18.96"),
+    ("dinov2_vits14_lc", 5, 17_727_144, 64_666_933_248, "16.91"),
+]
+
+
+@cache
+def built(method: str, *overrides: str) -> OneShot:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[f"method={method}", *overrides])
+    found: OneShot = instantiate(cfg.method, _convert_="all")
+    return found
+
+
+@cache
+def cost_of(name: str) -> Cost:
+    return Cost(skeleton_net(name), SIZES[name])
+
+
+@pytest.mark.parametrize(("name", "strength", "params", "flops", "size_mb"), ROWS)
+def test_the_published_rows_come_out_to_the_last_digit(
+    name: str, strength: int, params: int, flops: int, size_mb: str
+) -> None:
+    cost = cost_of(name)
+    method = built("aiminify", f"strength={strength}", "model=timm", f"model.name={name}")
+    sites = [site for site in cost.structure.sites if site.endswith("mlp.hidden")]
+    generator = torch.Generator().manual_seed(strength)
+    if strength:
+        scores = {
+            site: torch.rand(cost.structure.sites[site].size, generator=generator) for site in sites
+        }
+        plan = Plan(model={}, edits=method._trim(cost, scores))
+    else:
+        assert method.budget.keep == 1
+        plan = Plan(model={}, edits=())
+    left = cost.plan(plan)
+    counted = flops_blog(name, cost, plan) or 2 * left.macs
+    assert (left.params, counted) == (params, flops)
+    assert f"{left.params / 2**20:.2f}" == size_mb
+
+
+def test_the_blog_misses_most_of_the_attention_of_dinov2() -> None:
+    cost = cost_of("dinov2_vits14_lc")
+    assert 2 * cost.plan(Plan(model={}, edits=())).macs == 173_469_216_768
+
+
+@pytest.mark.parametrize(
+    ("model", "removed"),
+    [
+        ("vit_tiny_patch16_224", 0.16118706597222),
+        ("deit3_small_patch16_224", 0.14409722222222),
+        ("dinov2_vits14_lc", 0.08002387152777),
+        ("vit_small_patch14_dinov2", 0.16118706597222),
+    ],
+)
+def test_the_table_is_that_of_the_models_family(model: str, removed: float) -> None:
+    method = built("aiminify", "strength=1", "model=timm", f"model.name={model}")
+    assert method.budget.keep == pytest.approx(1 - removed)
+
+
+def test_a_name_without_a_table_is_refused() -> None:
+    with pytest.raises(Exception, match=r"method\.tables.*deit, dinov2.*vit_tiny"):
+        built("aiminify", "~method.tables.default")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.criterion=x", r"method\.criterion=x.*surgeon"),
+        ("method.compensation=x", r"method\.compensation=x.*sequential"),
+        ("method.sites=[]", r"method\.sites=\[\].*mlp, heads, qk, v"),
+        ("method.sites=[mlp,nose]", r"method\.sites.*nose.*expected"),
+        ("method.scope=x", r"method\.scope=x"),
+        ("method.round_to=0", r"method\.round_to=0"),
+        ("method.fine_tune=3", r"method\.fine_tune=3"),
+        ("method.sampling.images=0", r"method\.sampling\.images=0.*from 1"),
+        ("method.ridges.fold=0", r"method\.ridges\.fold=0"),
+        ("method.tuning.objective=x", r"method\.tuning\.objective=x.*mimic"),
+        ("method.tuning.temperature=0", r"method\.tuning\.temperature=0"),
+        ("method.tables.default={of:10,removed:[0,1,3,2,4,5]}", r"levels.*below the one before"),
+        ("method.tables.default={of:10,removed:[1,2,3,4,5,6]}", r"levels.*the first 1"),
+        ("method.tables.default={of:10,removed:[0,2,4,6,8,10]}", r"levels.*above 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        built("oneshot", override)
+
+
+def test_a_unit_target_above_what_exists_is_refused() -> None:
+    method = built("oneshot", "target.units=97")
+    with pytest.raises(TargetError, match=r"target\.units=97.*96"):
+        method.check(Cost(small_net(), SIZE))
+
+
+@pytest.mark.parametrize("criterion", ["surgeon", "obs", "output_energy", "group_l2"])
+def test_plans_of_every_site_meet_a_macs_target(criterion: str) -> None:
+    net = small_net()
+    cost = Cost(net, SIZE)
+    method = built(
+        "oneshot",
+        "target.macs=0.7",
+        "method.sites=[mlp,heads,qk,v]",
+        f"method.criterion={criterion}",
+    )
+    sites = [name for name in cost.structure.sites if not name.endswith("input")]
+    plan = method.plan(net, calibrated(net, sites), cost)
+    assert {edit.site.split(".")[-1] for edit in plan.keeps()} >= {"hidden", "qk"}
+    assert cost.plan(plan).macs <= 0.7 * cost.dense_count.macs
+    assert plan.provenance["criterion"] == criterion
+
+
+def test_without_images_units_are_ranked_by_their_weights() -> None:
+    net = small_net()
+    method = built("oneshot", "strength=3")
+    plan = method.plan(net, Evidence(scores={}), Cost(net, SIZE))
+    assert plan.edits
+    assert plan.provenance["criterion"] == "group_l2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phases"),
+    [
+        ((), [Refit]),
+        (("method.compensation=ridge",), []),
+        (("method.fine_tune=true",), [Refit, Mimic]),
+        (("method.fine_tune=true", "method.tuning.objective=distill"), [Refit, Distill]),
+        (
+            ("method.fine_tune=true", "method.compensation=none", "method.tuning.objective=labels"),
+            [Classify],
+        ),
+    ],
+)
+def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) -> None:
+    method = built("oneshot", *overrides)
+    found = method.recovery(small_net(), small_net(), Evidence(scores={}), 7)
+    assert [type(phase) for phase in found] == phases
+
+
+def test_aiminify_needs_no_images_to_rank() -> None:
+    phase = built("aiminify").scorer(small_net())
+    assert isinstance(phase, Calibrate)
+    assert phase.epochs == 0
+    assert isinstance(built("oneshot").scorer(small_net()), Calibrate)
+
+
+def test_the_calibration_serves_every_strength_and_every_criterion_without_gradients() -> None:
+    settings: list[Mapping[str, Any]] = [
+        built("oneshot", *overrides).scorer(small_net()).settings
+        for overrides in (("strength=1",), ("strength=5",), ("method.criterion=variance",))
+    ]
+    assert settings[0] == settings[1] == settings[2]

@@ -278,6 +278,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
         "name": f"{point}-seed{cfg.seed}-{digest(recipe)}",
         "report": {
             "choices": choices,
+            "variant": _variant(),
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
             "recipe_hash": digest(recipe),
@@ -285,6 +286,12 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
             **versions(),
         },
     }
+
+
+def _variant() -> str:
+    """Return what the command line says of the method, beyond its name."""
+    said = [word for word in HydraConfig.get().overrides.task if word.startswith("method.")]
+    return " ".join(sorted(word.removeprefix("method.") for word in said))
 
 
 def _choice(group: str) -> str | None:

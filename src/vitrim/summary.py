@@ -16,9 +16,9 @@ _MEASURED = {
     f"{side}.{name}": kind for side in ("dense", "compact") for name, kind in _SIDE.items()
 }
 _MEASURED |= {"cut.top1": _MAYBE, "strength": _MAYBE}
-NAMES = ("choices.method", "choices.model", "choices.data")
+NAMES = ("label", "choices.model", "choices.data")
 _SCHEMA: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys((*NAMES, "series", "target.metric"), _TEXT),
+    **dict.fromkeys(("choices.method", *NAMES[1:], "series", "target.metric"), _TEXT),
     **dict.fromkeys(("target.keep", "kept.params", "kept.macs"), _NUMBER),
     **{"seed": _COUNT, **_MEASURED},
 }
@@ -95,6 +95,8 @@ def read(folder: Path) -> Run:
         raise ReportError(f"{path}: no valid JSON ({error}); delete it and run again") from None
     if record.get("format") != 1:
         raise ReportError(f"{path}: format={record.get('format')}: expected 1, from a `vitrim` run")
+    named = (record.get("choices.method"), record.get("variant"))
+    record["label"] = " ".join(filter(None, map(_text, named)))
     wrong = [key for key, kinds in _SCHEMA.items() if type(record.get(key, ...)) not in kinds]
     if wrong:
         raise ReportError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
@@ -107,6 +109,10 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, inner in value.items():
         yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _refuse(constant: str) -> None:

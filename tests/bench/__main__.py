@@ -7,10 +7,10 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, gates, load
+from . import attention, cut, gates, load, oneshot
 from .timing import table
 
-BENCHMARKS = {"cut": cut, "gates": gates, "load": load, "attention": attention}
+BENCHMARKS = {"cut": cut, "gates": gates, "load": load, "attention": attention, "oneshot": oneshot}
 
 
 def main() -> None:

@@ -141,8 +141,8 @@ def test_plans_of_every_site_meet_a_macs_target(criterion: str) -> None:
         "method.sites=[mlp,heads,qk,v]",
         f"method.criterion={criterion}",
     )
-    sites = [name for name in cost.structure.sites if not name.endswith("input")]
-    plan = method.plan(net, calibrated(net, sites), cost)
+    names = [name for name in cost.structure.sites if not name.endswith("input")]
+    plan = method.plan(net, calibrated(net, names), cost)
     assert {edit.site.split(".")[-1] for edit in plan.keeps()} >= {"hidden", "qk"}
     assert cost.plan(plan).macs <= 0.7 * cost.dense_count.macs
     assert plan.provenance["criterion"] == criterion
@@ -188,3 +188,23 @@ def test_the_calibration_serves_every_strength_and_every_criterion_without_gradi
         for overrides in (("strength=1",), ("strength=5",), ("method.criterion=variance",))
     ]
     assert settings[0] == settings[1] == settings[2]
+
+
+@pytest.mark.parametrize("criterion", ["surgeon", "obs", "variance", "output_energy", "magnitude"])
+def test_units_in_another_order_are_the_same_units_in_the_plan(criterion: str) -> None:
+    site = "blocks.0.mlp.hidden"
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    net, moved = small_net(), small_net()
+    with torch.no_grad():
+        mlp, its = net.blocks[0].mlp, moved.blocks[0].mlp
+        its.fc1.weight.copy_(mlp.fc1.weight[order])
+        its.fc1.bias.copy_(mlp.fc1.bias[order])
+        its.fc2.weight.copy_(mlp.fc2.weight[:, order])
+    method = built("oneshot", "target.units=60", f"method.criterion={criterion}")
+    sites = [site, "blocks.1.mlp.hidden"]
+    plans = [method.plan(n, calibrated(n, sites), Cost(n, SIZE)) for n in (net, moved)]
+    kept, its_kept = (
+        next(edit.index for edit in plan.keeps() if edit.site == site) for plan in plans
+    )
+    assert len(kept) == 30
+    assert sorted(order[list(its_kept)].tolist()) == list(kept)

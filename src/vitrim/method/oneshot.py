@@ -140,8 +140,8 @@ class OneShot:
         fits = [family for family in self.tables if self.model.startswith(family)]
         if not fits and "default" not in self.tables:
             raise ConfigError(
-                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}, and "
-                "there is no table named default"
+                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}, "
+                "and there is no table named default"
             )
         table = self.tables[max(fits, key=len, default="default")]
         return [1 - removed / table["of"] for removed in table["removed"]]

@@ -24,11 +24,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim.errors import ConfigError, VitrimError, is_count
+from vitrim import checks
+from vitrim.errors import ConfigError, VitrimError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +40,7 @@ _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
-BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
 NOT_RECIPE = ("out", "tracking", "progress", "latency")  # change where and how, not what
-TRACKING = ("offline", "online", "tensorboard", "none")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -155,83 +154,19 @@ def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path
 
 def _build(cfg: DictConfig) -> dict[str, Any]:
     """Build what the four groups choose; all that is wrong with them is told at once."""
-    built, problems = {}, _check_run(cfg)
+    said: Any = OmegaConf.to_container(cfg, resolve=False)
+    built, problems = {}, checks.of_run(said)
     for group in GROUPS:
         try:
-            _check_targets(cfg[group], group)
+            checks.targets(said[group], group)
             built[group] = instantiate(cfg[group], _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     if not problems:
-        problems = _mismatches(cfg, built)
+        problems = checks.mismatches(said, built, {group: _choice(group) for group in GROUPS})
     if problems:
         raise ConfigError("\n".join(problems))
     return built
-
-
-def _mismatches(cfg: DictConfig, built: Mapping[str, Any]) -> list[str]:
-    """Return why the choices do not go together, one sentence each."""
-    from vitrim.target import Cost
-
-    model, method, data = built["model"], built["method"], built["data"]
-    problems = []
-    try:
-        method.check(Cost(model.skeleton(), model.spec().size))
-    except VitrimError as error:
-        problems.append(str(error))
-    if data is None:
-        return problems
-    if data.n_classes != model.n_classes:
-        problems.append(
-            f"data={_choice('data')} has {data.n_classes} classes, the head of "
-            f"model={_choice('model')} has {model.n_classes}: set "
-            f"model.num_classes={data.n_classes} (and model.reset_head=true "
-            "with a checkpoint of other classes), or choose other data"
-        )
-    trains = not model.trained or method.budget.keep != 1
-    if trains and not data.trainable:
-        problems.append(f"data.root={cfg.data.root} has no training images, and this run trains")
-    try:
-        data.module(model.spec())
-    except ConfigError as error:
-        problems.append(str(error))
-    return problems
-
-
-def _check_run(cfg: DictConfig) -> list[str]:
-    """Return what is wrong with the keys that stand outside the groups."""
-    whole = "a whole number from 1 on"
-    rules = (
-        ("seed", cfg.seed, "a whole number from 0 on", cfg.seed == 0 or is_count(cfg.seed)),
-        ("tracking", cfg.tracking, f"one of {', '.join(TRACKING)}", cfg.tracking in TRACKING),
-        ("progress", cfg.progress, "true or false", isinstance(cfg.progress, bool)),
-        ("latency.batch", cfg.latency.batch, whole, is_count(cfg.latency.batch)),
-        ("latency.repeats", cfg.latency.repeats, whole, is_count(cfg.latency.repeats)),
-    )
-    return [f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits]
-
-
-def _check_targets(node: Any, where: str) -> None:
-    """Refuse a `_target_` that is not on the list: configs must not be able to run any code."""
-    if isinstance(node, ListConfig):
-        for place in range(len(node)):
-            _check_targets(node[place], f"{where}.{place}")
-    if not isinstance(node, DictConfig):
-        return
-    target = node.get("_target_")
-    if target is not None and not _is_allowed(str(target)):
-        raise ConfigError(f"{where}._target_={target}: expected one of {', '.join(BUILDERS)}")
-    for key in node:
-        if not OmegaConf.is_missing(node, key):
-            _check_targets(node[key], f"{where}.{key!s}")
-
-
-def _is_allowed(target: str) -> bool:
-    """Whether `target` is defined below an allowed module, not merely reachable through one."""
-    if not target.startswith(BUILDERS):
-        return False
-    home = getattr(get_object(target), "__module__", None) or ""
-    return f"{home}.".startswith(BUILDERS)
 
 
 def _phases(

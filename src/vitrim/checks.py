@@ -1,0 +1,86 @@
+"""What is wrong with the choices of a run, found before anything expensive begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pydoc import locate
+from typing import Any
+
+from vitrim.errors import ConfigError, VitrimError, is_count
+
+BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
+TRACKING = ("offline", "online", "tensorboard", "none")
+
+
+def of_run(cfg: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the keys that stand outside the groups."""
+    whole, latency = "a whole number from 1 on", cfg["latency"]
+    seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
+    rules = (
+        ("seed", seed, "a whole number from 0 on", seed == 0 or is_count(seed)),
+        ("tracking", tracking, f"one of {', '.join(TRACKING)}", tracking in TRACKING),
+        ("progress", progress, "true or false", isinstance(progress, bool)),
+        ("latency.batch", latency["batch"], whole, is_count(latency["batch"])),
+        ("latency.repeats", latency["repeats"], whole, is_count(latency["repeats"])),
+    )
+    return [f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits]
+
+
+def mismatches(
+    cfg: Mapping[str, Any], built: Mapping[str, Any], choices: Mapping[str, str | None]
+) -> list[str]:
+    """Return why what the groups built does not go together, one sentence each."""
+    from vitrim.target import Cost
+
+    model, method, data = built["model"], built["method"], built["data"]
+    problems = []
+    try:
+        method.check(Cost(model.skeleton(), model.spec().size))
+    except VitrimError as error:
+        problems.append(str(error))
+    if data is None:
+        return problems
+    if data.n_classes != model.n_classes:
+        problems.append(
+            f"data={choices['data']} has {data.n_classes} classes, the head of "
+            f"model={choices['model']} has {model.n_classes}: set "
+            f"model.num_classes={data.n_classes} (and model.reset_head=true "
+            "with a checkpoint of other classes), or choose other data"
+        )
+    trains = not model.trained or method.budget.keep != 1
+    if trains and not data.trainable:
+        problems.append(
+            f"data.root={cfg['data'].get('root')} has no training images, and this run trains, or "
+            "looks at some to rank units"
+        )
+    try:
+        data.module(model.spec())
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
+
+
+def targets(node: Any, where: str) -> None:
+    """Refuse a `_target_` that is not on the list: configs must not be able to run any code.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    if isinstance(node, list):
+        for place, item in enumerate(node):
+            targets(item, f"{where}.{place}")
+    if not isinstance(node, dict):
+        return
+    target = node.get("_target_")
+    if target is not None and not _is_allowed(str(target)):
+        raise ConfigError(f"{where}._target_={target}: expected one of {', '.join(BUILDERS)}")
+    for key, value in node.items():
+        targets(value, f"{where}.{key}")
+
+
+def _is_allowed(target: str) -> bool:
+    """Whether `target` is defined below an allowed module, not merely reachable through one."""
+    if not target.startswith(BUILDERS):
+        return False
+    home = getattr(locate(target), "__module__", None) or ""
+    return f"{home}.".startswith(BUILDERS)

@@ -31,3 +31,11 @@ def test_moving_by_a_pixel_moves_by_a_pixel() -> None:
     moved = _jitter(images, 1.0, 0.0)
     assert moved[:, :, 3:6, 3:6].sum((1, 2, 3)).min() > 0.99
     assert moved[:, 0, 4, 4].min() < 0.3
+
+
+def test_calibration_takes_training_images_as_they_are() -> None:
+    module = DIGITS.module(SPEC)
+    found = torch.cat([images for images, _ in module.calibration_dataloader(100, seed=0)])
+    assert found.shape == (100, 1, 8, 8)
+    everything = torch.cat([images for images, _ in module.calibration_dataloader(10**6, seed=0)])
+    assert torch.equal(everything, module.train_set.tensors[0])

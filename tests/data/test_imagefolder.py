@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_wnid_folders_get_imagenets_index_whatever_folders_are_missing(tmp_path:
     assert images.n_classes == 1000
     assert sorted({label for _, label in images.val.samples}) == [2, 999]
     assert sorted({label for _, label in images.train.samples}) == [0, 999]
+
+
+def test_calibration_images_are_training_images_prepared_like_validation(tmp_path: Path) -> None:
+    root = make(tmp_path, train={"a": 5, "b": 4})
+    shutil.copytree(root / "train", root / "val")
+    module = opened(root, mixing=MIXED).module(SPEC)
+    drawn = torch.cat([images for images, _ in module.calibration_dataloader(9, seed=0)])
+    assert torch.equal(drawn, torch.stack([image for image, _ in module.val_set]))
+    few, same, others = (
+        torch.cat([images for images, _ in module.calibration_dataloader(5, seed=seed)])
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(few, same)
+    assert not torch.equal(few, others)
+    assert len(torch.cat([x for x, _ in module.calibration_dataloader(1000, seed=0)])) == 9
 
 
 def test_other_names_are_ranked_over_both_splits(tmp_path: Path) -> None:

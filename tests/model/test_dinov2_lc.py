@@ -11,8 +11,11 @@ import torch
 
 from conftest import plan_of, relative_error, skeleton_net
 from vitrim import count, cut, load, masked
-from vitrim.model import dinov2_lc, stream
+from vitrim.compensation import compensated
+from vitrim.model import dinov2_lc, stream, structure
 from vitrim.store import save
+from vitrim.trainer.calibrate import Calibrate, Sampling
+from vitrim.trainer.refit import Refit
 
 MODEL = {"name": "dinov2_vits14_lc", "args": {"depth": 4, "embed_dim": 24, "num_heads": 3}}
 PLAN = plan_of(
@@ -21,6 +24,14 @@ PLAN = plan_of(
         "backbone.blocks.1.attn.qk": range(3, 20),
         "backbone.blocks.2.attn.heads": [0, 2],
         "backbone.blocks.3.attn.input": range(10),
+    },
+    MODEL,
+)
+
+PLAN_OF_TWO = plan_of(
+    {
+        "backbone.blocks.0.mlp.hidden": range(0, 96, 2),
+        "backbone.blocks.1.attn.qk": range(3, 20),
     },
     MODEL,
 )
@@ -78,6 +89,32 @@ def test_following_the_stream_is_running_the_backbone() -> None:
             tokens = tokens + branch.apply(tokens)
         assert torch.allclose(net.backbone.norm(tokens), net.backbone.forward_features(x))
     assert net.get_submodule(found.after) is net.backbone.norm
+
+
+def test_it_is_calibrated_compensated_and_refitted() -> None:
+    net, x = small(), torch.cat([pictures()] * 4)
+    sites = ["backbone.blocks.0.mlp.hidden", "backbone.blocks.1.attn.qk"]
+    sampling = Sampling(images=8, tokens=None, readout=1.0)
+    phase = Calibrate(net, sites=sites, sampling=sampling, taylor=True, targets=True)
+    phase.on_train_start()
+    phase.training_step((x, None), 0)
+    phase.on_train_end()
+    evidence, described = phase.evidence(), structure(net)
+    assert evidence.moments["linear_head"]["target"].shape == (8, 5 * 24)
+    compact = cut(net, PLAN_OF_TWO)
+    values = compensated(
+        net, compact, described, PLAN_OF_TWO, evidence.moments, kind="ridge", ridge=1e-6
+    )
+    assert "backbone.blocks.1.attn.qkv.weight" in values
+    before = float((compact(x) - net(x)).detach().square().sum())
+    with torch.no_grad():
+        for name, value in values.items():
+            compact.get_parameter(name).copy_(value)
+    refit = Refit(compact, evidence=evidence, sampling=sampling, ridge=1e-6, closing_ridge=1.0)
+    for epoch in range(2):
+        refit.take(x, epoch)
+        refit.conclude(epoch)
+    assert float((compact(x) - net(x)).detach().square().sum()) < before
 
 
 def test_the_hubs_files_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,25 @@ def test_what_was_not_cut_is_not_touched_but_for_the_classifier() -> None:
             assert torch.equal(parameter, net.get_parameter(name))
 
 
+def test_layers_that_read_value_dims_stay_as_they_were_folded() -> None:
+    net = small_net()
+    plan = plan_of({"blocks.0.attn.v": range(2, 24), SITES[1]: range(30)})
+    evidence = calibrated(net, ["blocks.0.attn.v", *SITES])
+    folded = made_up(net, plan, evidence, "ridge")
+    small = refitted(made_up(net, plan, evidence, "ridge"), evidence)
+    changed = {
+        name
+        for name, parameter in small.named_parameters()
+        if not torch.equal(parameter, folded.get_parameter(name))
+    }
+    assert changed == {
+        "blocks.1.mlp.fc2.weight",
+        "blocks.1.mlp.fc2.bias",
+        "head.weight",
+        "head.bias",
+    }
+
+
 def test_following_the_stream_is_running_the_network() -> None:
     for args in ({}, {"init_values": 0.3}, {"num_classes": 3, "global_pool": "avg"}):
         net = small_net(**args)

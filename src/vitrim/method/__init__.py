@@ -1,4 +1,4 @@
-"""What a compression method is: a scorer, a plan and a recovery. Types only, nothing to inherit."""
+"""What a compression method is: scorer, plan, compensation, recovery. Types only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen dataclass of numbers with three functions; its yaml's `_target_` is its address."""
+    """A frozen dataclass of numbers with four functions; its yaml's `_target_` is its address."""
 
     @property
     def budget(self) -> Target:

@@ -471,6 +471,17 @@ def test_the_limit_is_a_whole_number_and_at_most_the_dense_one(
     assert Target(metric="units", keep=keep).limit(dense) == limit
 
 
+def test_a_site_of_double_pace_loses_twice_the_share() -> None:
+    scores = random_scores(0)
+    fast = [name for name in scores if name.endswith("hidden")]
+    target = Target(metric="units", keep=0.8)
+    edits = trim(cost(), scores, target, scope="site", pace=dict.fromkeys(fast, 2.0))
+    lost = {name: 1 - len(kept_at(edits, name)) / len(score) for name, score in scores.items()}
+    slow = [share for name, share in lost.items() if name not in fast]
+    for name in fast:
+        assert lost[name] == pytest.approx(2 * sum(slow) / len(slow), abs=0.15)
+
+
 @pytest.mark.parametrize("metric", ["macs", "params", "units"])
 def test_more_than_there_is_is_refused(metric: Any) -> None:
     with pytest.raises(TargetError, match=rf"target\.{metric}=1000000000000: expected at most"):

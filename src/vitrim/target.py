@@ -191,6 +191,7 @@ def trim(
     scope: Scope = "global",
     round_to: int = 1,
     even_heads: bool = False,
+    pace: Mapping[str, float] | None = None,
 ) -> tuple[Keep, ...]:
     """Remove the least important units until `target` is met, and not one more.
 
@@ -206,11 +207,12 @@ def trim(
         scope: how sites are compared.
         round_to: units removed in one step.
         even_heads: take as many dims from every head of a site, so that its heads stay equal.
+        pace: site name -> how much of a share it loses, with `scope="site"`, while others lose 1.
 
     Raises:
         TargetError: a score is not finite, or the budget is below what the sites can give up.
     """
-    steps = _steps(cost.structure, scores, scope, round_to, even_heads=even_heads)
+    steps = _steps(cost.structure, scores, scope, round_to, pace or {}, even_heads=even_heads)
     scored = list(scores)
     dense = cost.of(settle(cost.structure, {}), scored)
     limit = target.limit(getattr(dense, target.metric))
@@ -244,6 +246,7 @@ def _steps(
     scores: Mapping[str, Tensor],
     scope: Scope,
     round_to: int,
+    pace: Mapping[str, float],
     *,
     even_heads: bool,
 ) -> list[_Step]:
@@ -273,7 +276,8 @@ def _steps(
         held = [at for at, step in enumerate(found) if _is_anchored(step, site, anchors)]
         del found[held[-1] if held else -1]
         if scope == "site":
-            gone = list(accumulate(len(step.units) / site.size for step in found))
+            whole = site.size * pace.get(name, 1.0)
+            gone = list(accumulate(len(step.units) / whole for step in found))
             found = [
                 step._replace(key=(share, order, rank))
                 for rank, (share, step) in enumerate(zip(gone, found, strict=True))

@@ -109,6 +109,7 @@ def test_a_name_without_a_table_is_refused() -> None:
         ("method.sites=[]", r"method\.sites=\[\].*mlp, heads, qk, v"),
         ("method.sites=[mlp,nose]", r"method\.sites.*nose.*expected"),
         ("method.scope=x", r"method\.scope=x"),
+        ("method.pace.qk=0", r"method\.pace=.*above 0"),
         ("method.round_to=0", r"method\.round_to=0"),
         ("method.fine_tune=3", r"method\.fine_tune=3"),
         ("method.sampling.images=0", r"method\.sampling\.images=0.*from 1"),

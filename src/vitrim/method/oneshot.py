@@ -98,6 +98,7 @@ class OneShot:
     criterion: Criterion
     compensation: Compensation
     scope: Scope
+    pace: Mapping[str, float]
     round_to: int
     even_heads: bool
     seed: int
@@ -118,6 +119,12 @@ class OneShot:
                 "sites",
                 bool(self.sites) and set(self.sites) <= SITES.keys(),
                 f"a list of {', '.join(SITES)}",
+            ),
+            (
+                "pace",
+                self.pace.keys() <= SITES.keys()
+                and all(is_rate(share) and share > 0 for share in self.pace.values()),
+                f"numbers above 0 for {', '.join(SITES)}",
             ),
             ("scope", self.scope in ("global", "site"), "global or site"),
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
@@ -262,4 +269,10 @@ class OneShot:
             scope=self.scope,
             round_to=self.round_to,
             even_heads=self.even_heads,
+            pace={
+                name: pace
+                for kind, pace in self.pace.items()
+                for name in scores
+                if name.endswith(SITES[kind])
+            },
         )

@@ -45,6 +45,7 @@ def test_targets_are_the_dense_stream_and_the_classifiers_input() -> None:
         features = net.forward_head(net.forward_features(x), pre_logits=True)
     assert torch.allclose(found["blocks.0.mlp.fc2"]["target"], stream.float())
     assert torch.allclose(found["head"]["target"], features.float())
+    assert "target" not in found["blocks.1.attn.proj"]
 
 
 def test_the_network_is_left_as_it_was() -> None:

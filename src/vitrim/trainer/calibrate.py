@@ -75,8 +75,9 @@ class Calibrate(LightningModule):
     Evidence has no scores, those are the criterion's, but `moments`: by layer that reads units
     `weight`, `mean` and `cov` of its inputs; by query-key site the same of q and k, per head. With
     `taylor` also each unit's first-order effect on the loss against the network's own decision;
-    with `targets` what a later regression aims at: the stream after the reader's branch at the
-    sampled tokens, and the classifier's input.
+    with `targets` what a later regression aims at: the stream after the branch of each layer that
+    reads hidden units, at the sampled tokens, and the classifier's input. Moments take the same
+    memory whatever the number of images; targets take images x sampled tokens x D numbers a layer.
     """
 
     def __init__(
@@ -117,6 +118,9 @@ class Calibrate(LightningModule):
                 name = f"{attention.qk}.{part}"
                 self.moments[_key(name)] = Moments(name, max(dims), (len(dims),))
         self._classifiers = [name for name, module in classifiers(net)] if targets else []
+        self._aimed = {
+            layer.name for layer in self._readers if targets and not _reads_heads(described, layer)
+        }
         self._chunks: dict[str, list[Tensor]] = {}
         for name in self._extras():
             self.register_buffer(_key(name), torch.empty(0))
@@ -125,7 +129,8 @@ class Calibrate(LightningModule):
     def _extras(self) -> list[str]:
         """Return the names of what is kept beside moments."""
         readers = [layer.name for layer in self._readers]
-        aims = [f"{name}.target" for name in (*readers, *self._classifiers) if self.targets]
+        aimed = [name for name in readers if name in self._aimed]
+        aims = [f"{name}.target" for name in (*aimed, *self._classifiers)]
         units = [*readers, *(attention.qk for attention in self._attentions)]
         return [*aims, *(f"{name}.taylor" for name in units if self.taylor)]
 
@@ -167,7 +172,7 @@ class Calibrate(LightningModule):
             weights = self.sampling.weights(x, prefix, readout, count=count)
             rows = take(flows[layer.name], index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
-            if self.targets:
+            if layer.name in self._aimed:
                 after = take(flows[self._stream.following(branch)], index)
                 self._chunks.setdefault(f"{layer.name}.target", []).append(after.float().cpu())
         for attention in self._attentions:
@@ -239,6 +244,12 @@ def _watched(described: Structure, sites: Sequence[str]) -> tuple[list[Layer], l
     names = dict.fromkeys(values.get(site, site) for site in sites if site not in by_qk)
     readers = [reader_of(described, name) for name in names]
     return readers, [by_qk[site] for site in sites if site in by_qk]
+
+
+def _reads_heads(described: Structure, layer: Layer) -> bool:
+    """Whether the units that `layer` reads are dims of attention heads."""
+    sites = [described.sites[part.site] for part in layer.inp if part.site is not None]
+    return any(site.head_dims for site in sites)
 
 
 def classifiers(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

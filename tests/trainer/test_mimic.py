@@ -56,6 +56,14 @@ def test_distilling_is_the_divergence_from_the_teacher(monkeypatch: pytest.Monke
     assert loss.item() == 0.0
 
 
+@pytest.mark.parametrize("logits", [0.0, 1.0])
+def test_the_classifier_is_the_teachers_unless_it_is_trained(logits: float) -> None:
+    teacher = small_net()
+    student = student_of(small_net(seed=1))
+    Mimic(student, teacher, recipe=RECIPE, logits=logits).on_fit_start()
+    assert torch.equal(student.head.weight, teacher.head.weight) == (not logits)
+
+
 @pytest.mark.parametrize("kind", [Mimic, Distill])
 def test_the_teacher_is_neither_trained_nor_saved(kind: type) -> None:
     options = {"temperature": 1.0} if kind is Distill else {}

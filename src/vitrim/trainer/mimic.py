@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from vitrim.trainer.calibrate import classifiers
 from vitrim.trainer.recipe import Recipe, optimisation
 
 
@@ -16,8 +17,8 @@ class Mimic(LightningModule):
     """Train `net` to have the teacher's features: mean squared error over all tokens.
 
     The loss of MiR (arXiv 2201.02620) and of DC-ViT (arXiv 2403.18708, eq. 3): features are those
-    before the classifier, after the final norm. With `logits` above 0, as many times the loss of
-    `Distill` is added, which keeps the classifier in step.
+    before the classifier, after the final norm. The classifier is the teacher's, as in MiR, unless
+    `logits` is above 0: then as many times the loss of `Distill` is added, which trains it.
     """
 
     def __init__(
@@ -36,6 +37,12 @@ class Mimic(LightningModule):
         self.logits = logits
         self.temperature = temperature
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Put the teacher's classifier on top."""
+        for name, head in classifiers(self._teacher[0]) if not self.logits else ():
+            self.net.get_submodule(name).load_state_dict(head.state_dict())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch; its labels are not looked at."""

@@ -41,9 +41,9 @@ def one_by_one(cov: Tensor, outgoing: Tensor) -> list[int]:
     return order
 
 
-@pytest.mark.parametrize("size", [2, 7, 45, 150])
+@pytest.mark.parametrize("size", [2, 7, 45, 150, 250])
 def test_the_greedy_order_is_that_of_removal_one_by_one(size: int) -> None:
-    cov, outgoing = covariance(size), weights(size, 5)
+    cov, outgoing = covariance(size), weights(size, 5 + size // 4)
     found = surgeon(cov, outgoing, ridge=RIDGE)
     assert found.argsort().tolist() == one_by_one(cov, outgoing)
     assert bool((found.sort().values.diff() > 0).all())

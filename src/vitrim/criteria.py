@@ -36,7 +36,7 @@ Criterion = Literal[
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 WITHOUT_IMAGES: tuple[Criterion, ...] = ("random", "magnitude", "group_l2")
 
-_POOL, _ROUND = 128, 32  # candidates of the greedy order, and how many of them go in one round
+_POOL, _ROUND = 160, 32  # candidates of the greedy order, and how many of them go in one round
 _EXACT = 1536  # up to this many units, the greedy order is computed in float64
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -246,10 +246,30 @@ def _ridged(cov: Tensor, ridge: float) -> Tensor:
 
 
 def _inverse(cov: Tensor, ridge: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(_ridged(cov, ridge))
-    if failed:
-        factor = torch.linalg.cholesky(_ridged(cov.double(), ridge)).to(cov.dtype)
-    return torch.cholesky_inverse(factor)
+    """Return the inverse of the ridged covariance; float32 is left for float64 where it fails."""
+    found = _inverted(_ridged(cov, ridge))
+    if bool((found.diagonal() > 0).all()):
+        return found
+    return _inverted(_ridged(cov.double(), ridge)).to(cov.dtype)
+
+
+def _inverted(matrix: Tensor) -> Tensor:
+    """Return the inverse of a positive matrix by halves: matrix products, at full speed."""
+    size = len(matrix)
+    if size <= 128:
+        small: Tensor = torch.linalg.inv(matrix)
+        return small
+    at = size // 2
+    first, across = _inverted(matrix[:at, :at]), matrix[:at, at:]
+    takes = first @ across
+    last = _inverted(matrix[at:, at:] - across.T @ takes)
+    corner = takes @ last
+    return torch.cat(
+        [
+            torch.cat([first + corner @ takes.T, -corner], dim=1),
+            torch.cat([-corner.T, last], dim=1),
+        ]
+    )
 
 
 def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
@@ -258,8 +278,9 @@ def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
     Removing unit j costs ||W_j||^2 / [C^-1]_jj; then W and C^-1 are updated as if the kept units
     had taken over what they can. Units that are equal go one at a time, the higher index first.
 
-    The exact updates of a round run among the cheapest 128 units; the other units get them together
-    at the round's end. Costs nearly always rise as units go, so that the pool holds the next.
+    The exact updates of a round run among the cheapest 160 units; the other units get them together
+    at the round's end. It ends when a unit outside may be the next. As costs nearly always rise,
+    the order is that of removal one by one: exactly so on the blocks of ViT-Ti that we compared.
 
     Args:
         cov: covariance of the units, (M, M).
@@ -269,43 +290,54 @@ def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
     dtype = torch.float64 if len(cov) <= _EXACT else torch.float32
     inverse = _inverse(cov.to(dtype).flip(0, 1), ridge)
     weights = outgoing.to(dtype).flip(0)
-    alive = torch.arange(len(cov) - 1, -1, -1)
+    units = torch.arange(len(cov) - 1, -1, -1)
+    live = torch.ones(len(cov), dtype=torch.bool)
     order: list[int] = []
     costs: list[float] = []
-    while len(alive):
+    while len(order) < len(cov):
         now = weights.square().sum(1) / inverse.diagonal()
-        pool = now.argsort(stable=True)[:_POOL].sort().values
-        picks, found = _round(inverse[pool][:, pool], weights[pool])
+        now[~live] = torch.inf
+        ranked = now.argsort(stable=True)[: len(cov) - len(order)]
+        pool, outside = ranked[:_POOL].sort().values, ranked[_POOL : _POOL + 1]
+        least = float(now[outside]) if len(outside) else torch.inf
+        picks, found = _round(inverse[pool][:, pool], weights[pool], least)
         gone = pool[picks]
-        order += alive[gone].tolist()
+        order += units[gone].tolist()
         costs += found
-        stays = torch.ones(len(alive), dtype=torch.bool)
-        stays[gone] = False
-        takes = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])[:, stays]
-        weights = weights[stays].addmm_(takes.T, weights[gone], alpha=-1)
-        inverse = inverse[stays][:, stays].addmm_(inverse[stays][:, gone], takes, alpha=-1)
-        alive = alive[stays]
+        takes = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        weights.addmm_(takes.T, weights[gone], alpha=-1)
+        inverse.addmm_(inverse[:, gone], takes, alpha=-1)
+        live[gone] = False
+        inverse.diagonal()[~live] = 1.0  # what is left there means nothing
+        if int(live.sum()) < 0.8 * len(live):
+            inverse, weights, units = inverse[live][:, live], weights[live], units[live]
+            live = live[live]
     return _rising(order, costs)
 
 
-def _round(inverse: Tensor, weights: Tensor) -> tuple[list[int], list[float]]:
-    """Remove up to 32 of the pool's units one by one; return which, and what each one cost."""
+def _round(inverse: Tensor, weights: Tensor, least: float) -> tuple[list[int], list[float]]:
+    """Remove up to 32 of the pool's units one by one; return which, and what each one cost.
+
+    The round ends where the next would cost more than `least`, the cheapest unit outside.
+    """
     a = inverse.double().numpy().copy()
     p = (weights @ weights.T).double().numpy().copy()
     picks: list[int] = []
     costs: list[float] = []
-    live = np.ones(len(a), dtype=bool)
+    dead = np.zeros(len(a))
     for _ in range(min(_ROUND, len(a))):
-        places = live.nonzero()[0]
-        cost = p.diagonal()[places] / a.diagonal()[places].clip(1e-300)
-        pick = int(places[cost.argmin()])
+        cost = p.diagonal() / a.diagonal().clip(1e-300) + dead
+        pick = int(cost.argmin())
+        if picks and cost[pick] > least:
+            break
         picks.append(pick)
-        costs.append(float(cost.min()))
-        live[pick] = False
-        takes = a[:, pick] / a[pick, pick]
-        p -= np.outer(takes, p[pick])
-        p -= np.outer(p[:, pick], takes)
-        a -= np.outer(takes, a[pick])
+        costs.append(float(cost[pick]))
+        dead[pick] = np.inf
+        row = p[pick]
+        takes = a[pick] / a[pick, pick]
+        gain = row - 0.5 * row[pick] * takes  # p - t r^T - r t^T + r_j t t^T
+        p -= np.stack([takes, gain], axis=1) @ np.stack([gain, takes])
+        a -= takes[:, None] * a[pick]
     return picks, costs
 
 

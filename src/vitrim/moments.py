@@ -1,7 +1,7 @@
 """Mean and covariance of activations, gathered in one pass in memory that no image count changes.
 
-Every batch is centred on its own mean, multiplied in float32, and merged into float64 sums by the
-update of Chan, Golub and LeVeque (1979): what is far from zero loses no digits.
+Rows are taken relative to the first batch's mean, multiplied in float32 and added up in float64:
+what is far from zero loses no digits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Moments(nn.Module):
     weight: Tensor
     mean: Tensor
     cov: Tensor
+    _sum: Tensor
+    _squares: Tensor
 
     def __init__(self, name: str, channels: int, groups: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class Moments(nn.Module):
         self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(*groups, channels, dtype=torch.float64))
         self.register_buffer("cov", torch.empty(0))
-        self._scatter: Tensor | None = None
+        self._shift: Tensor | None = None
 
     @torch.no_grad()
     def add(self, rows: Tensor, weights: Tensor) -> None:
@@ -43,31 +45,26 @@ class Moments(nn.Module):
         Raises:
             MomentsError: a number is not finite; the layer is named.
         """
-        rows, weights = rows.float(), weights.float()
-        total = weights.sum(dtype=torch.float64)
-        share = (weights / total).float()[:, None]
-        mean = (rows * share).sum(-2, dtype=torch.float64)
-        centred = (rows - mean.float().unsqueeze(-2)) * weights.sqrt()[:, None]
-        scatter = (centred.mT @ centred).double()
-        if not bool(torch.isfinite(scatter.diagonal(dim1=-2, dim2=-1)).all()):
+        rows, root = rows.float(), weights.float().sqrt()[:, None]
+        if self._shift is None:
+            self._shift = (rows * root.square()).sum(-2) / root.square().sum()
+            groups, channels = self._shift.shape[:-1], self._shift.shape[-1]
+            zeros = rows.new_zeros(*groups, channels, dtype=torch.float64)
+            self._sum, self._squares = (
+                zeros,
+                zeros.unsqueeze(-1).expand(*groups, channels, channels).clone(),
+            )
+            self.weight = self.weight.to(rows.device)
+        moved = (rows - self._shift.unsqueeze(-2)) * root
+        squares = moved.mT @ moved
+        if not bool(torch.isfinite(squares.diagonal(dim1=-2, dim2=-1)).all()):
             raise MomentsError(
                 f"{self.name}: its activations are not finite (or overflow float32) on a "
                 "calibration batch; look at the images and the weights"
             )
-        # the mean was subtracted in float32: what that left over belongs to the mean
-        rest = (centred * weights.sqrt()[:, None]).sum(-2, dtype=torch.float64) / total
-        self._merge(total, mean.float().double() + rest, scatter)
-
-    def _merge(self, total: Tensor, mean: Tensor, scatter: Tensor) -> None:
-        if self._scatter is None:
-            self._scatter = torch.zeros_like(scatter)
-        self.weight, self.mean = self.weight.to(mean.device), self.mean.to(mean.device)
-        step = mean - self.mean
-        whole = self.weight + total
-        outer = step.unsqueeze(-1) * step.unsqueeze(-2)
-        self._scatter += scatter.addcmul_(outer, self.weight * total / whole)
-        self.mean = self.mean + step * (total / whole)
-        self.weight = whole
+        self._squares += squares
+        self._sum += (moved * root).sum(-2, dtype=torch.float64)
+        self.weight = self.weight + weights.sum(dtype=torch.float64)
 
     def finish(self) -> None:
         """Make `cov` of what was taken in; safe to call twice.
@@ -75,13 +72,16 @@ class Moments(nn.Module):
         Raises:
             MomentsError: nothing was.
         """
-        if self._scatter is None:
+        if self._shift is None:
             if not self.cov.numel():
                 raise MomentsError(f"{self.name}: no activations, for want of calibration images")
             return
-        self.cov = (self._scatter / self.weight).float().cpu()
-        self.mean, self.weight = self.mean.cpu(), self.weight.cpu()
-        self._scatter = None
+        step = self._sum / self.weight
+        outer = step.unsqueeze(-1) * step.unsqueeze(-2)
+        self.cov = (self._squares.div_(self.weight) - outer).float().cpu()
+        self.mean = (self._shift.double() + step).cpu()
+        self.weight = self.weight.cpu()
+        self._shift = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""

@@ -111,9 +111,10 @@ def pair() -> tuple[nn.Module, nn.Module, Cost]:
 
 def test_a_record_holds_both_sides_and_what_was_kept() -> None:
     dense, compact, cost = pair()
-    accuracies = ({"top1": 90.0, "top5": 99.0}, None, {"top1": 80.0, "top5": 98.0})
+    dense_accuracy = {"top1": 90.0, "top5": 99.0}
+    stages = {"cut": None, "refit": {"top1": 80.0, "top5": 98.0}}
     budget = Target(metric="macs", keep=0.9)
-    found = record((dense, compact), cost, CUT, (2.0, 1.0), accuracies, budget)
+    found = record((dense, compact), cost, CUT, (2.0, 1.0), dense_accuracy, stages, budget)
     for side, net, top1, latency in (
         ("dense", dense, 90.0, 2.0),
         ("compact", compact, 80.0, 1.0),
@@ -121,6 +122,7 @@ def test_a_record_holds_both_sides_and_what_was_kept() -> None:
         size = count(net, SIZE)._asdict()
         assert found[side] == {**found[side], **size, "top1": top1, "latency_ms": latency}
     assert found["cut"] == {"top1": None, "top5": None}
+    assert found["stages"] == {"cut": found["cut"], "refit": {"top1": 80.0, "top5": 98.0}}
     assert found["kept"]["macs"] == count(compact, SIZE).macs / count(dense, SIZE).macs
     assert found["kept"]["params"] == count(compact, SIZE).params / count(dense, SIZE).params
     assert found["target"] == {"metric": "macs", "keep": 0.9}
@@ -130,7 +132,7 @@ def test_a_record_is_refused_where_formula_and_counter_disagree() -> None:
     dense, compact, cost = pair()
     budget = Target(metric="macs", keep=0.9)
     with pytest.raises(AssertionError, match="formula"):
-        record((dense, compact), cost, plan_of({}), (1.0, 1.0), (None, None, None), budget)
+        record((dense, compact), cost, plan_of({}), (1.0, 1.0), None, {"cut": None}, budget)
 
 
 def test_versions_name_what_a_result_depends_on() -> None:

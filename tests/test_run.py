@@ -43,14 +43,6 @@ TINY = (
         (["target.macs=0.5", "target.params=0.5"], ["target.macs, target.params", "at most one"]),
         (["method.levels=[1,0.9,0.9,0.7,0.6,0.5]"], ["levels", "below the one before"]),
         (["method.scope=x"], ["method.scope=x", "global or site"]),
-        (["method=oneshot", "method.sampling.images=0"], ["method.sampling.images=0", "from 1"]),
-        (["method=oneshot", "target.units=1025"], ["target.units=1025", "1,024 units"]),
-        (["method=oneshot", "method.criterion=nonsense"], ["method.criterion", "surgeon"]),
-        (
-            ["method=aiminify", "method.tables.default.removed=[0,1,3,2,4,5]"],
-            ["levels", "below the one before"],
-        ),
-        (["method=oneshot", "model=vit_tiny", "model.num_classes=10"], ["8x8", "224"]),
         (["model=timm", "model.name=xcit_nano_12_p16_224"], ["Xcit", "VisionTransformer"]),
         (["model=timm", "model.name=vit_tiny_patch16_225"], ["vit_tiny_patch16_224"]),
         (["model.num_classes=7"], ["10 classes", "7", "model.num_classes"]),
@@ -71,7 +63,30 @@ TINY = (
 def test_bad_input_ends_with_one_clear_message_and_no_run(
     command: Command, arguments: list[str], expected: list[str]
 ) -> None:
-    done = command(*TINY, *arguments)
+    assert_refused(command, *TINY, *arguments, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["method=oneshot", "method.sampling.images=0"], ["method.sampling.images=0", "from 1"]),
+        (["method=oneshot", "target.units=1025"], ["target.units=1025", "1,024 units"]),
+        (["method=oneshot", "method.criterion=nonsense"], ["method.criterion", "surgeon"]),
+        (
+            ["method=aiminify", "method.tables.default.removed=[0,1,3,2,4,5]"],
+            ["levels", "below the one before"],
+        ),
+        (["method=oneshot", "model=vit_tiny", "model.num_classes=10"], ["8x8", "224"]),
+    ],
+)
+def test_bad_input_of_one_shot_pruning_ends_likewise(
+    command: Command, arguments: list[str], expected: list[str]
+) -> None:
+    assert_refused(command, *arguments, expected=expected)
+
+
+def assert_refused(command: Command, *arguments: str, expected: list[str]) -> None:
+    done = command(*arguments)
     assert done.code != 0
     for word in expected:
         assert word in done.message

@@ -1,6 +1,6 @@
 """VTP, Vision Transformer Pruning (arXiv 2104.08500): L1-trained gates on dimensions.
 
-Every block has four gates (METHODS: four vectors a, 7 D numbers): on the input of q, k and v, on
+Every block has four gates (four vectors a, 7 D numbers in all): on the input of q, k and v, on
 the attention output before proj, on the input of fc1, and on the hidden units before fc2. They are
 learned with the weights, L = L_CE + lambda * sum |a| ; units with the smallest |a| go, and the
 smaller network is fine-tuned without the L1 term. The paper's text was read in summary, not in

@@ -24,9 +24,10 @@ from vitrim.model.site import (
     Layer,
     Structure,
     Survivors,
-    head_of,
     index_of,
+    removed_of,
     resolve,
+    widths_of,
 )
 from vitrim.moments import MomentsError
 from vitrim.plan import Plan
@@ -90,8 +91,7 @@ def _folded(
     found = moments.get(layer.name)
     if found is None or not bool(torch.isfinite(found["mean"]).all()):
         raise MomentsError(f"{layer.name}: there are no finite moments of its inputs")
-    gone = torch.ones(weight.shape[1], dtype=torch.bool)
-    gone[kept] = False
+    gone = removed_of(weight.shape[1], kept)
     mean = found["mean"].double()
     removed = weight[:, gone]
     if not ridge:
@@ -127,16 +127,17 @@ def _smaller_product(
     """Return the qkv layer with the nearest smaller product in every head that lost dims."""
     site = described.sites[attention.qk]
     starts = [0, *accumulate(site.head_dims)]
-    widths = torch.bincount(
-        head_of(site)[survivors[attention.qk]], minlength=len(site.head_dims)
-    ).tolist()
+    widths = widths_of(site, survivors).tolist()
     heads = survivors[attention.heads].tolist()
-    if all(widths[head] in (0, site.head_dims[head]) for head in heads):
+    narrowed = [head for head in heads if 0 < widths[head] < site.head_dims[head]]
+    if not narrowed:
         return {}
     if attention.qk not in moments:
         raise MomentsError(f"{attention.qk}: there are no moments of its queries and keys")
     layer = next(layer for layer in described.layers if layer.name == attention.qkv)
     columns = index_of(layer.inp, survivors)
+    found = moments[attention.qk]
+    bases = {head: query_key_spectrum(*query_key_moments(found, head))[0] for head in narrowed}
     values = {}
     for name, whole in net.get_submodule(attention.qkv).named_parameters():
         dense = whole.detach().double()
@@ -145,11 +146,11 @@ def _smaller_product(
         at, q_size = 0, sum(widths[head] for head in heads)
         for head in heads:
             width, full = widths[head], site.head_dims[head]
-            if 0 < width < full:
-                product = query_key_spectrum(*query_key_moments(moments[attention.qk], head))[0]
+            if head in bases:
+                q, k = bases[head]
                 for basis, to, start in (
-                    (product[0], at, starts[head]),
-                    (product[1], q_size + at, site.size + starts[head]),
+                    (q, at, starts[head]),
+                    (k, q_size + at, site.size + starts[head]),
                 ):
                     small[to : to + width] = basis[:, :width].T @ dense[start : start + full]
             at += width

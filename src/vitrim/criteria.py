@@ -195,14 +195,16 @@ def _query_key(moments: Moments, site: Site, criterion: Criterion) -> Tensor:
     found = _found(moments, site.name)
     if criterion == "taylor":
         return found["taylor"].double()
-    energies, spectra = [], []
+    scores = []
     for head in range(len(site.head_dims)):
         q, k = query_key_moments(found, head)
-        energies.append(q.diagonal() * k.diagonal())
-        lost = query_key_spectrum(q, k)[1].square()
-        rank = energies[-1].argsort(descending=True, stable=True)
-        spectra.append(torch.empty_like(lost).index_copy_(0, rank, lost))
-    return torch.cat(spectra if criterion in ("obs", "surgeon") else energies)
+        energy = q.diagonal() * k.diagonal()
+        if criterion in ("obs", "surgeon"):
+            rank = energy.argsort(descending=True, stable=True)
+            lost = query_key_spectrum(q, k)[1].square()
+            energy = torch.empty_like(lost).index_copy_(0, rank, lost)
+        scores.append(energy)
+    return torch.cat(scores)
 
 
 def query_key_moments(found: Mapping[str, Tensor], head: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from vitrim.summary import (
     Run,
     Spread,
     find,
+    fixed,
     macs_unit,
     order,
     read,
@@ -82,21 +83,17 @@ def _cells(row: Row, macs_size: float) -> list[str]:
     return [
         *(row.record[key] for key in NAMES),
         _aim(row.record).removeprefix("strength="),
-        _fixed(row.mean("kept_macs"), ".1f"),
+        fixed(row.mean("kept_macs"), ".1f"),
         _digits((row.mean("compact.params") or 0) / 1e6, 4),
         _digits((row.mean("compact.macs") or 0) / macs_size, 4),
-        _fixed(row.mean("dense.top1")),
-        _fixed(row.mean("cut.top1")),
-        _fixed(row.mean("compact.top1")) + _plus_minus(final),
+        fixed(row.mean("dense.top1")),
+        fixed(row.mean("cut.top1")),
+        fixed(row.mean("compact.top1")) + _plus_minus(final),
         str(counted.n if counted else 0),
-        _fixed(row.mean("delta"), "+.2f"),
-        _fixed(row.mean("compact.top5")),
+        fixed(row.mean("delta"), "+.2f"),
+        fixed(row.mean("compact.top5")),
         _latency(*map(row.mean, LATENCY)),
     ]
-
-
-def _fixed(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _plus_minus(found: Spread | None) -> str:

@@ -134,6 +134,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(statistics.fmean(known), std, len(known))
 
 
+def fixed(value: float | None, form: str = ".2f") -> str:
+    """Return a number as tables show it; a dash stands for not measured."""
+    return "-" if value is None else format(value, form)
+
+
 def per_seed(records: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
     """Return one value per seed: a seed that ran twice counts once, with its mean."""
     seeds: dict[int, list[float]] = {}

@@ -20,9 +20,10 @@ from vitrim.model.site import (
     Structure,
     Survivors,
     as_keeps,
-    head_of,
     index_of,
+    removed_of,
     resolve,
+    widths_of,
 )
 from vitrim.plan import Keep, Plan, PlanError
 
@@ -77,10 +78,10 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
-            weight[_gone(weight.shape[0], index_of(layer.out, survivors))] = 0.0
-            weight[:, _gone(weight.shape[1], index_of(layer.inp, survivors))] = 0.0
+            weight[removed_of(weight.shape[0], index_of(layer.out, survivors))] = 0.0
+            weight[:, removed_of(weight.shape[1], index_of(layer.inp, survivors))] = 0.0
             if bias is not None:
-                bias[_gone(len(bias), index_of(layer.out, survivors))] = 0.0
+                bias[removed_of(len(bias), index_of(layer.out, survivors))] = 0.0
     return twin
 
 
@@ -110,13 +111,6 @@ def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | No
     layer = net.get_submodule(name)
     bias = layer.bias
     return layer.get_parameter("weight"), None if bias is None else layer.get_parameter("bias")
-
-
-def _gone(size: int, kept: Tensor) -> Tensor:
-    """Return which of `size` units are not in `kept`, bool, shape (size,)."""
-    gone = torch.ones(size, dtype=torch.bool)
-    gone[kept] = False
-    return gone
 
 
 def _only_keeps(plan: Plan) -> None:
@@ -196,12 +190,7 @@ def _reshape(
         return
     heads = survivors[attention.heads]
     qk_dims, v_dims = (
-        tuple(
-            torch.bincount(head_of(site)[survivors[site.name]], minlength=len(site.head_dims))[
-                heads
-            ].tolist()
-        )
-        for site in (qk_site, v_site)
+        tuple(widths_of(site, survivors)[heads].tolist()) for site in (qk_site, v_site)
     )
     attn = compact.get_submodule(attention.branch)
     scale: float = attn.scale  # type: ignore[assignment]

@@ -161,7 +161,7 @@ class OneShot:
     def check(self, cost: Cost) -> None:
         """Raise TargetError if the chosen sites alone cannot meet the budget."""
         sites = cost.structure.sites
-        self._trim(cost, {name: torch.ones(sites[name].size) for name in self._names(cost)})
+        self._trim(cost, {name: torch.ones(sites[name].size) for name in self._of(cost.structure)})
 
     def scorer(self, net: nn.Module) -> Calibrate:
         """Return the pass over calibration images; of no image where none is needed."""
@@ -192,7 +192,7 @@ class OneShot:
                 ridge=self.ridges.order,
                 seed=self.seed,
             )
-            for name in self._names(cost)
+            for name in self._of(described)
         }
         provenance = {
             "method": self.name,
@@ -252,9 +252,6 @@ class OneShot:
                 return Distill(student, teacher, recipe=by.training, temperature=by.temperature)
             case _:
                 return Classify(student, recipe=by.training, n_classes=n_classes)
-
-    def _names(self, cost: Cost) -> list[str]:
-        return self._of(cost.structure)
 
     def _of(self, described: Structure) -> list[str]:
         """Return the names of the chosen sites, in network order."""

@@ -178,6 +178,18 @@ def width_of(dim: Dim, survivors: Mapping[str, Tensor]) -> int:
     return sum(part.size if part.site is None else len(survivors[part.site]) for part in dim)
 
 
+def widths_of(site: Site, survivors: Mapping[str, Tensor]) -> Tensor:
+    """Return how many dims of every head of a query-key or value site are kept, (heads,)."""
+    return torch.bincount(head_of(site)[survivors[site.name]], minlength=len(site.head_dims))
+
+
+def removed_of(size: int, kept: Tensor) -> Tensor:
+    """Return which of `size` units are not in `kept`, bool, shape (size,)."""
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone
+
+
 def full(size: int) -> Dim:
     """Return a dimension that is never cut."""
     return (Part(site=None, offset=0, size=size),)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitrim.paper import Published, of_run, published
-from vitrim.summary import Row
+from vitrim.summary import Row, fixed
 
 HEAD = [
     "row",
@@ -56,8 +56,8 @@ def _line(row: Row, paper: Published) -> list[str]:
         _difference(counted, paper.flops),
         f"{flops:,}",
         f"{params / 2**20:.2f}",
-        _fixed(row.mean("compact.top1")),
-        _fixed(paper.top1),
+        fixed(row.mean("compact.top1")),
+        fixed(paper.top1),
         _lost(row.mean("compact.top1"), row.mean("dense.top1")),
         _lost(paper.top1, dense),
         "yes" if paper.verified else "no",
@@ -66,10 +66,6 @@ def _line(row: Row, paper: Published) -> list[str]:
 
 def _difference(ours: int, theirs: int | None) -> str:
     return "-" if theirs is None else f"{ours - theirs:+,}" if ours != theirs else "0"
-
-
-def _fixed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _lost(accuracy: float | None, dense: float | None) -> str:

@@ -57,7 +57,7 @@ def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Cens
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows: int = module.weight.shape[0]  # type: ignore[index, assignment]
+            rows: Any = getattr(module, "out_features", None) or module.weight.shape[0]  # type: ignore[index]
             positions[name] = output.numel() // rows
 
         return hook

@@ -1,37 +1,46 @@
-"""The two readings of a plan: `cut` makes the smaller network, `masked` the zeroed twin.
+"""The two readings of a plan: `cut` makes the smaller network, `masked` its twin of the old shapes.
 
 Both are pure: the network that comes in is not touched, and nothing in the result shares its
-memory.
+memory. Slices come first; what is factorised is what they leave of a layer.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.lowrank import decompose
 from vitrim.model import structure
 from vitrim.model.attention import GatheredLinear, SlicedAttention
+from vitrim.model.lowrank import LowRankLinear, SplitLinear
 from vitrim.model.site import (
     Attention,
+    Dim,
     Layer,
     Structure,
     Survivors,
     as_keeps,
     index_of,
+    ranks_of,
     removed_of,
     resolve,
+    width_of,
     widths_of,
 )
-from vitrim.plan import Keep, Plan, PlanError
+from vitrim.plan import Plan, PlanError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def cut(net: nn.Module, plan: Plan) -> nn.Module:
     """Return a new, physically smaller network that computes what `masked(net, plan)` computes.
 
     Works on any device, the meta device included. A plan without edits gives a bit-identical copy.
+    Low-rank layers get the factors of the truncated SVD.
 
     Raises:
         UnsupportedArchitecture: the network's class has no family module.
@@ -52,9 +61,10 @@ def carve(net: nn.Module, plan: Plan) -> nn.Module:
 
 def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Module]) -> nn.Module:
     """Cut what `put` makes of the sliced parameters, which it gets by the ids of the whole ones."""
-    _only_keeps(plan)
+    _no_drops(plan)
     described = structure(net)
     survivors = resolve(described, plan)
+    ranks = ranks_of(described, plan)
     sliced = {
         layer.name: (index_of(layer.out, survivors), index_of(layer.inp, survivors))
         for layer in described.layers
@@ -66,14 +76,20 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
             _narrow(compact, layer, sliced[layer.name])
     for attention in described.attentions:
         _reshape(compact, attention, described, survivors)
+    for layer in described.layers:
+        _factorise(compact, layer, survivors, ranks)
     return compact
 
 
 def masked(net: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of `net`, same shapes, with zeros wherever `plan` removes something."""
-    _only_keeps(plan)
+    """Return a copy of `net`, same shapes, with zeros wherever `plan` removes something.
+
+    Weights that it factorises are the product of their factors.
+    """
+    _no_drops(plan)
     described = structure(net)
     survivors = resolve(described, plan)
+    ranks = ranks_of(described, plan)
     twin = copy.deepcopy(net)
     with torch.no_grad():
         for layer in described.layers:
@@ -82,13 +98,23 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             weight[:, removed_of(weight.shape[1], index_of(layer.inp, survivors))] = 0.0
             if bias is not None:
                 bias[removed_of(len(bias), index_of(layer.out, survivors))] = 0.0
+            columns = index_of(layer.inp, survivors)
+            for name, out in _runs(layer):
+                if name in ranks:
+                    rows = index_of(out, survivors)[:, None]
+                    up, down = decompose(weight[rows, columns], None).factors(ranks[name])
+                    weight[rows, columns] = up @ down
     return twin
 
 
 def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
-    """Return one plan on `net` that equals `second` applied to `cut(net, first)`."""
-    _only_keeps(first)
-    _only_keeps(second)
+    """Return one plan on `net` with the structure of `second` applied to `cut(net, first)`.
+
+    Its cut computes the same, too, unless `first` factorises what `second` slices: the slices then
+    come before the factors.
+    """
+    _no_drops(first)
+    _no_drops(second)
     outer = structure(net)
     kept = resolve(outer, first)
     inner = structure(cut(_on_meta(net), first))
@@ -99,9 +125,10 @@ def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
     steps = [
         step for plan in (first, second) for step in plan.provenance.get("steps", [plan.provenance])
     ]
+    ranks_of(inner, second)
     return Plan(
         model=first.model,
-        edits=as_keeps(outer, survivors, asked),
+        edits=(*as_keeps(outer, survivors, asked), *first.low_ranks(), *second.low_ranks()),
         provenance={"steps": [dict(step) for step in steps]},
     )
 
@@ -113,10 +140,9 @@ def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | No
     return layer.get_parameter("weight"), None if bias is None else layer.get_parameter("bias")
 
 
-def _only_keeps(plan: Plan) -> None:
-    for edit in plan.edits:
-        if not isinstance(edit, Keep):
-            raise PlanError(f"{edit}: this version of surgery applies Keep edits only")
+def _no_drops(plan: Plan) -> None:
+    for edit in plan.drops():
+        raise PlanError(f"{edit}: this version of surgery drops no branches")
 
 
 def _on_meta(net: nn.Module) -> nn.Module:
@@ -179,6 +205,70 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> N
     gathered = GatheredLinear(weight=weight, bias=bias, index=at)
     gathered.training = linear.training
     compact.set_submodule(layer.name, gathered)
+
+
+def _runs(layer: Layer) -> list[tuple[str, Dim]]:
+    """Return what of a layer can be factorised, by name: the whole, and each of its pieces."""
+    pieces = zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
+    return [(layer.name, layer.out), *((f"{layer.name}.{name}", (part,)) for name, part in pieces)]
+
+
+def _factorise(
+    compact: nn.Module, layer: Layer, survivors: Survivors, ranks: Mapping[str, int]
+) -> None:
+    """Put two factors in the place of a sliced layer, or of those of its pieces that have ranks."""
+    whole, *pieces = [(name, width_of(out, survivors)) for name, out in _runs(layer)]
+    if layer.name in ranks:
+        linear = compact.get_submodule(layer.name)
+        compact.set_submodule(layer.name, _factors(linear, ranks[whole[0]]))
+    elif not ranks.keys().isdisjoint(name for name, _ in pieces):
+        linear, start, parts = compact.get_submodule(layer.name), 0, {}
+        for name, rows in pieces:
+            part: nn.Module = _rows(linear, slice(start, start + rows))
+            start += rows
+            parts[name.rpartition(".")[2]] = _factors(part, ranks[name]) if name in ranks else part
+        compact.set_submodule(layer.name, _in_mode_of(linear, SplitLinear(parts)))
+
+
+def _factors(linear: nn.Module, rank: int) -> LowRankLinear:
+    """Return the factors of the truncated SVD; beyond what the layer has, they are zero."""
+    weight = linear.get_parameter("weight")
+    rows, columns = weight.shape
+    down, up = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
+    if not weight.is_meta:
+        found = decompose(weight.detach(), None).factors(rank)
+        up[:, : found[0].shape[1]], down[: found[1].shape[0]] = found
+    bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
+    return _in_mode_of(linear, LowRankLinear(_like(linear, down, None), _linear(up, bias)))
+
+
+def _rows(linear: nn.Module, rows: slice) -> nn.Module:
+    """Return the layer of some of its rows."""
+    bias = linear.bias.detach()[rows].clone() if isinstance(linear.bias, Tensor) else None
+    return _like(linear, linear.get_parameter("weight").detach()[rows].clone(), bias)
+
+
+def _like(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a layer that reads what `linear` reads."""
+    if not isinstance(linear, GatheredLinear):
+        return _linear(weight, bias)
+    held = None if bias is None else nn.Parameter(bias)
+    return GatheredLinear(weight=nn.Parameter(weight), bias=held, index=linear.index.clone())
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def _in_mode_of(linear: nn.Module, made: M) -> M:
+    """Return `made` in training mode, and trainable, if `linear` is."""
+    made.requires_grad_(linear.get_parameter("weight").requires_grad)
+    return made.train(linear.training)
 
 
 def _reshape(

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from vitrim.errors import VitrimError, is_rate
 from vitrim.measure import InputSize, census
 from vitrim.model import structure
-from vitrim.model.site import Site, Structure, Survivors, as_keeps, resolve, settle, width_of
+from vitrim.model.site import (
+    Dim,
+    Site,
+    Structure,
+    Survivors,
+    as_keeps,
+    ranks_of,
+    resolve,
+    settle,
+    width_of,
+)
 from vitrim.plan import Keep, Plan
 
 Metric = Literal["macs", "params", "units"]
@@ -117,25 +127,28 @@ class Amount(NamedTuple):
 
 
 class _Term(NamedTuple):
+    name: str
     params: int
     macs: int
-    out: tuple[Any, ...]
-    inp: tuple[Any, ...] | None
+    out: Dim
+    inp: Dim | None
+    pieces: tuple[str, ...] = ()
 
 
 class Cost:
     """The closed formula of one network: params and MACs from the widths that a plan leaves.
 
-    Each Linear is rows x columns weights, applied at its positions; each attention is its context
-    times its query-key and value dims at every token; whatever is never cut is a constant.
+    Each Linear is rows x columns weights, or rank x (rows + columns) in two factors, applied at its
+    positions; each attention is its context times its query-key and value dims at every token;
+    whatever is never cut is a constant.
     """
 
     def __init__(self, net: nn.Module, input_size: InputSize) -> None:
         self.structure: Structure = structure(net)
         self.input_size = input_size
-        self.dense_count, positions = census(
-            net, input_size, [x.name for x in self.structure.layers]
-        )
+        layers = [layer.name for layer in self.structure.layers]
+        qkvs = [attention.qkv for attention in self.structure.attentions]
+        self.dense_count, positions = census(net, input_size, [*dict.fromkeys(layers + qkvs)])
         self._positions = positions
         self._terms = list(_terms(net, self.structure, positions))
         self._params = self._macs = 0
@@ -143,20 +156,27 @@ class Cost:
         self._params = self.dense_count.params - whole.params
         self._macs = self.dense_count.macs - whole.macs
 
-    def of(self, survivors: Survivors, scored: Sequence[str] = ()) -> Amount:
-        """Return what remains; `units` counts the kept units of the sites in `scored`."""
+    def of(
+        self,
+        survivors: Survivors,
+        scored: Sequence[str] = (),
+        ranks: Mapping[str, int] | None = None,
+    ) -> Amount:
+        """Return what remains; `units` counts the kept units of the sites in `scored`.
+
+        `ranks` holds the layers (or pieces of layers) in two factors.
+        """
         params, macs = self._params, self._macs
         for term in self._terms:
-            weights = width_of(term.out, survivors)
-            if term.inp is not None:
-                weights *= width_of(term.inp, survivors)
+            weights = _weights(term, survivors, ranks or {})
             params += term.params * weights
             macs += term.macs * weights
         return Amount(params, macs, sum(len(survivors[name]) for name in scored))
 
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
-        return self.of(resolve(self.structure, plan), scored)
+        ranks = ranks_of(self.structure, plan)
+        return self.of(resolve(self.structure, plan), scored, ranks)
 
     def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
         """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""
@@ -167,17 +187,36 @@ class Cost:
             yield tokens, attention.context or tokens, len(left[attention.heads]), dims
 
 
+def _weights(term: _Term, survivors: Survivors, ranks: Mapping[str, int]) -> int:
+    """Return how many weights a layer has left."""
+    if term.inp is None:
+        return width_of(term.out, survivors)
+    columns = width_of(term.inp, survivors)
+    runs: dict[str, Dim] = {term.name: term.out}
+    if term.pieces:
+        pieces: dict[str, Dim] = {
+            f"{term.name}.{name}": (part,) for name, part in zip(term.pieces, term.out, strict=True)
+        }
+        runs = runs if ranks.keys().isdisjoint(pieces) else pieces
+    total = 0
+    for name, out in runs.items():
+        rows = width_of(out, survivors)
+        total += ranks[name] * (rows + columns) if name in ranks else rows * columns
+    return total
+
+
 def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:
     for layer in described.layers:
-        yield _Term(1, positions[layer.name], layer.out, layer.inp)
-        if net.get_submodule(layer.name).bias is not None:
-            yield _Term(1, 0, layer.out, None)
+        name = layer.name
+        yield _Term(name, 1, positions[name], layer.out, layer.inp, layer.pieces)
+        if net.get_submodule(name).bias is not None:
+            yield _Term(name, 1, 0, layer.out, None)
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
     for attention in described.attentions:
         tokens = positions[attention.qkv]
         context = attention.context or tokens
-        yield _Term(0, tokens * context, (dims[attention.qk],), None)
-        yield _Term(0, tokens * context, (dims[attention.v],), None)
+        for site in (attention.qk, attention.v):
+            yield _Term(site, 0, tokens * context, (dims[site],), None)
 
 
 Scope = Literal["global", "site"]

@@ -48,7 +48,8 @@ Dim = tuple[Part, ...]
 class Layer:
     """One Linear or Conv: rows by `out`, columns by `inp`; `gathers` if its input stays wide.
 
-    `scores` marks the site whose importance a gate on this layer's input columns measures.
+    `pieces` names the parts of `out` where each could be a layer of its own. `factor` marks one of
+    the two that a low-rank layer consists of.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Layer:
     out: Dim
     inp: Dim
     gathers: bool = False
+    pieces: tuple[str, ...] = ()
+    factor: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +106,40 @@ def resolve(structure: Structure, plan: Plan) -> Survivors:
     for keep in plan.keeps():
         _check(structure, keep)
     return settle(structure, {keep.site: _tensor(keep.index) for keep in plan.keeps()})
+
+
+def ranks_of(structure: Structure, plan: Plan) -> dict[str, int]:
+    """Return the rank of every layer, or piece of a layer, that the plan factorises.
+
+    Raises:
+        PlanError: no such layer, it is a factor already, it is named whole and in pieces, or the
+            rank is above what its dense size allows.
+    """
+    ranks = {edit.linear: edit.rank for edit in plan.low_ranks()}
+    most = {name: limit for layer in structure.layers for name, limit in _most(layer).items()}
+    for name, rank in ranks.items():
+        if name not in most:
+            near = [other for other in most if other.split(".")[-1] == name.split(".")[-1]]
+            raise PlanError(
+                f"unknown linear {name!r}: expected one of {', '.join((near or [*most])[:12])}"
+            )
+        if rank > most[name]:
+            raise PlanError(f"linear {name!r}: rank {rank} is above the {most[name]} it can have")
+        if name.rpartition(".")[0] in ranks:
+            raise PlanError(f"linear {name!r} is factorised with the layer that it is a piece of")
+    return ranks
+
+
+def _most(layer: Layer) -> dict[str, int]:
+    """Return the highest rank of a layer and of its pieces, by name."""
+    if layer.factor:
+        return {}
+    columns = sum(part.size for part in layer.inp)
+    pieces = {
+        f"{layer.name}.{name}": min(part.size, columns)
+        for name, part in zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
+    }
+    return {layer.name: min(sum(part.size for part in layer.out), columns), **pieces}
 
 
 def _tensor(index: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 
 from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import SlicedAttention
+from vitrim.model.lowrank import layers_of
 from vitrim.model.site import Attention, Layer, Part, Site, Structure, full
 from vitrim.model.stream import Branch, Stream
 
@@ -115,12 +116,20 @@ def _attention(block_name: str, block: Block) -> _Found:
     )
     inner = (Part(site=v, offset=0, size=v_size),)
     columns = (Part(site=f"{name}.input", offset=0, size=dim),)
-    qkv = Layer(name=f"{name}.qkv", branch=name, out=rows, inp=columns, gathers=True)
+    qkv = Layer(
+        name=f"{name}.qkv",
+        branch=name,
+        out=rows,
+        inp=columns,
+        gathers=True,
+        pieces=("q", "k", "v"),
+    )
     proj = Layer(name=f"{name}.proj", branch=name, out=full(attn.proj.out_features), inp=inner)
-    layers: tuple[Layer, ...] = (qkv, proj)
+    layers = (*layers_of(attn.qkv, qkv), *layers_of(attn.proj, proj))
     if getattr(attn, "gate", None) is not None:
         wide = full(attn.gate.in_features)
-        layers = (*layers, Layer(name=f"{name}.gate", branch=name, out=inner, inp=wide))
+        gate = Layer(name=f"{name}.gate", branch=name, out=inner, inp=wide)
+        layers = (*layers, *layers_of(attn.gate, gate))
     attention = Attention(branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v)
     return sites, layers, attention
 
@@ -148,14 +157,18 @@ def _mlp(block_name: str, block: Block) -> _Found:
     unit = f"{name}.hidden"
     rows = tuple(Part(site=unit, offset=copy * hidden, size=hidden) for copy in range(copies))
     columns = (Part(site=f"{name}.input", offset=0, size=wide),)
-    first = tuple(
-        Layer(name=f"{name}.{opener}", branch=name, out=rows, inp=columns, gathers=True)
+    first = [
+        layer
         for opener in openers
-    )
+        for layer in layers_of(
+            getattr(mlp, opener),
+            Layer(name=f"{name}.{opener}", branch=name, out=rows, inp=columns, gathers=True),
+        )
+    ]
     second = Layer(
         name=f"{name}.fc2",
         branch=name,
         out=full(mlp.fc2.out_features),
         inp=(Part(site=unit, offset=0, size=hidden),),
     )
-    return sites, (*first, second), None
+    return sites, (*first, *layers_of(mlp.fc2, second)), None

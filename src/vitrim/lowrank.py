@@ -1,0 +1,123 @@
+"""The best two factors of a Linear's weight, under a metric of its inputs, whole spectrum at once.
+
+For a weight W (out x in) and inputs with second moment C = E[x x^T], W_r of rank r is sought with
+the least E||W x - W_r x||^2 = tr((W - W_r) C (W - W_r)^T). Two forms give it, for every r at once,
+by the eigenvectors of the smaller of two Gram matrices:
+
+    out <= in    W C W^T = U E U^T        up = U        down = U^T W            (projection)
+    out > in     S S^T = C, S^T W^T W S = V E V^T       up = W S V, down = V^T S^-1
+
+The error of rank r is the sum of E from the r-th on. C is the choice (`METRICS`):
+
+    plain              identity: the truncated SVD
+    asvd               diag(E|x|): ASVD's scaling with exponent 1/2 (arXiv 2312.05821)
+    whitening          E[x x^T] (SVD-LLM, arXiv 2403.07378)
+    normalised_output  E[x x^T / ||W x||^2], the aim of the mixed-rank paper (arXiv 2402.06004)
+    mean_input         X X^T of X the mean over images, token by token: that paper's own heuristic,
+                       as far as it is known
+    centred            Cov[x], ours: what the factors do to the mean goes into the bias
+    loss               centred, and each output weighted by its derivative's mean square (of the
+                       logits), ours: energies are then in units of the logits' squared change
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Metric = Literal["plain", "asvd", "whitening", "normalised_output", "mean_input", "centred", "loss"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+_EXACT = 512  # up to this many rows, eigenvectors are computed in float64
+
+
+class Spectrum(NamedTuple):
+    """All ranks of one layer: up (out, k), down (k, in), k the smaller of out and in.
+
+    `energy` (k,), float64, falls: what each component adds to E||W x||^2.
+    """
+
+    up: Tensor
+    down: Tensor
+    energy: Tensor
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return up (out, rank) and down (rank, in), contiguous, equally long per component."""
+        up, down = self.up[:, :rank], self.down[:rank]
+        scale = (down.norm(dim=1) / up.norm(dim=0).clamp_min(1e-30)).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (up * scale).contiguous(), (down / scale[:, None]).contiguous()
+
+
+def metric_of(name: Metric, found: Mapping[str, Tensor]) -> Tensor | None:
+    """Return C of a layer from what was gathered on images, float64, (in, in); None is identity."""
+    match name:
+        case "plain":
+            return None
+        case "asvd":
+            return torch.diag(found["abs"].double())
+        case "mean_input":
+            tokens = found["tokens"].double()
+            return tokens.mT @ tokens / len(tokens)
+        case "centred" | "loss":
+            return found["cov"].double()
+        case _:
+            mean = found["mean"].double()
+            return found["cov"].double() + torch.outer(mean, mean)
+
+
+def weighted(weight: Tensor, metric: Tensor | None, rows: Tensor | None, ridge: float) -> Spectrum:
+    """Return the spectrum under C of outputs that count `rows` (out,) in the squared error.
+
+    Rows that count less than a thousandth of the mean count that.
+    """
+    if rows is None:
+        return decompose(weight, metric, ridge=ridge)
+    root = rows.double().clamp_min(1e-3 * float(rows.mean())).sqrt().to(weight)
+    if not bool((root > 0).all()):
+        return decompose(weight, metric, ridge=ridge)
+    found = decompose(weight * root[:, None], metric, ridge=ridge)
+    return found._replace(up=found.up / root[:, None])
+
+
+def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> Spectrum:
+    """Return the spectrum of `weight` under the metric C.
+
+    Args:
+        weight: W, (out, in).
+        metric: C, symmetric and positive semidefinite, (in, in); None is the identity.
+        ridge: added to the diagonal of C, relative to its mean; without it nothing is known of
+            inputs that never occurred.
+    """
+    rows, columns = weight.shape
+    if metric is not None:
+        level = float(metric.diagonal().double().mean())
+        metric = metric / level if level > 0 else torch.eye(columns).to(metric)
+        metric = metric + ridge * torch.eye(columns, dtype=metric.dtype, device=metric.device)
+    exact = min(rows, columns) <= _EXACT or weight.dtype == torch.float64
+    wide = weight.double() if exact else weight.float()
+    if rows <= columns:
+        weighted = wide if metric is None else wide @ metric.to(wide)
+        energy, u = _eigen(weighted @ wide.T)
+        found = u, u.T @ wide
+    elif metric is None:
+        energy, v = _eigen(wide.T @ wide)
+        found = wide @ v, v.T
+    else:
+        root = torch.linalg.cholesky(metric.double())
+        narrow = root.to(wide)
+        energy, v = _eigen(narrow.T @ (wide.T @ wide) @ narrow)
+        inverse = torch.linalg.solve_triangular(root.mT, v.double(), upper=True)
+        found = wide @ (narrow @ v), inverse.mT.to(wide)
+    scale = level if metric is not None and level > 0 else 1.0
+    up, down = (factor.to(weight.dtype) for factor in found)
+    return Spectrum(up, down, energy.double().clamp_min(0.0) * scale)
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, falling, and eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return values.flip(0), vectors.flip(1)

@@ -1,5 +1,7 @@
 """Losses without labels against what they are by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,19 @@ def test_mimicking_is_the_squared_error_of_all_tokens(monkeypatch: pytest.Monkey
     assert student.blocks[0].mlp.fc1.weight.grad is not None
 
 
+def test_what_the_classifier_reads_is_added_by_its_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher = small_net()
+    student = student_of(teacher)
+    alone, more = (
+        loss_of(Mimic(student, teacher, recipe=RECIPE, pooled=pooled), monkeypatch)
+        for pooled in (0.0, 0.5)
+    )
+    ours, theirs = (net.forward_features(images())[:, 0] for net in (student, teacher))
+    assert torch.allclose(more, alone + 0.5 * (ours - theirs).square().mean())
+
+
 def test_logits_are_added_by_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = small_net()
     student = student_of(teacher)
@@ -62,6 +77,18 @@ def test_the_classifier_is_the_teachers_unless_it_is_trained(logits: float) -> N
     student = student_of(small_net(seed=1))
     Mimic(student, teacher, recipe=RECIPE, logits=logits).on_fit_start()
     assert torch.equal(student.head.weight, teacher.head.weight) == (not logits)
+
+
+def test_what_is_frozen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = small_net()
+    phase = Mimic(student_of(teacher), teacher, recipe=RECIPE, frozen=["blocks.0.mlp.fc1.weight"])
+    monkeypatch.setattr(phase, "_trainer", SimpleNamespace(estimated_stepping_batches=3))
+    optimiser = phase.configure_optimizers()["optimizer"]
+    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    assert id(phase.net.blocks[0].mlp.fc1.weight) not in trained
+    assert id(phase.net.blocks[0].mlp.fc1.bias) in trained
+    phase.on_fit_end()
+    assert all(parameter.requires_grad for parameter in phase.net.parameters())
 
 
 @pytest.mark.parametrize("kind", [Mimic, Distill])

@@ -65,10 +65,12 @@ class Ridges:
 class Tuning:
     """Training after the cut: for `labels`, to `mimic` features, or to `distill` probabilities.
 
-    `logits` weighs a distillation loss beside mimicking; `temperature` is that of both.
+    `pooled` weighs the error of what the classifier reads beside that of all tokens, and `logits` a
+    distillation loss beside mimicking; `temperature` is that of both kinds of distillation.
     """
 
     objective: Objective
+    pooled: float
     logits: float
     temperature: float
     training: Recipe
@@ -77,8 +79,11 @@ class Tuning:
         if self.objective not in get_args(Objective):
             allowed = ", ".join(get_args(Objective))
             raise ConfigError(f"method.tuning.objective={self.objective}: expected {allowed}")
-        if not is_rate(self.logits):
-            raise ConfigError(f"method.tuning.logits={self.logits}: expected a number from 0 on")
+        for name in ("pooled", "logits"):
+            if not is_rate(getattr(self, name)):
+                raise ConfigError(
+                    f"method.tuning.{name}={getattr(self, name)}: expected a number from 0 on"
+                )
         if not is_rate(self.temperature) or self.temperature == 0:
             raise ConfigError(
                 f"method.tuning.temperature={self.temperature}: expected a number above 0"
@@ -245,6 +250,7 @@ class OneShot:
                     student,
                     teacher,
                     recipe=by.training,
+                    pooled=by.pooled,
                     logits=by.logits,
                     temperature=by.temperature,
                 )

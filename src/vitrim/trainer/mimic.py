@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ class Mimic(LightningModule):
     """Train `net` to have the teacher's features: mean squared error over all tokens.
 
     The loss of MiR (arXiv 2201.02620) and of DC-ViT (arXiv 2403.18708, eq. 3): features are those
-    before the classifier, after the final norm. The classifier is the teacher's, as in MiR, unless
-    `logits` is above 0: then as many times the loss of `Distill` is added, which trains it.
+    before the classifier, after the final norm. `pooled` times the error of what the classifier
+    reads of them (of a class token, say) is added: among all tokens it hardly counts. The
+    classifier is the teacher's, as in MiR, unless `logits` is above 0: then as many times the loss
+    of `Distill` is added, which trains it. Parameters named in `frozen` stay as they are.
     """
 
     def __init__(
@@ -27,13 +30,17 @@ class Mimic(LightningModule):
         teacher: nn.Module,
         *,
         recipe: Recipe,
+        pooled: float = 0.0,
         logits: float = 0.0,
         temperature: float = 1.0,
+        frozen: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.net = net
         self.recipe = recipe
         self.epochs = recipe.epochs
+        self.frozen = frozenset(frozen)
+        self.pooled = pooled
         self.logits = logits
         self.temperature = temperature
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
@@ -44,6 +51,10 @@ class Mimic(LightningModule):
         for name, head in classifiers(self._teacher[0]) if not self.logits else ():
             self.net.get_submodule(name).load_state_dict(head.state_dict())
 
+    def on_fit_end(self) -> None:
+        """Let what was frozen be trained again."""
+        self.net.requires_grad_()
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch; its labels are not looked at."""
         images = batch[0]
@@ -52,6 +63,12 @@ class Mimic(LightningModule):
         with torch.no_grad():
             aim = teacher.forward_features(images)  # type: ignore[operator]
         loss = F.mse_loss(features, aim)
+        if self.pooled:
+            pooled, wanted = (
+                net.forward_head(x, pre_logits=True)  # type: ignore[operator]
+                for net, x in ((self.net, features), (teacher, aim))
+            )
+            loss = loss + self.pooled * F.mse_loss(pooled, wanted)
         if self.logits:
             logits = self.net.forward_head(features)  # type: ignore[operator]
             with torch.no_grad():
@@ -62,6 +79,8 @@ class Mimic(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and the cosine schedule of the recipe."""
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
         steps = int(self.trainer.estimated_stepping_batches)
         return optimisation(self.net, self.recipe, steps=steps)
 

@@ -1,0 +1,131 @@
+"""Decompositions against a plain SVD of the whitened weight, and what no spectrum may break."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vitrim.lowrank import METRICS, Metric, decompose, metric_of, weighted
+
+SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
+
+
+def drawn(shape: tuple[int, int], seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
+
+
+def metric(size: int, seed: int = 1, *, rows: int = 50) -> Tensor:
+    x = drawn((rows, size), seed) * torch.logspace(0, -2, size, dtype=torch.float64)
+    return x.T @ x / rows
+
+
+def lost(weight: Tensor, factors: tuple[Tensor, Tensor], metric: Tensor) -> float:
+    error = weight.double() - factors[0].double() @ factors[1].double()
+    return float((error @ metric * error).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_rank_loses_what_the_whitened_svd_loses(shape: tuple[int, int], seed: int) -> None:
+    weight, cov = drawn(shape, seed), metric(shape[1])
+    ridged = cov + 1e-6 * cov.diagonal().mean() * torch.eye(shape[1])
+    singular = torch.linalg.svdvals(weight @ torch.linalg.cholesky(ridged))
+    found = decompose(weight, cov)
+    assert torch.allclose(found.energy, singular.square(), rtol=1e-6, atol=1e-9)
+    for rank in range(1, min(shape) + 1):
+        best = float(singular[rank:].square().sum())
+        assert lost(weight, found.factors(rank), ridged) == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_metric_it_is_the_truncated_svd(shape: tuple[int, int]) -> None:
+    weight = drawn(shape)
+    found = decompose(weight, None)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    for rank in range(1, min(shape) + 1):
+        up, down = found.factors(rank)
+        assert torch.allclose(up @ down, u[:, :rank] * s[:rank] @ v[:rank], atol=1e-10)
+
+
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(0, 5),
+    st.sampled_from(["full", "few", "constant", "repeated", "zero", "huge", "tiny"]),
+)
+def test_full_rank_is_the_weight_and_errors_never_grow(
+    shape: tuple[int, int], seed: int, kind: str
+) -> None:
+    cov = metric(shape[1])
+    match kind:
+        case "few":
+            cov = metric(shape[1], rows=2)
+        case "constant":
+            cov[0] = cov[:, 0] = 0.0
+        case "repeated":
+            cov = torch.ones_like(cov)
+        case "zero":
+            cov = torch.zeros_like(cov)
+        case "huge":
+            cov = cov * 1e30
+        case "tiny":
+            cov = cov * 1e-30
+    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        weight = drawn(shape, seed, dtype=dtype)
+        found = decompose(weight, cov)
+        up, down = found.factors(min(shape))
+        assert bool(torch.isfinite(up).all())
+        assert bool(torch.isfinite(down).all())
+        assert float((up @ down - weight).abs().max()) <= bound
+        ranks = range(1, min(shape) + 1)
+        errors = [lost(weight, found.factors(rank), cov) for rank in ranks]
+        slack = 1e-6 * float((weight.double() @ cov * weight.double()).sum().abs()) + 1e-300
+        assert all(after <= before + slack for before, after in pairwise(errors))
+
+
+def test_factors_are_contiguous_and_balanced() -> None:
+    up, down = decompose(drawn((4, 9)), metric(9)).factors(3)
+    assert up.is_contiguous()
+    assert down.is_contiguous()
+    assert torch.allclose(up.norm(dim=0), down.norm(dim=1))
+
+
+def test_rows_that_count_more_are_nearer() -> None:
+    weight, cov = drawn((8, 8)), metric(8)
+    rows = torch.ones(8, dtype=torch.float64)
+    plain = weighted(weight, cov, rows, 1e-6).factors(3)
+    assert torch.allclose(plain[0] @ plain[1], torch.mm(*decompose(weight, cov).factors(3)))
+    rows[2] = 1e4
+    up, down = weighted(weight, cov, rows, 1e-6).factors(3)
+
+    def off(factors: tuple[Tensor, Tensor]) -> float:
+        return float((weight - factors[0] @ factors[1])[2].norm())
+
+    assert off((up, down)) < 0.05 * off(plain)
+    none = weighted(weight, cov, torch.zeros(8), 1e-6).factors(3)
+    assert torch.allclose(none[0] @ none[1], plain[0] @ plain[1])
+
+
+def test_metrics_by_hand() -> None:
+    mean, cov = torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    tokens = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    found = {"mean": mean, "cov": cov, "abs": torch.tensor([3.0, 1.0]), "tokens": tokens}
+    expected: dict[Metric, list[list[float]] | None] = {
+        "plain": None,
+        "asvd": [[3.0, 0.0], [0.0, 1.0]],
+        "whitening": [[3.0, 2.5], [2.5, 5.0]],
+        "normalised_output": [[3.0, 2.5], [2.5, 5.0]],
+        "mean_input": [[1.0, 1.0], [1.0, 2.0]],
+        "centred": [[2.0, 0.5], [0.5, 1.0]],
+        "loss": [[2.0, 0.5], [0.5, 1.0]],
+    }
+    assert expected.keys() == set(METRICS)
+    for name, value in expected.items():
+        made = metric_of(name, found)
+        assert (made is None and value is None) or (made is not None and made.tolist() == value)

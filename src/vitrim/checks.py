@@ -23,7 +23,22 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
         ("latency.batch", latency["batch"], whole, is_count(latency["batch"])),
         ("latency.repeats", latency["repeats"], whole, is_count(latency["repeats"])),
     )
-    return [f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits]
+    wrong = [
+        f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits
+    ]
+    return [*wrong, *_of_quantize(cfg)]
+
+
+def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:
+    if cfg["quantize"] == []:
+        return []
+    from vitrim import quantize
+
+    try:
+        quantize.check(cfg["quantize"], accelerator=cfg["trainer"].get("accelerator", "auto"))
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def mismatches(

@@ -162,9 +162,12 @@ def _percent(accuracy: Accuracy) -> dict[str, float | None]:
     return {name: None if accuracy is None else accuracy[name] for name in ("top1", "top5")}
 
 
-def versions() -> dict[str, Any]:
-    """Return what a result depends on beside its recipe: package versions and the commit."""
-    names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics")
+def versions(*optional: str) -> dict[str, Any]:
+    """Return what a result depends on beside its recipe: package versions and the commit.
+
+    `optional` are installed packages that not every run uses.
+    """
+    names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics", *optional)
     here = Path(__file__).parent
     commit = _git(here, "rev-parse", "HEAD")
     return {

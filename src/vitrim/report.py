@@ -33,6 +33,11 @@ from vitrim.summary import (
     summarise,
 )
 
+INT8_NOTE = (
+    "Accuracies of the compact nets with every Linear in int8 and no further training; *delta* is "
+    "int8 minus float. MB are 1e6 bytes of parameters and buffers."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the `vitrim-report` command; exit with 1 and one line on stderr where it cannot."""
@@ -111,40 +116,62 @@ def _latency(dense_ms: float | None, compact_ms: float | None) -> str:
     return f"{_digits(dense_ms, 3)} -> {_digits(compact_ms, 3)} ({dense_ms / compact_ms:.2f}x)"
 
 
+def quantized(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the headings and a line per row and int8 scheme; nothing where none was evaluated."""
+    head = ["method", "model", "data", "strength", "scheme", "MB float", "MB int8"]
+    head += ["top-1 float", "top-1 int8", "n", "delta", "top-5"]
+    pairs = [(row, key[:-3]) for row in rows for key in row.spreads if key.endswith(".mb")]
+    return [head, *(_int8_cells(row, measured) for row, measured in pairs)] if pairs else []
+
+
+def _int8_cells(row: Row, measured: str) -> list[str]:
+    final = row.spreads.get(f"{measured}.top1")
+    counted = final or row.spreads[f"{measured}.mb"]
+    return [
+        *(row.record[key] for key in NAMES),
+        _aim(row.record).removeprefix("strength="),
+        measured.removeprefix("quantized."),
+        _digits(row.mean("float_mb") or 0, 4),
+        _digits(row.mean(f"{measured}.mb") or 0, 4),
+        fixed(row.mean("compact.top1")),
+        fixed(row.mean(f"{measured}.top1")) + _plus_minus(final),
+        str(counted.n if counted else 0),
+        fixed(row.mean(f"{measured}.delta"), "+.2f"),
+        fixed(row.mean(f"{measured}.top5")),
+    ]
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print a table per model and data set, narrow enough for 100 columns."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     width = max(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
     console = Console(width=width, markup=False, highlight=False)
     for (model, data), part in sections(rows).items():
-        head, *cells = ([line[0], *line[3:]] for line in table(part))
-        grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-        for name in head:
-            left = name in ("method", "strength")
-            justify: Literal["left", "right"] = "left" if left else "right"
-            heading = name.replace(" ", "\n")
-            grid.add_column(heading, justify=justify, no_wrap=not left, vertical="bottom")
-        for line in cells:
-            grid.add_row(*line)
-        console.print(f"{model} on {data}", grid, "", sep="\n")
+        for note, lines in (("", table(part)), (" in int8", quantized(part))):
+            if lines:
+                short = [[line[0], *line[3:]] for line in lines]
+                grid = _grid(short, left=("method", "strength", "scheme"))
+                console.print(f"{model} on {data}{note}", grid, "", sep="\n")
     lines = compare.comparison(rows)
     if lines:
         console.width = max(console.width, 165)  # figures are not cut short
-        console.print("beside the published numbers", _beside(lines), "", sep="\n")
+        grid = _grid([compare.HEAD, *lines], left=("row",))
+        console.print("beside the published numbers", grid, "", sep="\n")
 
 
-def _beside(lines: Sequence[Sequence[str]]) -> Any:
+def _grid(lines: Sequence[Sequence[str]], *, left: Sequence[str]) -> Any:
+    """Return a table whose columns named `left` are aligned to the left, and may wrap."""
     from rich import box
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in compare.HEAD:
-        justify: Literal["left", "right"] = "left" if name == "row" else "right"
-        grid.add_column(name.replace(" ", "\n"), justify=justify, vertical="bottom", no_wrap=True)
-    for line in lines:
+    head, *cells = lines
+    for name in head:
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        heading = name.replace(" ", "\n")
+        grid.add_column(heading, justify=justify, no_wrap=name not in left, vertical="bottom")
+    for line in cells:
         grid.add_row(*line)
     return grid
 
@@ -181,9 +208,6 @@ def csv_text(runs: Sequence[Run]) -> str:
 
 def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
     """Return the table, how to read it and where its numbers come from."""
-    head, *cells = table(rows)
-    align = [":---" if i < 4 else "---:" for i in range(len(head))]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (head, align, *cells)]
     notes = [
         "Accuracies in percent: *cut* before recovery, *final* after it, as mean ± sample standard",
         "deviation over n seeds; *delta* is final minus dense. MACs of one image.",
@@ -192,9 +216,20 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path
         f"Commit (uncommitted changes): {_distinct(runs, ('commit', 'dirty'))}.",
         f"Runs: {len(runs)} finished; {len(unfinished)} unfinished, left out.",
     ]
-    grid = [f"| {' | '.join(line)} |" for line in lines]
-    beside = compare.markdown(compare.comparison(rows))
-    return "\n".join([*grid, "", *notes, "", *beside, "![curves](curve.png)", ""])
+    int8 = _markdown_grid(quantized(rows), left=5)
+    parts = ["## In int8", "", *int8, "", INT8_NOTE, ""] if int8 else []
+    parts += compare.markdown(compare.comparison(rows))
+    grid = _markdown_grid(table(rows), left=4)
+    return "\n".join([*grid, "", *notes, "", *parts, "![curves](curve.png)", ""])
+
+
+def _markdown_grid(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Return a table as lines of Markdown, its first `left` columns aligned to the left."""
+    align = [":---" if i < left else "---:" for i in range(len(lines[0]))] if lines else []
+    cells = [
+        [cell.replace("|", "\\|") for cell in line] for line in (*lines[:1], align, *lines[1:])
+    ]
+    return [f"| {' | '.join(line)} |" for line in cells if line]
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
@@ -229,7 +264,8 @@ def log_wandb(rows: Sequence[Row], png: Path, *, mode: Literal["offline", "onlin
 
 def numbers(rows: Sequence[Row]) -> list[list[Any]]:
     """Return the headings and then the values of each row, in full precision."""
-    texts, measures = ("series", *NAMES, "target.metric", "target.keep"), tuple(rows[0].spreads)
+    texts = ("series", *NAMES, "target.metric", "target.keep")
+    measures = tuple(dict.fromkeys(measure for row in rows for measure in row.spreads))
     finals = [row.spreads["compact.top1"] or Spread(math.nan, None, 0) for row in rows]
     values = [
         [*(row.record[key] for key in texts), *map(row.mean, measures), final.std, final.n]

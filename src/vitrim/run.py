@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
     from lightning import seed_everything
 
+    from vitrim import quantize
     from vitrim.measure import latency_ms, record
     from vitrim.paper import flops_blog
     from vitrim.plan import Plan
@@ -103,6 +105,9 @@ def run(cfg: DictConfig) -> Path:
         for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
             counted = flops_blog(model.name, cost, part)
             report[side] |= {} if counted is None else {"flops_blog": counted}
+        if cfg.quantize:
+            judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
+            report |= quantize.record(compact, cfg.quantize, judge)
         report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
         report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
         return _finish(folder, report, phases)
@@ -195,6 +200,8 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     recipe = {key: value for key, value in resolved.items() if key not in NOT_RECIPE}
+    if not recipe["quantize"]:  # folders of runs without it keep their names
+        del recipe["quantize"]
     recipe["checkpoint_sha256"] = fingerprint
     series = copy.deepcopy(recipe)
     for key in ("strength", "target", "seed"):
@@ -218,7 +225,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
             "seed": cfg.seed,
             "recipe_hash": digest(recipe),
             "series": f"{label}-{digest(series)}",
-            **versions(),
+            **versions(*(("torchao",) if cfg.quantize else ())),
         },
     }
 

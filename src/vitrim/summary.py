@@ -22,6 +22,7 @@ _SCHEMA: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("target.keep", "kept.params", "kept.macs"), _NUMBER),
     **{"seed": _COUNT, **_MEASURED},
 }
+_QUANTIZED = ("float_mb", "quantized.")  # of runs that were asked for it
 LATENCY = ("dense.latency_ms", "compact.latency_ms")
 SETTINGS = ("latency.batch", "latency.device", "latency.precision", "latency.threads")
 
@@ -53,7 +54,7 @@ class Row(NamedTuple):
 
     def mean(self, measure: str) -> float | None:
         """Return the mean over seeds, or None where nothing was measured."""
-        found = self.spreads[measure]
+        found = self.spreads.get(measure)
         return None if found is None else found.mean
 
 
@@ -97,7 +98,8 @@ def read(folder: Path) -> Run:
         raise ReportError(f"{path}: format={record.get('format')}: expected 1, from a `vitrim` run")
     named = (record.get("choices.method"), record.get("variant"))
     record["label"] = " ".join(filter(None, map(_text, named)))
-    wrong = [key for key, kinds in _SCHEMA.items() if type(record.get(key, ...)) not in kinds]
+    schema = {**_SCHEMA, **{key: _MAYBE for key in record if key.startswith(_QUANTIZED)}}
+    wrong = [key for key, kinds in schema.items() if type(record.get(key, ...)) not in kinds]
     if wrong:
         raise ReportError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
     return Run(folder, record)
@@ -143,7 +145,7 @@ def per_seed(records: Iterable[Mapping[str, Any]], measure: str) -> list[float]:
     """Return one value per seed: a seed that ran twice counts once, with its mean."""
     seeds: dict[int, list[float]] = {}
     for record in records:
-        if record[measure] is not None:
+        if record.get(measure) is not None:
             seeds.setdefault(record["seed"], []).append(record[measure])
     return [statistics.fmean(values) for values in seeds.values()]
 
@@ -165,11 +167,17 @@ def _derive(record: Mapping[str, Any]) -> dict[str, Any]:
     final, dense = record["compact.top1"], record["dense.top1"]
     delta = None if final is None or dense is None else final - dense
     kept = {f"kept_{name}": 100 * record[f"kept.{name}"] for name in ("macs", "params")}
-    return {**record, **kept, "delta": delta}
+    lost = {
+        f"{key.removesuffix('top1')}delta": None if None in (final, value) else value - final
+        for key, value in record.items()
+        if key.startswith(_QUANTIZED) and key.endswith(".top1")
+    }
+    return {**record, **kept, **lost, "delta": delta}
 
 
 def _row(records: Sequence[Mapping[str, Any]]) -> Row:
-    measures = (*_MEASURED, "kept_macs", "kept_params", "delta")
+    quantized = sorted({key for record in records for key in record if key.startswith(_QUANTIZED)})
+    measures = (*_MEASURED, "kept_macs", "kept_params", "delta", *quantized)
     spreads = {measure: spread(per_seed(records, measure)) for measure in measures}
     if len({tuple(map(record.get, SETTINGS)) for record in records}) > 1:
         spreads.update(dict.fromkeys(LATENCY))  # a mean over machines means nothing

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vitrim.figure import draw, labelled, panels, window
-from vitrim.report import main, numbers
+from vitrim.report import main, numbers, quantized
 from vitrim.summary import Row, Run, Spread, per_seed, read, spread, summarise
 
 NO_WANDB = ("--wandb", "disabled")
@@ -129,6 +129,44 @@ def test_delta_is_paired_by_seed(tmp_path: Path) -> None:
     (row,) = rows_of(*choices, tmp_path=tmp_path)
     assert row.spreads["delta"] == Spread(-6.0, math.sqrt(2), 2)
     assert row.spreads["compact.top1"] == Spread(91.0, math.sqrt(2), 2)
+
+
+def in_int8(folder: Path, **measured: object) -> None:
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    quantized = {"int8_dynamic": {"top1": 89.0, "top5": 99.0, "mb": 0.25, **measured}}
+    path.write_text(json.dumps({**report, "float_mb": 1.0, "quantized": quantized}))
+
+
+def test_int8_rows_stand_in_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (top1, int8) in enumerate(((90.0, 89.0), (94.0, 92.0))):
+        in_int8(save(tmp_path / str(seed), seed=seed, top1=top1), top1=int8)
+    save(tmp_path / "float", method="aiminify")
+    rows = summarise([read(tmp_path / name) for name in ("0", "1", "float")])
+    cells = ["vtp", "vit_digits", "digits", "3", "int8_dynamic", "1.000", "0.2500", "92.00"]
+    cells += ["90.50 ± 2.12", "2", "-1.50", "99.00"]
+    assert quantized(rows)[1:] == [cells]
+    assert quantized([row for row in rows if row.record["label"] == "aiminify"]) == []
+    head, *values = numbers(rows)
+    found = [dict(zip(head, line, strict=True))["quantized.int8_dynamic.top1"] for line in values]
+    assert found == [None, 90.5]
+    main([str(tmp_path), *NO_WANDB])
+    assert capsys.readouterr().out.count("int8_dynamic") == 1
+    assert f"| {' | '.join(cells)} |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_int8_rows_without_images(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", top1=None, cut=None, dense=None)
+    in_int8(run, top1=None, top5=None)
+    (line,) = quantized(summarise([read(run)]))[1:]
+    assert line[-5:] == ["-", "-", "1", "-", "-"]
+
+
+def test_malformed_int8_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    in_int8(save(tmp_path / "bad"), mb="much")
+    assert "wrong type: quantized.int8_dynamic.mb" in failure(capsys, str(tmp_path))
 
 
 def test_latency_is_not_averaged_over_machines(tmp_path: Path) -> None:

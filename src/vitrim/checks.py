@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitrim.errors import ConfigError, VitrimError, is_count
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitrim.plan import Plan
 
 BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
 TRACKING = ("offline", "online", "tensorboard", "none")
@@ -41,6 +47,36 @@ def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def start(folder: str | None, model: Any) -> tuple[nn.Module, Plan] | None:
+    """Return the compact network to start from, and its plan; None where there is none.
+
+    Raises:
+        VitrimError: no folder of a run, damaged, or of another network.
+    """
+    from vitrim.store import load
+
+    if folder is None:
+        return None
+    if not (Path(folder) / "manifest.json").is_file():
+        raise ConfigError(
+            f"from_run={folder}: no folder of a finished run; it is the one that report.json is in"
+        )
+    net, plan = load(folder)
+    if plan.model != model.description():
+        raise ConfigError(
+            f"from_run={folder} was cut from {plan.model}, this run's model is "
+            f"{model.description()}: choose the same model"
+        )
+    return net, plan
+
+
+def identity(folder: str | None) -> str | None:
+    """Return what tells the network saved in `folder` from others, wherever the folder is."""
+    from vitrim.store import sha256
+
+    return None if folder is None else sha256(Path(folder) / "manifest.json")
+
+
 def mismatches(
     cfg: Mapping[str, Any], built: Mapping[str, Any], choices: Mapping[str, str | None]
 ) -> list[str]:
@@ -50,7 +86,9 @@ def mismatches(
     model, method, data = built["model"], built["method"], built["data"]
     problems = []
     try:
-        method.check(Cost(model.skeleton(), model.spec().size))
+        cost = Cost(model.skeleton(), model.spec().size)
+        begun = built["start"]
+        method.check(cost if begun is None else Cost(begun[0], cost.input_size, cost))
     except VitrimError as error:
         problems.append(str(error))
     if data is None:

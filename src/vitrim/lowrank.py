@@ -107,14 +107,24 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
         energy, v = _eigen(wide.T @ wide)
         found = wide @ v, v.T
     else:
-        root = torch.linalg.cholesky(metric.double())
+        root, inverse = _root(metric.double(), ridge)
         narrow = root.to(wide)
         energy, v = _eigen(narrow.T @ (wide.T @ wide) @ narrow)
-        inverse = torch.linalg.solve_triangular(root.mT, v.double(), upper=True)
-        found = wide @ (narrow @ v), inverse.mT.to(wide)
+        found = wide @ (narrow @ v), (v.double().T @ inverse).to(wide)
     scale = level if metric is not None and level > 0 else 1.0
     up, down = (factor.to(weight.dtype) for factor in found)
     return Spectrum(up, down, energy.double().clamp_min(0.0) * scale)
+
+
+def _root(metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return S with S S^T = C, and S^-1; what rounding made negative counts as the ridge."""
+    root, failed = torch.linalg.cholesky_ex(metric)
+    if not int(failed):
+        eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+        return root, torch.linalg.solve_triangular(root, eye, upper=False)
+    values, vectors = torch.linalg.eigh(metric)
+    scale = values.clamp_min(ridge).sqrt()
+    return vectors * scale, vectors.T / scale[:, None]
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

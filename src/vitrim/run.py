@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> Path:
     from vitrim.paper import flops_blog
     from vitrim.plan import Plan
     from vitrim.store import save
-    from vitrim.surgery import cut
+    from vitrim.surgery import compose, cut
     from vitrim.target import Cost
     from vitrim.trainer.fit import lock
     from vitrim.trainer.prune import Prune
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> Path:
     started = time.perf_counter()
     choices = _build(cfg)
     model, method, data = choices["model"], choices["method"], choices["data"]
-    recipe = _recipe(cfg, model.fingerprint())
+    recipe = _recipe(cfg, model.fingerprint(), checks.identity(cfg.from_run))
     folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
     with lock(_writable(folder)):
         if (folder / "report.json").is_file():
@@ -72,20 +72,21 @@ def run(cfg: DictConfig) -> Path:
         seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
         dense, dense_accuracy = _dense(model, data, phases, recipe)
         cost = Cost(dense, model.spec().size)
-        if method.budget.keep == 1:
-            plan = Plan(model={}, edits=())
-            compact = cut(dense, plan)
-        else:
-            prune = Prune(method, cost)
-            _score(method.scorer(copy.deepcopy(dense)), prune, phases, recipe)
-            plan, compact = prune.plan, prune.compact
-        stages = {"cut": dense_accuracy}
-        if plan.edits and phases is not None:
-            stages["cut"] = phases.accuracy(compact, data.n_classes)
-            for phase in method.recovery(compact, dense, prune.evidence, data.n_classes):
-                name = type(phase).__name__.lower()
-                phases.fit(name, phase, epochs=phase.epochs)
-                stages[name] = phases.accuracy(compact, data.n_classes)
+        start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
+        compact, stages = cut(start, Plan(model={}, edits=())), {"cut": dense_accuracy}
+        if start is not dense and phases is not None:
+            stages = {"cut": phases.accuracy(start, data.n_classes)}
+        if method.budget.keep != 1:
+            prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
+            _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
+            plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
+            compact = prune.compact
+            if prune.plan.edits and phases is not None:
+                stages = {"cut": phases.accuracy(compact, data.n_classes)}
+                for phase in method.recovery(compact, dense, prune.evidence, data.n_classes):
+                    name = type(phase).__name__.lower()
+                    phases.fit(name, phase, epochs=phase.epochs)
+                    stages[name] = phases.accuracy(compact, data.n_classes)
         plan = Plan(
             model=model.description(),
             edits=plan.edits,
@@ -143,7 +144,7 @@ def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, 
     if phases is None:
         prune.apply(scorer)
         return
-    key = digest([recipe["dense_key"], type(scorer).__qualname__, scorer.settings])
+    key = digest([recipe["start_key"], type(scorer).__qualname__, scorer.settings])
     phases.once("score", key, scorer, epochs=scorer.epochs, callbacks=[prune])
 
 
@@ -167,6 +168,12 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
             built[group] = instantiate(cfg[group], _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
+    if not problems:
+        built["start"] = None
+        try:
+            built["start"] = checks.start(said["from_run"], built["model"])
+        except VitrimError as error:
+            problems.append(str(error))
     if not problems:
         problems = checks.mismatches(said, built, {group: _choice(group) for group in GROUPS})
     if problems:
@@ -193,7 +200,7 @@ def _phases(
     )
 
 
-def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
+def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) -> dict[str, Any]:
     """Return the resolved recipe, its hashes, and the names of its series and run."""
     from vitrim.measure import versions
     from vitrim.trainer.fit import digest
@@ -203,6 +210,9 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
     recipe["checkpoint_sha256"] = fingerprint
+    recipe["from_run"] = started_from
+    if started_from is None:
+        del recipe["from_run"]
     series = copy.deepcopy(recipe)
     for key in ("strength", "target", "seed"):
         series.pop(key)
@@ -216,6 +226,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None) -> dict[str, Any]:
         "resolved": resolved,
         "hash": digest(recipe),
         "dense_key": digest(dense),
+        "start_key": digest([dense, started_from]) if started_from else digest(dense),
         "series": f"{label}-{digest(series)}",
         "name": f"{point}-seed{cfg.seed}-{digest(recipe)}",
         "report": {

@@ -140,12 +140,14 @@ class Cost:
 
     Each Linear is rows x columns weights, or rank x (rows + columns) in two factors, applied at its
     positions; each attention is its context times its query-key and value dims at every token;
-    whatever is never cut is a constant.
+    whatever is never cut is a constant. Of a network that was cut before, `origin` is the cost of
+    the one that budgets count from.
     """
 
-    def __init__(self, net: nn.Module, input_size: InputSize) -> None:
+    def __init__(self, net: nn.Module, input_size: InputSize, origin: Cost | None = None) -> None:
         self.structure: Structure = structure(net)
         self.input_size = input_size
+        self._whole = origin or self
         layers = [layer.name for layer in self.structure.layers]
         qkvs = [attention.qkv for attention in self.structure.attentions]
         self.dense_count, positions = census(net, input_size, [*dict.fromkeys(layers + qkvs)])
@@ -172,6 +174,16 @@ class Cost:
             params += term.params * weights
             macs += term.macs * weights
         return Amount(params, macs, sum(len(survivors[name]) for name in scored))
+
+    def allowed(self, target: Target, scored: Sequence[str] = ()) -> int:
+        """Return how much of the target's metric may remain.
+
+        Raises:
+            TargetError: more is asked for than there is.
+        """
+        origin = self._whole
+        whole = origin.of(settle(origin.structure, {}), scored)
+        return target.limit(int(getattr(whole, target.metric)))
 
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
@@ -254,7 +266,7 @@ def trim(
     steps = _steps(cost.structure, scores, scope, round_to, pace or {}, even_heads=even_heads)
     scored = list(scores)
     dense = cost.of(settle(cost.structure, {}), scored)
-    limit = target.limit(getattr(dense, target.metric))
+    limit = cost.allowed(target, scored)
 
     def reached(n: int) -> int:
         left = settle(cost.structure, _kept(cost.structure, steps, n))

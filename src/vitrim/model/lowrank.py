@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -97,3 +97,21 @@ def layers_of(module: nn.Module, whole: Layer) -> tuple[Layer, ...]:
         )
         return down, up
     return (whole,)
+
+
+def low_rank_layers(net: nn.Module, branch: str) -> Iterator[tuple[str, str, int]]:
+    """Iterate over the low-rank layers of a branch: the path, the whole layer's, and its row there.
+
+    They differ where the layer is a piece of a whole one.
+    """
+    for name, module in net.get_submodule(branch).named_modules(prefix=branch):
+        if not isinstance(module, LowRankLinear):
+            continue
+        above, _, piece = name.rpartition(".")
+        pieces: tuple[str, ...] = getattr(net.get_submodule(above), "pieces", ())
+        if not pieces:
+            yield name, name, 0
+            continue
+        before = [net.get_submodule(f"{above}.{p}") for p in pieces[: pieces.index(piece)]]
+        widths: list[int] = [part.out_features for part in before]  # type: ignore[misc]
+        yield name, above, sum(widths)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conftest import images, outputs, plan_of, relative_error, small_net
 from vitrim import Plan, cut
-from vitrim.compensation import COMPENSATIONS, compensated
+from vitrim.compensation import COMPENSATIONS, compensated, regress
 from vitrim.model import structure
 from vitrim.moments import MomentsError
 from vitrim.plan import Evidence
@@ -159,3 +159,10 @@ def test_missing_or_broken_moments_name_the_layer() -> None:
             compensated(
                 net, cut(net, plan), structure(net), plan, moments, kind="ridge", ridge=RIDGE
             )
+
+
+def test_a_ridge_below_rounding_gives_a_finite_answer() -> None:
+    cov = torch.ones(4, 4, dtype=torch.float64) - 1e-7 * torch.eye(4, dtype=torch.float64)
+    found = regress(cov, cov[:, :2], 1e-9)
+    assert bool(torch.isfinite(found).all())
+    assert torch.allclose(cov @ found, cov[:, :2], atol=1e-5)

@@ -112,8 +112,13 @@ def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
     level = ridge * float(cov.diagonal().mean())
     if level <= 0.0:
         return torch.zeros_like(cross)
-    factor = torch.linalg.cholesky(cov + level * torch.eye(len(cov), dtype=cov.dtype))
-    return torch.cholesky_solve(cross, factor)
+    ridged = cov + level * torch.eye(len(cov), dtype=cov.dtype)
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    if not int(failed):
+        return torch.cholesky_solve(cross, factor)
+    values, vectors = torch.linalg.eigh(ridged)  # a ridge below rounding
+    found: Tensor = vectors @ ((vectors.T @ cross) / values.clamp_min(level)[:, None])
+    return found
 
 
 def _smaller_product(

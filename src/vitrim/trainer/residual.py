@@ -23,9 +23,10 @@ class Residual(LightningModule):
     """Train the last `rank` components of every low-rank layer of `net`, all layers at once.
 
     The loss of a layer is E ||W x + b - f(x')||^2 / ||W x + b||^2 over sampled tokens: x enters the
-    dense layer in `teacher`, x' the layer in `net`, and no gradient runs from layer to layer. What
-    is trained starts at zero (A at 0, B at random), whatever stood in its place; a layer keeps at
-    least one component as it was. Layers whose dense twin has other outputs are left alone.
+    dense layer in `teacher`, x' the layer in `net` as trained so far, and no gradient runs from
+    layer to layer. What is trained starts at zero (A at 0, B at random), whatever stood in its
+    place; a layer keeps at least one component as it was. Layers whose dense twin has other outputs
+    are left alone.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Residual(LightningModule):
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Return the sum of all layers' losses on a batch of images (B, C, H, W)."""
+        self._merge()
         images = batch[0]
         inputs = [(f"{name}.down", False) for name in self._layers]
         wholes = [(whole, True) for whole, _ in self._layers.values()]
@@ -102,10 +104,14 @@ class Residual(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return optimisation(self, self.recipe, steps=steps)
 
-    @torch.no_grad()
     def on_fit_end(self) -> None:
-        """Merge: the residual takes the place of the last components."""
+        """Leave the network with what was trained."""
+        self._merge()
         self.net.requires_grad_()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """Put the residual in the place of the last components."""
         for name in self._layers:
             layer, a, b = self._layer(name), self.a[_key(name)], self.b[_key(name)]
             if len(b):

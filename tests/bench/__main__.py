@@ -7,10 +7,17 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, gates, load, oneshot
+from . import attention, cut, gates, load, lowrank, oneshot
 from .timing import table
 
-BENCHMARKS = {"cut": cut, "gates": gates, "load": load, "attention": attention, "oneshot": oneshot}
+BENCHMARKS = {
+    "cut": cut,
+    "gates": gates,
+    "load": load,
+    "attention": attention,
+    "oneshot": oneshot,
+    "lowrank": lowrank,
+}
 
 
 def main() -> None:

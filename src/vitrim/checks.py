@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitrim.plan import Plan
+    from vitrim.target import Cost, Target
 
 BUILDERS = ("vitrim.", "lightning.", "torchvision.", "torch.optim.", "torchmetrics.")
 TRACKING = ("offline", "online", "tensorboard", "none")
@@ -87,8 +88,11 @@ def mismatches(
     problems = []
     try:
         cost = Cost(model.skeleton(), model.spec().size)
-        begun = built["start"]
-        method.check(cost if begun is None else Cost(begun[0], cost.input_size, cost))
+        if built["start"] is None:
+            method.check(cost)
+        else:
+            problems += _nothing_left(cfg["from_run"], cost, built["start"][1], method.budget)
+            method.check(Cost(built["start"][0], cost.input_size, cost))
     except VitrimError as error:
         problems.append(str(error))
     if data is None:
@@ -111,6 +115,21 @@ def mismatches(
     except ConfigError as error:
         problems.append(str(error))
     return problems
+
+
+def _nothing_left(folder: str, cost: Cost, begun: Plan, budget: Target) -> list[str]:
+    """Return what is wrong with a budget that the network to start from is within already."""
+    if budget.keep == 1 or budget.metric == "units":
+        return []
+    metric, limit = budget.metric, cost.allowed(budget)
+    has = getattr(cost.plan(begun), metric)
+    if has > limit:
+        return []
+    share = has / getattr(cost.dense_count, metric)
+    return [
+        f"target.{metric}={budget.keep} leaves {limit:,} {metric}, and from_run={folder} has only "
+        f"{has:,} already ({share:.4f} of the dense network's): set a smaller budget"
+    ]
 
 
 def targets(node: Any, where: str) -> None:

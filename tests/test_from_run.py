@@ -1,0 +1,89 @@
+"""Runs that begin with the compact network of another run: one budget, one plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import vitrim
+from command import Command
+from vitrim.plan import Keep, LowRank
+
+SHORT = (
+    "model.training.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
+    "latency.repeats=1",
+    "tracking=none",
+    "progress=false",
+)
+LOW_RANK = ("method=mixed_rank", "target.params=0.6", *SHORT)
+
+
+@pytest.fixture
+def sliced(command: Command) -> Path:
+    done = command("method=oneshot", "target.params=0.8", *SHORT)
+    assert done.code == 0, done.message
+    return done.report.parent
+
+
+@pytest.fixture
+def unseen(command: Command) -> Path:
+    done = command("method=oneshot", "data=none", "target.params=0.8", "latency.repeats=1")
+    return done.report.parent
+
+
+def test_a_sliced_network_is_factorised_within_a_joint_budget(
+    command: Command, sliced: Path
+) -> None:
+    done = command(*LOW_RANK, f"from_run={sliced}")
+    assert done.code == 0, done.message
+    report = json.loads(done.report.read_text())
+    assert 0.59 < report["kept"]["params"] <= 0.6
+    net, plan = vitrim.load(done.report.parent)
+    assert {type(edit) for edit in plan.edits} == {Keep, LowRank}
+    assert [step["method"] for step in plan.provenance["steps"]] == ["oneshot", "mixed_rank"]
+    assert sum(p.numel() for p in net.parameters()) == report["compact"]["params"]
+    assert report["stages"].keys() == {"cut", "regress"}
+
+
+def test_the_start_matters_and_its_folder_does_not(
+    command: Command, sliced: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(sliced, tmp_path / "elsewhere")
+    names = {
+        command(*LOW_RANK, *begin).report.parent.name
+        for begin in ((f"from_run={sliced}",), (f"from_run={elsewhere}",), ())
+    }
+    assert len(names) == 2
+
+
+def test_without_images_the_structure_alone_is_made(command: Command, unseen: Path) -> None:
+    done = command("method=mixed_rank", "target.params=0.6", "data=none", f"from_run={unseen}")
+    assert done.code == 0, done.message
+    assert json.loads(done.report.read_text())["kept"]["params"] <= 0.6
+
+
+def test_strength_zero_keeps_what_it_begins_with(command: Command, unseen: Path) -> None:
+    done = command("method=vtp", "strength=0", "data=none", f"from_run={unseen}")
+    assert vitrim.load(done.report.parent)[1].edits == vitrim.load(unseen)[1].edits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["from_run=/nonexistent"], ["from_run=/nonexistent", "report.json"]),
+        (["from_run={run}", "model=vit_tiny", "data=none"], ["from_run=", "the same model"]),
+        (["from_run={run}", "target.params=0.9"], ["target.params=0.9", "a smaller budget"]),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused(
+    command: Command, unseen: Path, arguments: list[str], expected: list[str]
+) -> None:
+    said = [argument.format(run=unseen) for argument in arguments]
+    done = command("method=mixed_rank", *said)
+    assert done.code == 1
+    assert all(word in done.message for word in expected), done.message

@@ -71,3 +71,13 @@ def test_what_never_varies_has_no_variance(x: torch.Tensor) -> None:
     moments.finish()
     assert torch.equal(moments.cov, torch.zeros(3, 3))
     assert torch.equal(moments.mean, x[0].double())
+
+
+def test_wide_rows_are_multiplied_in_blocks_and_mirrored() -> None:
+    x = torch.randn(30, 1700, generator=torch.Generator().manual_seed(0))
+    moments = Moments("layer", 1700)
+    for chunk in x.split(11):
+        moments.add(chunk, torch.ones(len(chunk)))
+    moments.finish()
+    assert torch.allclose(moments.cov, torch.cov(x.double().T, correction=0).float(), atol=1e-5)
+    assert torch.equal(moments.cov, moments.cov.T)

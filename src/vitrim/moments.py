@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
 
+_BLOCK = 768  # columns that are multiplied at once
+
 
 class MomentsError(VitrimError):
     """Activations that no statistics can be made of."""
@@ -56,13 +58,14 @@ class Moments(nn.Module):
             )
             self.weight = self.weight.to(rows.device)
         moved = (rows - self._shift.unsqueeze(-2)) * root
-        squares = moved.mT @ moved
-        if not bool(torch.isfinite(squares.diagonal(dim1=-2, dim2=-1)).all()):
+        for at in range(0, moved.shape[-1], _BLOCK):  # the upper half: the other is its mirror
+            block = slice(at, at + _BLOCK)
+            self._squares[..., block, at:] += moved[..., block].mT @ moved[..., at:]
+        if not bool(torch.isfinite(self._squares.diagonal(dim1=-2, dim2=-1)).all()):
             raise MomentsError(
                 f"{self.name}: its activations are not finite (or overflow float32) on a "
                 "calibration batch; look at the images and the weights"
             )
-        self._squares += squares
         self._sum += (moved * root).sum(-2, dtype=torch.float64)
         self.weight = self.weight + weights.sum(dtype=torch.float64)
 
@@ -78,7 +81,9 @@ class Moments(nn.Module):
             return
         step = self._sum / self.weight
         outer = step.unsqueeze(-1) * step.unsqueeze(-2)
-        self.cov = (self._squares.div_(self.weight) - outer).float().cpu()
+        upper = self._squares.div_(self.weight).triu_()
+        whole = upper + upper.triu(1).mT
+        self.cov = (whole - outer).float().cpu()
         self.mean = (self._shift.double() + step).cpu()
         self.weight = self.weight.cpu()
         self._shift = None

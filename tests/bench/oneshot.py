@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def _planning(name: str, repeats: int) -> Row:
     torch.manual_seed(0)
     net = timm.create_model(name).eval()
     method = _method(name)
-    evidence = _evidence(method.scorer(net))
+    phase = method.scorer(net)
+    phase.sampling = replace(method.sampling, tokens=None)  # more rows than units, as in earnest
+    evidence = _evidence(phase)
     cost = Cost(net, 224)
 
     def work() -> nn.Module:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrim.lowrank import METRICS, Metric, decompose, metric_of, weighted
+from vitrim.lowrank import METRICS, Metric, curves, decompose, metric_of, weighted
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
 
@@ -133,3 +133,55 @@ def test_metrics_by_hand() -> None:
     for name, value in expected.items():
         made = metric_of(name, found)
         assert (made is None and value is None) or (made is not None and made.tolist() == value)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (12, 30), (30, 12)])
+@pytest.mark.parametrize("measured", ["identity", "full", "few"])
+@pytest.mark.parametrize("used", ["plain", "full", "rows"])
+def test_curves_are_those_of_the_factors(shape: tuple[int, int], measured: str, used: str) -> None:
+    weight = drawn(shape)
+    cov = None if measured == "identity" else metric(shape[1], rows=2 if measured == "few" else 50)
+    rows = drawn((1, shape[0]), 3)[0].square() if used == "rows" else None
+    spectrum = weighted(weight, None if used == "plain" else metric(shape[1], 4), rows, 1e-6)
+    found = curves(weight, spectrum, cov)
+    against = torch.eye(shape[1], dtype=torch.float64) if cov is None else cov
+    whole = float((weight @ against * weight).sum())
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    assert found["rank"] == list(range(1, min(shape) + 1))
+    for i, rank in enumerate(range(1, min(shape) + 1)):
+        energy = float(s[:rank].square().sum() / s.square().sum())
+        assert found["energy"][i] == pytest.approx(energy, rel=1e-9)
+        plain = u[:, :rank] * s[:rank], v[:rank]
+        for name, factors in (("error", spectrum.factors(rank)), ("plain_error", plain)):
+            expected = (max(0.0, lost(weight, factors, against)) / whole) ** 0.5
+            assert found[name][i] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_ranks_of_curves() -> None:
+    weight = drawn((192, 200), dtype=torch.float32)
+    found = curves(weight, decompose(weight, None), None)
+    ranks = found["rank"]
+    assert {type(rank) for rank in ranks} == {int}
+    assert (ranks[0], ranks[-1]) == (1, 192)
+    assert 18 <= len(ranks) <= 24
+    assert all(after > before for before, after in pairwise(ranks))
+    assert all(after / before <= 2 for before, after in pairwise(ranks))
+    assert found["error"] == pytest.approx(found["plain_error"], abs=1e-3)
+    assert found["energy"][-1] == 1.0
+    assert found["error"][-1] == found["plain_error"][-1] == 0.0
+    few = curves(weight, decompose(weight, None), None, points=3)
+    assert few["rank"] == [1, 14, 192]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("empty", ["weight", "metric"])
+def test_curves_are_finite(scale: float, empty: str) -> None:
+    weight, cov = drawn((4, 9)), metric(9)
+    weight, cov = (weight * scale, cov) if empty == "weight" else (weight, cov * scale)
+    found = curves(weight, decompose(weight, cov), cov)
+    for name in ("energy", "error", "plain_error"):
+        assert all(0.0 <= value <= 1.0 + 1e-9 for value in found[name])
+    if scale == 0.0:
+        assert found["error"] == [0.0] * 4
+    if scale == 0.0 and empty == "weight":
+        assert found["energy"] == [1.0] * 4

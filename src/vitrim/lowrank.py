@@ -22,7 +22,7 @@ The error of rank r is the sum of E from the r-th on. C is the choice (`METRICS`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -114,6 +114,51 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
     scale = level if metric is not None and level > 0 else 1.0
     up, down = (factor.to(weight.dtype) for factor in found)
     return Spectrum(up, down, energy.double().clamp_min(0.0) * scale)
+
+
+def curves(
+    weight: Tensor, spectrum: Spectrum, metric: Tensor | None, *, points: int = 24
+) -> dict[str, Sequence[float]]:
+    """Return what a layer keeps and loses, rank by rank: what a figure of it needs.
+
+    Args:
+        weight: W, (out, in).
+        spectrum: of W, under whatever metric.
+        metric: C, in which output errors are measured, (in, in); None is the identity.
+        points: about how many ranks, from 1 to the full one, evenly spread in their logarithm.
+
+    Returns:
+        `rank`, rising; `energy`, the share of W's squared singular values that the rank keeps;
+        `error`, ||W x - W_r x|| / ||W x|| of the spectrum's factors; `plain_error`, the same of the
+        truncated SVD.
+    """
+    wide = weight.detach().double()
+    plain = decompose(wide, None)
+    full = len(plain.energy)
+    ranks = sorted({round(full ** (i / max(1, points - 1))) for i in range(points)} | {full})
+    kept = plain.energy.cumsum(0)
+    shares = kept / kept[-1] if float(kept[-1]) > 0 else torch.ones_like(kept)
+    index = torch.tensor(ranks, device=shares.device)
+    return {
+        "rank": ranks,
+        "energy": shares[index - 1].tolist(),
+        "error": _errors(spectrum, metric)[index].tolist(),
+        "plain_error": _errors(plain, metric)[index].tolist(),
+    }
+
+
+def _errors(spectrum: Spectrum, metric: Tensor | None) -> Tensor:
+    """Return the normalised output error at every rank from 0 to full, (k + 1,).
+
+    At rank r the lost part is the sum of the components from the r-th on, so that its squared norm
+    is the sum of their inner products: the corner of a matrix, added up from its far end.
+    """
+    up, down = spectrum.up.double(), spectrum.down.double()
+    met = down if metric is None else down @ metric.to(down)
+    products = (up.mT @ up) * (met @ down.mT)
+    corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0.0)
+    whole = corners[0] if float(corners[0]) > 0 else torch.ones_like(corners[0])
+    return torch.cat([corners / whole, corners.new_zeros(1)]).sqrt()
 
 
 def _root(metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

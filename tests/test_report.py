@@ -222,10 +222,10 @@ def test_printed_output(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert table[0] == "vit_digits on digits"
     assert sum("96.00 ± 0.71" in line for line in table) == 2
     assert lines[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}"
-    names = ("curve.png", "report.md", "report.csv")
-    assert lines[split + 2 : split + 5] == [str(sweep / "report" / name) for name in names]
+    names = ("curve.png", "ranks.png", "report.md", "report.csv")
+    assert lines[split + 2 : split + 6] == [str(sweep / "report" / name) for name in names]
     assert lines[-1] == f"{sweep / 'vtp' / 's5-seed1'}  strength=5 seed=1"
-    assert len(lines) == split + 5 + 12
+    assert len(lines) == split + 6 + 12
 
 
 def test_gigamacs_for_large_nets(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_png_is_fit_for_print(sweep: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_files(sweep: Path) -> None:
-    names = ("curve.png", "report.md", "report.csv")
+    names = ("curve.png", "ranks.png", "report.md", "report.csv")
     main([str(sweep), *NO_WANDB])
     first = [(sweep / "report" / name).read_bytes() for name in names]
     main([str(sweep), *NO_WANDB])
@@ -412,7 +412,7 @@ def test_a_failing_wandb_does_not_hurt(
         main([str(sweep)])
     assert [record.getMessage() for record in caplog.records] == ["W&B: no disk left"]
     assert "seed=1" in capsys.readouterr().out.splitlines()[-1]
-    assert len(list((sweep / "report").iterdir())) == 3
+    assert len(list((sweep / "report").iterdir())) == 4
 
 
 def test_offline_wandb_run_is_silent_and_complete(sweep: Path) -> None:

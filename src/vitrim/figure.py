@@ -13,6 +13,7 @@ from vitrim.summary import NAMES, Row, macs_unit, sections
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 _COLOURS = (
@@ -28,7 +29,7 @@ _MARKERS = "osD^vPX*"
 _BY_TARGET: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":"}
 _FAINT: dict[str, Any] = {"linewidth": 0.8, "markersize": 2.5, "alpha": 0.5}
 _DENSE: dict[str, Any] = {"color": "0.5", "linestyle": "--", "linewidth": 1.0}
-_STYLE = {
+STYLE = {
     **{"font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
 }
@@ -74,14 +75,17 @@ def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def draw(rows: Sequence[Row]) -> bytes:
-    """Return the figure as a PNG: a line per series, error bars of one standard deviation."""
+def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
+    """Return the figure as a PNG: a line per series, error bars of one standard deviation.
+
+    Its panels are those `chosen`, or those that suit the rows.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    content, chosen = io.BytesIO(), panels(rows)
+    chosen = chosen or panels(rows)
     accuracy = chosen[0].faint is not None
-    with style.context(["default", _STYLE]):
+    with style.context(["default", STYLE]):
         figure = Figure(figsize=(7.0, 3.4), layout="constrained")
         grid = figure.subplots(1, len(chosen), squeeze=False, sharey=accuracy)[0]
         for axes, panel in zip(grid, chosen, strict=True):
@@ -89,16 +93,27 @@ def draw(rows: Sequence[Row]) -> bytes:
         if accuracy:
             _scale(grid, rows)
         handles = _legend(rows, accuracy=accuracy)
-        columns = _columns([str(handle.get_label()) for handle in handles])
-        figure.legend(handles=handles, loc="outside upper center", ncols=columns)
-        figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
+        return png(figure, handles)
+
+
+def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
+    """Return the figure as a PNG, its legend above it."""
+    content = io.BytesIO()
+    columns = _columns([str(handle.get_label()) for handle in handles])
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
     return content.getvalue()
 
 
-def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
-    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+def frame(axes: Axes, x_label: str, y_label: str) -> None:
+    """Name the axes and draw a faint grid below what follows."""
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
+    frame(axes, panel.x_label, panel.y_label)
     wide = [row.record["dense.macs"] for row in rows]
     if panel.x == "strength":
         axes.set(xlim=(-0.25, 5.25), xticks=range(6))
@@ -108,7 +123,7 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     for index, series in enumerate(labelled(rows).values()):
         for by_target, part in groupby(series, key=_target_metric):
             group = list(part)
-            look = _look(index) | (_BY_TARGET if by_target else {})
+            look = line_look(index) | (_BY_TARGET if by_target else {})
             if panel.faint and (points := line_of(group, panel, panel.faint)):
                 axes.plot(points.x, points.y, **look | _FAINT, zorder=1.5)
             if points := line_of(group, panel, panel.y):
@@ -137,7 +152,8 @@ def line_of(rows: Sequence[Row], panel: Panel, y: str) -> Points | None:
     return Points(*map(list, zip(*sorted(found), strict=True))) if found else None
 
 
-def _look(index: int) -> dict[str, Any]:
+def line_look(index: int) -> dict[str, Any]:
+    """Return colour and marker of the line with this number, as matplotlib has them."""
     colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
     return {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
 
@@ -209,12 +225,14 @@ def _squeeze(grid: Sequence[Axes], low: float, knee: float, high: float) -> None
 def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=label, **_look(i)) for i, label in enumerate(labelled(rows))]
+    handles = [
+        Line2D([], [], label=label, **line_look(i)) for i, label in enumerate(labelled(rows))
+    ]
     if any(_target_metric(row) for row in rows):
-        look = _look(0) | _BY_TARGET | {"color": "0.4"}
+        look = line_look(0) | _BY_TARGET | {"color": "0.4"}
         handles.append(Line2D([], [], label="by target", **look))
     if accuracy and any(row.mean("cut.top1") is not None for row in rows):
-        look = _look(0) | _FAINT | {"color": "0.4"}
+        look = line_look(0) | _FAINT | {"color": "0.4"}
         handles.append(Line2D([], [], label="before recovery", **look))
     if accuracy and dense_levels(rows):
         handles.append(Line2D([], [], label="dense", **_DENSE))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from vitrim.figure import Panel, draw, labelled, line_of
 from vitrim.paper import compare
+from vitrim.spectra import figures
 from vitrim.summary import (
     LATENCY,
     NAMES,
@@ -179,9 +180,10 @@ def _grid(lines: Sequence[Sequence[str]], *, left: Sequence[str]) -> Any:
 def write(
     folder: Path, runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path]
 ) -> list[Path]:
-    """Write curve.png, report.md and report.csv into `folder`; return their absolute paths."""
+    """Write figures, report.md and report.csv into `folder`; return their absolute paths."""
     contents = {
         "curve.png": draw(rows),
+        **figures(runs, rows),
         "report.md": markdown(runs, rows, unfinished).encode(),
         "report.csv": csv_text(runs).encode(),
     }

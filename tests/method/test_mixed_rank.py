@@ -17,7 +17,7 @@ from conftest import SIZE, images, outputs, plan_of, relative_error, skeleton_ne
 from vitrim import Plan, count, cut
 from vitrim.lowrank import METRICS
 from vitrim.method.mixed_rank import MixedRank
-from vitrim.plan import Evidence
+from vitrim.plan import Evidence, dumps, loads
 from vitrim.run import CONF
 from vitrim.target import Cost, TargetError
 from vitrim.trainer.calibrate import watch
@@ -162,6 +162,16 @@ def test_the_plan_without_images_is_that_of_the_plain_svd() -> None:
     assert method.compensation_of(net(), cut(net(), plan), plan, Evidence(scores={})) == {}
 
 
+def test_curves_are_there_when_asked_for() -> None:
+    method = built("target.params=0.8", "method.curves=true")
+    plan = method.plan(net(), learned(method.scorer(net())), Cost(net(), SIZE))
+    found = plan.provenance["curves"]
+    assert found.keys() == dict(method._pieces(Cost(net(), SIZE).structure)).keys()
+    assert all(curve["rank"][-1] == 24 for curve in found.values())
+    assert all(curve["error"][-1] <= 1e-3 for curve in found.values())
+    assert loads(dumps(plan)) == plan
+
+
 def test_the_mean_is_kept_by_the_bias() -> None:
     method = built("target.params=0.9", "method.layers=[qkv]", "method.allocation=uniform")
     compact, plan = compact_of(method, net(), learned(method.scorer(net())))
@@ -202,6 +212,7 @@ def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) ->
         ("method.spread=0", r"method\.spread=0.*above 0"),
         ("method.max_share=1.5", r"method\.max_share=1\.5.*at most 1"),
         ("method.loss_images=0", r"method\.loss_images=0.*from 1"),
+        ("method.curves=2", r"method\.curves=2.*true or false"),
         ("method.regression=2", r"method\.regression=2.*true or false"),
         ("method.residual.rank=-1", r"method\.residual\.rank=-1.*from 0"),
         ("method.tuning.trained=x", r"method\.tuning\.trained=x.*uncompressed"),

@@ -23,7 +23,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError, is_count, is_rate
-from vitrim.lowrank import METRICS, Metric, Spectrum, metric_of, weighted
+from vitrim.lowrank import METRICS, Metric, Spectrum, curves, metric_of, weighted
 from vitrim.model import structure
 from vitrim.model.lowrank import LowRankLinear
 from vitrim.model.site import Structure, settle
@@ -127,6 +127,7 @@ class MixedRank:
     regression: bool
     residual: Compensation
     tuning: Tuning
+    curves: bool
 
     def __post_init__(self) -> None:
         share = is_rate(self.max_share) and 0 < self.max_share <= 1
@@ -143,6 +144,7 @@ class MixedRank:
             ("max_share", share, "a number above 0 and at most 1"),
             ("loss_images", is_count(self.loss_images), "a whole number from 1 on"),
             ("regression", isinstance(self.regression, bool), "true or false"),
+            ("curves", isinstance(self.curves, bool), "true or false"),
         )
         problems = [
             f"method.{name}={getattr(self, name)}: expected {allowed}"
@@ -187,10 +189,12 @@ class MixedRank:
         if not evidence.moments and (self.decomposition != "plain" or rule == "loss"):
             _log.info("no proxy images: plain decompositions, the same share of every layer")
             rule = "uniform"
-        energies = {}
+        energies, drawn = {}, {}
         for name, piece in self._pieces(cost.structure):
             spectrum, slope = self._spectrum(net, piece, evidence)
             energies[name] = self._worth(spectrum, slope, rule).tolist()
+            if self.curves:
+                drawn[name] = self._curves(net, piece, spectrum, evidence)
         ranks = self._ranks(cost, energies, rule)
         return Plan(
             model={},
@@ -200,6 +204,7 @@ class MixedRank:
                 "strength": self.strength,
                 "decomposition": self.decomposition if evidence.moments else "plain",
                 "allocation": rule,
+                **({"curves": drawn} if drawn else {}),
             },
         )
 
@@ -289,6 +294,14 @@ class MixedRank:
         metric = metric_of(self.decomposition, found)
         return weighted(weight, metric, rows, self.ridges.metric), slope
 
+    def _curves(
+        self, net: nn.Module, piece: _Piece, spectrum: Spectrum, evidence: Evidence
+    ) -> dict[str, Sequence[float]]:
+        """Return what figures draw of a layer; errors of outputs as they are, the mean included."""
+        found = evidence.moments.get(piece.layer, {})
+        metric = metric_of("whitening", found) if "cov" in found else None
+        return curves(piece.of(net.get_parameter(f"{piece.layer}.weight")), spectrum, metric)
+
     def _worth(self, spectrum: Spectrum, slope: Tensor | None, rule: Rule) -> Tensor:
         """Return what leaving out each component costs: output error, or its effect on logits."""
         if slope is None or rule in ("uniform", "energy"):
@@ -310,21 +323,21 @@ class MixedRank:
         def total(ranks: Mapping[str, int]) -> int:
             return int(getattr(cost.of(whole, (), ranks), metric))
 
-        dense, curves = total({}), {}
+        dense, layers = total({}), {}
         for name, energy in energies.items():
             one, two = total({name: 1}), total({name: 2})
-            curves[name] = Curve(energy, step=two - one, dense=dense - one + (two - one))
-        rest = dense - sum(curve.dense for curve in curves.values())
+            layers[name] = Curve(energy, step=two - one, dense=dense - one + (two - one))
+        rest = dense - sum(curve.dense for curve in layers.values())
         limit = cost.allowed(self.budget)
         share = 1.0 if rule == "uniform" else self.max_share
-        lowest = rest + least(curves, share)
+        lowest = rest + least(layers, share)
         if lowest > limit:
             raise TargetError(
                 f"target.{metric}={self.budget.keep} cannot be reached: rank 1 in every one of "
                 f"method.layers leaves {lowest:,} {metric}, not {limit:,}"
             )
         return allocate(
-            curves,
+            layers,
             limit - rest,
             how="uniform" if rule == "uniform" else "greedy" if rule == "energy" else "hull",
             max_share=share,

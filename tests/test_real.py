@@ -5,8 +5,24 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
 
 from command import Command
+from vitrim.lowrank import curves
+from vitrim.method.mixed_rank import MixedRank
+from vitrim.model import structure
+from vitrim.plan import Evidence
+from vitrim.run import CONF
+from vitrim.surgery import cut
+from vitrim.target import Cost
+from vitrim.trainer.calibrate import watch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TAR, WEIGHTS = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"
@@ -53,3 +69,76 @@ def test_few_images_keep_most_of_the_accuracy(command: Command, pictures: Path) 
 @pytest.mark.parametrize(("strength", "top1"), [(1, 80.0), (3, 74.0), (5, 57.0)])
 def test_without_training(command: Command, pictures: Path, strength: int, top1: float) -> None:
     assert stages(command, pictures, f"strength={strength}")["refit"] >= top1
+
+
+@pytest.fixture(scope="module")
+def proxy(pictures: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return ViT-Ti, images to decompose by (150, 3, 224, 224) and images held out (50, ...)."""
+    net = timm.create_model("vit_tiny_patch16_224").eval()
+    net.load_state_dict(safetensors.torch.load_file(WEIGHTS))
+    prepare = create_transform(**resolve_data_config({}, model=net))
+    found = []
+    for part, number in (("train", 150), ("val", 50)):
+        files = sorted((pictures / part).glob("*/*"))[:: 6 if part == "train" else 13][:number]
+        found.append(torch.stack([prepare(Image.open(file).convert("RGB")) for file in files]))
+    return net, found[0], found[1]
+
+
+def profiled(method: MixedRank, net: nn.Module, x: Tensor) -> Evidence:
+    phase = method.scorer(net)
+    phase.on_train_start()
+    for place, batch in enumerate(x.split(50)):
+        phase.training_step((batch, None), place)
+    phase.on_train_end()
+    return phase.evidence()
+
+
+@pytest.mark.parametrize("decomposition", ["whitening", "centred"])
+def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
+    proxy: tuple[nn.Module, Tensor, Tensor], decomposition: str
+) -> None:
+    net, seen, unseen = proxy
+    method = mixed_rank(f"method.decomposition={decomposition}", "method.allocation=error")
+    evidence = profiled(method, net, seen)
+    names = [*dict.fromkeys(piece.layer for _, piece in method._pieces(structure(net)))]
+    with torch.no_grad(), watch(net, [(name, False) for name in names]) as flows:
+        net(unseen)
+    for name, piece in method._pieces(structure(net)):
+        x, weight = (
+            flows[name].flatten(0, -2).double(),
+            net.get_parameter(f"{name}.weight").detach(),
+        )
+        x = x - x.mean(0) if decomposition == "centred" else x  # the bias takes the mean
+        second = x.T @ x / len(x)
+        aware = method._spectrum(net, piece, evidence)[0]
+        plain = method._spectrum(net, piece, Evidence(scores={}))[0]
+        errors = [curves(weight, spectrum, second)["error"] for spectrum in (aware, plain)]
+        assert len(errors[0]) > 10
+        assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_the_default_allocation_changes_unseen_outputs_less_than_uniform_ranks(
+    proxy: tuple[nn.Module, Tensor, Tensor], share: float
+) -> None:
+    net, seen, unseen = proxy
+    errors = {}
+    with torch.no_grad():
+        dense = net(unseen)
+    for rule in ("loss", "uniform"):
+        method = mixed_rank(f"target.params={share}", f"method.allocation={rule}")
+        evidence = profiled(method, net, seen)
+        plan = method.plan(net, evidence, Cost(net, 224))
+        compact = cut(net, plan)
+        with torch.no_grad():
+            for name, value in method.compensation_of(net, compact, plan, evidence).items():
+                compact.get_parameter(name).copy_(value)
+            errors[rule] = float((compact(unseen) - dense).square().mean())
+    assert errors["loss"] < errors["uniform"]
+
+
+def mixed_rank(*overrides: str) -> MixedRank:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=["method=mixed_rank", "model=vit_tiny", *overrides])
+    found: MixedRank = instantiate(cfg.method, _convert_="all")
+    return found

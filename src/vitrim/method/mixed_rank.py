@@ -7,8 +7,8 @@ layer's output error and merged by concatenation; then training of the uncompres
 full text was not at hand: these are reconstructions from its abstract and from accounts of it, and
 no number in conf/method/mixed_rank.yaml is the paper's but the -60 % of strength 5.
 
-Ours: the decomposition by loss (`vitrim.lowrank`), the allocation along the hulls of error curves
-(`vitrim.ranks`), the sequential regression of second factors (`vitrim.trainer.regress`).
+Ours: the decomposition and the allocation by loss (`vitrim.lowrank`), along the hulls of error
+curves (`vitrim.ranks`), and the sequential regression (`vitrim.trainer.regress`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Trained = Literal["none", "uncompressed", "all"]
 class Ridges:
     """How strongly least squares is held back, relative to the mean variance of its inputs.
 
-    `metric` in decompositions, `regression` in solving second factors anew.
+    `metric` in decompositions, `regression` in solving the ends of branches anew.
     """
 
     metric: float

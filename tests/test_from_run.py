@@ -72,6 +72,19 @@ def test_strength_zero_keeps_what_it_begins_with(command: Command, unseen: Path)
     assert vitrim.load(done.report.parent)[1].edits == vitrim.load(unseen)[1].edits
 
 
+@pytest.mark.parametrize("sites", ["[mlp]", "[qk]", "[heads,v]"])
+def test_units_of_layers_in_two_factors_are_not_ranked(
+    command: Command, unseen: Path, sites: str
+) -> None:
+    low = command("method=mixed_rank", "target.params=0.6", "data=none", f"from_run={unseen}")
+    done = command(
+        *("method=oneshot", f"method.sites={sites}", "target.params=0.5", "data=none"),
+        f"from_run={low.report.parent}",
+    )
+    assert done.code == 1
+    assert "two factors" in done.message
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

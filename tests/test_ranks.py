@@ -42,11 +42,11 @@ def test_the_budget_is_met_to_within_one_rank(
     assert spent(found, ranks) <= limit
     for name, rank in ranks.items():
         curve = found[name]
-        most = math.floor(max_share * curve.break_even)
-        assert 1 <= rank <= most
+        assert 1 <= rank <= curve.break_even
         assert curve.step * rank < curve.dense
-        if rank < most:
+        if rank < curve.break_even:
             assert spent(found, ranks) + curve.step > limit
+        assert limit - spent(found, ranks) < max(found[name].step for name in ranks)
 
 
 @given(curves())
@@ -98,3 +98,10 @@ def test_the_least_is_rank_one_wherever_that_saves_something() -> None:
     found = {"a": Curve([1.0] * 4, 8, 16), "b": Curve([1.0], 5, 4)}
     assert least(found, 1.0) == 12
     assert least(found, 0.4) == 20
+
+
+def test_above_the_highest_share_goes_only_the_last_bit_of_a_budget() -> None:
+    found = {name: Curve([8.0, 4.0, 2.0, 1.0] * 16, 128, 64 * 64) for name in "abcd"}
+    ranks = allocate(found, 3 * 64 * 64 + 25 * 128, how="hull", max_share=0.7)
+    assert spent(found, ranks) > 3 * 64 * 64 + 24 * 128
+    assert sum(rank > 0.7 * 31 for rank in ranks.values()) <= 1

@@ -72,7 +72,12 @@ def compensated(
             bias = compact.get_submodule(layer.name).bias
             weight = weight[rows].double()
             columns, offset = _folded(
-                layer, weight, kept, moments, 0.0 if kind == "bias" else ridge
+                layer,
+                weight,
+                kept,
+                moments,
+                0.0 if kind == "bias" else ridge,
+                biased=bias is not None,
             )
             if kind != "bias":
                 values[f"{layer.name}.weight"] = columns
@@ -85,7 +90,7 @@ def compensated(
 
 
 def _folded(
-    layer: Layer, weight: Tensor, kept: Tensor, moments: Moments, ridge: float
+    layer: Layer, weight: Tensor, kept: Tensor, moments: Moments, ridge: float, *, biased: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the new weight (out, kept) and what its bias gains (out,); without ridge, B is 0."""
     found = moments.get(layer.name)
@@ -97,6 +102,8 @@ def _folded(
     if not ridge:
         return weight[:, kept], removed @ mean[gone]
     cov = found["cov"]
+    if not biased:  # no constant: the regression goes through the origin
+        cov = cov + torch.outer(mean, mean).to(cov)
     taken = regress(cov[kept][:, kept].double(), cov[kept][:, gone].double() @ removed.T, ridge)
     return weight[:, kept] + taken.T, removed @ mean[gone] - taken.T @ mean[kept]
 

@@ -12,7 +12,8 @@ The error of rank r is the sum of E from the r-th on. C is the choice (`METRICS`
     plain              identity: the truncated SVD
     asvd               diag(E|x|): ASVD's scaling with exponent 1/2 (arXiv 2312.05821)
     whitening          E[x x^T] (SVD-LLM, arXiv 2403.07378)
-    normalised_output  E[x x^T / ||W x||^2], the aim of the mixed-rank paper (arXiv 2402.06004)
+    normalised_output  E[x x^T / ||W x||^2], the aim of the mixed-rank paper (arXiv 2402.06004); of
+                       qkv in pieces, W is still the whole
     mean_input         X X^T of X the mean over images, token by token: that paper's own heuristic,
                        as far as it is known
     centred            Cov[x], ours: what the factors do to the mean goes into the bias
@@ -77,8 +78,9 @@ def weighted(weight: Tensor, metric: Tensor | None, rows: Tensor | None, ridge: 
     if rows is None:
         return decompose(weight, metric, ridge=ridge)
     root = rows.double().clamp_min(1e-3 * float(rows.mean())).sqrt().to(weight)
-    if not bool((root > 0).all()):
-        return decompose(weight, metric, ridge=ridge)
+    if not bool((root > 0).all()):  # nothing depends on these outputs
+        found = decompose(weight, metric, ridge=ridge)
+        return found._replace(energy=torch.zeros_like(found.energy))
     found = decompose(weight * root[:, None], metric, ridge=ridge)
     return found._replace(up=found.up / root[:, None])
 
@@ -111,7 +113,7 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
         narrow = root.to(wide)
         energy, v = _eigen(narrow.T @ (wide.T @ wide) @ narrow)
         found = wide @ (narrow @ v), (v.double().T @ inverse).to(wide)
-    scale = level if metric is not None and level > 0 else 1.0
+    scale = 1.0 if metric is None else max(level, 0.0)
     up, down = (factor.to(weight.dtype) for factor in found)
     return Spectrum(up, down, energy.double().clamp_min(0.0) * scale)
 

@@ -35,7 +35,7 @@ class Curve(NamedTuple):
     @property
     def break_even(self) -> int:
         """The highest rank that costs less than the layer undivided."""
-        return min(len(self.energy), (self.dense - 1) // self.step)
+        return max(0, min(len(self.energy), (self.dense - 1) // self.step))
 
 
 def least(curves: Mapping[str, Curve], max_share: float) -> int:
@@ -54,15 +54,16 @@ def allocate(
 ) -> dict[str, int]:
     """Return the rank of every layer that is factorised, the others stay dense.
 
-    What the layers cost together is at most `limit` and, unless all that may grow has grown, less
-    than one rank's cost below it.
+    What the layers cost together is at most `limit`, and less than one rank's cost of one of those
+    that are factorised below it.
 
     Args:
         curves: of the layers, by name.
         limit: what all of them may cost together, at least `least(curves, max_share)`.
         how: see above.
         max_share: highest rank that a factorised layer may have, as a share of its break-even rank;
-            two small products are no faster than one large above about 0.7.
+            two small products are no faster than one large above about 0.7. What is left of the
+            budget in the end makes layers dense again, and only the rest of it goes above.
         spread: with `hull`, the exponent of each layer's error in the sum: above 1, errors are kept
             from piling up in few layers, where their effects no longer add up.
     """
@@ -72,12 +73,28 @@ def allocate(
     match how:
         case "uniform":
             ranks = _uniform(curves, most, limit)
+            curves = {name: curve._replace(energy=_even(curve)) for name, curve in curves.items()}
         case "greedy":
             ranks = _greedy(curves, most, limit)
+            curves = {name: curve._replace(energy=_own(curve)) for name, curve in curves.items()}
         case _:
             ranks = _hull(curves, most, limit, spread)
-    _fill(curves, most, ranks, limit)
+    for highest in (most, _most(curves, 1.0)):
+        _fill(curves, highest, ranks, limit)
+        _restore(curves, ranks, limit)
+        _fill(curves, highest, ranks, limit)
     return ranks
+
+
+def _even(curve: Curve) -> list[float]:
+    """Return energies by which the layer with the smallest share of its weights comes first."""
+    return [curve.dense / (place + 1) for place in range(len(curve.energy))]
+
+
+def _own(curve: Curve) -> list[float]:
+    """Return energies as shares of the layer's own."""
+    total = math.fsum(curve.energy) or 1.0
+    return [energy / total for energy in curve.energy]
 
 
 def _most(curves: Mapping[str, Curve], max_share: float) -> dict[str, int]:
@@ -105,11 +122,10 @@ def _uniform(curves: Mapping[str, Curve], most: Mapping[str, int], limit: int) -
 
 def _greedy(curves: Mapping[str, Curve], most: Mapping[str, int], limit: int) -> dict[str, int]:
     steps = sorted(
-        (energy / total / curve.step, -place, name)
+        (energy / curve.step, -place, name)
         for name, curve in curves.items()
         if most[name]
-        for total in (math.fsum(curve.energy) or 1.0,)
-        for place, energy in enumerate(curve.energy[1:])
+        for place, energy in enumerate(_own(curve)[1:])
     )
     left = {name: len(curve.energy) for name, curve in curves.items()}
     over = sum(curve.dense for curve in curves.values()) - limit
@@ -166,6 +182,21 @@ def _corners(curve: Curve, most: int, spread: float) -> Iterator[tuple[float, in
 
 def _slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
     return (b[1] - a[1]) / (a[0] - b[0])
+
+
+def _restore(curves: Mapping[str, Curve], ranks: dict[str, int], limit: int) -> None:
+    """Make layers dense again, in place, those first where that mends most per cost, if it fits."""
+    room = limit - _total(curves, ranks)
+
+    def worth(name: str) -> float:
+        curve, rank = curves[name], ranks[name]
+        return math.fsum(curve.energy[rank:]) / (curve.dense - curve.step * rank)
+
+    for name in sorted(ranks, key=lambda name: (-worth(name), name)):
+        extra = curves[name].dense - curves[name].step * ranks[name]
+        if extra <= room:
+            room -= extra
+            del ranks[name]
 
 
 def _fill(

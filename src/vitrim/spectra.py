@@ -88,6 +88,10 @@ def read_curves(run: Run) -> Traced | None:
         provenance = loads(content.decode(errors="replace")).provenance
     except PlanError as error:
         raise ReportError(f"{path}: {error}; restore it or run again") from None
+    steps = provenance.get("steps")  # of a run that began with another one, the last with curves
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, dict) and "curves" in step:
+            provenance = step
     curves, named = provenance.get("curves") or {}, provenance.get("decomposition")
     if not isinstance(curves, dict):
         raise ReportError(f"{path}: provenance.curves: expected an object, by layer")

@@ -181,9 +181,12 @@ class Cost:
         Raises:
             TargetError: more is asked for than there is.
         """
+        return target.limit(self.whole(target.metric, scored))
+
+    def whole(self, metric: Metric, scored: Sequence[str] = ()) -> int:
+        """Return how much of `metric` there is in the network that budgets count from."""
         origin = self._whole
-        whole = origin.of(settle(origin.structure, {}), scored)
-        return target.limit(int(getattr(whole, target.metric)))
+        return int(getattr(origin.of(settle(origin.structure, {}), scored), metric))
 
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
@@ -265,14 +268,13 @@ def trim(
     """
     steps = _steps(cost.structure, scores, scope, round_to, pace or {}, even_heads=even_heads)
     scored = list(scores)
-    dense = cost.of(settle(cost.structure, {}), scored)
     limit = cost.allowed(target, scored)
 
     def reached(n: int) -> int:
         left = settle(cost.structure, _kept(cost.structure, steps, n))
         return int(getattr(cost.of(left, scored), target.metric))
 
-    least, most = reached(len(steps)), getattr(dense, target.metric)
+    least, most = reached(len(steps)), cost.whole(target.metric, scored)
     if least > limit:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: this method's sites go down "

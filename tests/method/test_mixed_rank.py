@@ -13,8 +13,8 @@ from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from conftest import SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
-from vitrim import Plan, count, cut
+from conftest import MODEL, SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
+from vitrim import LowRank, Plan, count, cut
 from vitrim.lowrank import METRICS
 from vitrim.method.mixed_rank import MixedRank
 from vitrim.plan import Evidence, dumps, loads
@@ -197,7 +197,8 @@ def test_the_mean_is_kept_by_the_bias() -> None:
 def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) -> None:
     method = built(*overrides)
     start = small_net()
-    found = method.recovery(cut(start, plan_of({})), start, Evidence(scores={}), 7)
+    factorised = Plan(model=MODEL, edits=(LowRank(linear="blocks.0.mlp.fc1", rank=6),))
+    found = method.recovery(cut(start, factorised), start, Evidence(scores={}), 7)
     assert [type(phase) for phase in found] == phases
 
 
@@ -225,6 +226,45 @@ def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) ->
 def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
         built(override)
+
+
+def test_a_residual_without_a_layer_to_train_is_left_out() -> None:
+    method = built("method.residual.rank=2", "method.regression=false")
+    start = small_net()
+    sliced = plan_of({"blocks.0.mlp.hidden": range(30)})
+    edits = (*sliced.edits, LowRank(linear="blocks.0.mlp.fc1", rank=6))
+    compact = cut(start, Plan(model=MODEL, edits=edits))
+    assert method.recovery(compact, start, Evidence(scores={}), 7) == []
+
+
+def test_without_a_bias_the_mean_is_decomposed_with_the_rest() -> None:
+    start = small_net(dtype=torch.float32, qkv_bias=False, proj_bias=False)
+    errors = {}
+    for decomposition in ("centred", "whitening"):
+        method = built("target.params=0.8", f"method.decomposition={decomposition}")
+        compact, _ = compact_of(method, start, learned(method.scorer(start)))
+        errors[decomposition] = relative_error(
+            outputs(compact, pictures()), outputs(start, pictures())
+        )
+    assert errors["centred"] <= 2 * errors["whitening"]
+
+
+@pytest.mark.parametrize("rule", ["loss", "error"])
+def test_a_branch_that_matters_nothing_is_given_up_first(rule: str) -> None:
+    start = small_net(dtype=torch.float32, init_values=0.5)
+    with torch.no_grad():
+        start.blocks[0].ls2.gamma.zero_()
+    method = built("target.params=0.85", f"method.allocation={rule}")
+    plan = method.plan(start, learned(method.scorer(start)), Cost(start, SIZE))
+    ranks = {edit.linear: edit.rank for edit in plan.low_ranks()}
+    assert ranks["blocks.0.mlp.fc1"] <= 2
+    assert ranks["blocks.0.mlp.fc2"] <= 2
+
+
+def test_pieces_left_dense_can_be_factorised_later() -> None:
+    plan = Plan(model=MODEL, edits=(LowRank(linear="blocks.0.attn.qkv.q", rank=3),))
+    names = dict(built()._pieces(Cost(cut(net(), plan), SIZE).structure))
+    assert {"blocks.0.attn.qkv.k", "blocks.0.attn.qkv.v", "blocks.1.attn.qkv"} <= names.keys()
 
 
 def test_a_budget_out_of_reach_names_the_least_in_reach() -> None:

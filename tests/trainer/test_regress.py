@@ -86,6 +86,17 @@ def test_only_the_ends_of_branches_are_solved() -> None:
     assert all(".proj." in name or ".fc2." in name for name in changed)
 
 
+def test_a_residual_begins_with_what_stands_there() -> None:
+    dense = small_net()
+    small = cut(dense, low_rank(HALF))
+    before = outputs(small, images())
+    recipe = Recipe(epochs=1, lr=1e-2, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0)
+    phase = Residual(small, dense, rank=3, sampling=ALL, recipe=recipe)
+    assert phase.ranks == 8 * 3
+    phase._merge()
+    assert torch.equal(outputs(small, images()), before)
+
+
 @pytest.mark.parametrize("ranks", [HALF, SPLIT])
 def test_the_residual_lowers_the_layers_errors_and_is_merged(
     ranks: dict[str, int], monkeypatch: pytest.MonkeyPatch

@@ -243,16 +243,15 @@ class MixedRank:
         if self.regression:
             ridge = self.ridges.regression
             phases.append(Regress(student, teacher, sampling=self.sampling, ridge=ridge))
-        if self.residual.rank:
-            phases.append(
-                Residual(
-                    student,
-                    teacher,
-                    rank=self.residual.rank,
-                    sampling=self.sampling,
-                    recipe=self.residual.training,
-                )
-            )
+        residual = Residual(
+            student,
+            teacher,
+            rank=self.residual.rank,
+            sampling=self.sampling,
+            recipe=self.residual.training,
+        )
+        if residual.ranks:
+            phases.append(residual)
         if self.tuning.trained != "none":
             frozen = _factors(student) if self.tuning.trained == "uncompressed" else ()
             phases.append(
@@ -269,7 +268,7 @@ class MixedRank:
     def _pieces(self, described: Structure) -> Iterator[tuple[str, _Piece]]:
         """Iterate over what may be factorised, by the names that plans have for it."""
         for layer in described.layers:
-            if layer.factor or layer.name.rpartition(".")[2] not in self.layers:
+            if layer.factor or _kind(layer.name) not in self.layers:
                 continue
             columns = sum(part.size for part in layer.inp)
             if self.qkv == "split" and layer.pieces:
@@ -291,7 +290,10 @@ class MixedRank:
             return weighted(weight, None, None, self.ridges.metric), None
         slope = piece.of(found["slope"]) if "slope" in found else None
         rows = slope if self.decomposition == "loss" else None
-        metric = metric_of(self.decomposition, found)
+        name = self.decomposition
+        if name in ("centred", "loss") and net.get_submodule(piece.layer).bias is None:
+            name = "whitening"  # nothing can take the mean over
+        metric = metric_of(name, found)
         return weighted(weight, metric, rows, self.ridges.metric), slope
 
     def _curves(
@@ -311,7 +313,9 @@ class MixedRank:
         by_loss = self.decomposition == "loss"
         if rule == "loss":
             return spectrum.energy if by_loss else spectrum.energy * gain
-        return spectrum.energy / gain.clamp_min(1e-300) if by_loss else spectrum.energy
+        if not by_loss:
+            return spectrum.energy
+        return torch.where(gain > 0, spectrum.energy / gain.clamp_min(1e-300), 0.0)
 
     def _ranks(
         self, cost: Cost, energies: Mapping[str, Sequence[float]], rule: Rule
@@ -343,6 +347,16 @@ class MixedRank:
             max_share=share,
             spread=self.spread,
         )
+
+
+def _kind(name: str) -> str:
+    """Return which of LAYERS the layer at a path is: pieces of qkv, and both openers of a SwiGLU.
+
+    >>> _kind("blocks.0.attn.qkv.q"), _kind("blocks.0.mlp.fc1_g"), _kind("blocks.0.mlp.fc2")
+    ('qkv', 'fc1', 'fc2')
+    """
+    *_, above, last = ["", *name.split(".")]
+    return above if above == "qkv" else last.removesuffix("_g").removesuffix("_x")
 
 
 def _factors(net: nn.Module) -> Collection[str]:

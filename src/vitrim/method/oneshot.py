@@ -30,7 +30,7 @@ from vitrim.errors import ConfigError, is_count, is_rate
 from vitrim.model import structure
 from vitrim.model.site import Structure
 from vitrim.plan import Evidence, Keep, Plan
-from vitrim.target import Cost, Scope, Target, check_strength, choose, trim
+from vitrim.target import Cost, Scope, Target, TargetError, check_strength, choose, trim
 from vitrim.trainer.calibrate import Calibrate, Sampling
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic
@@ -164,8 +164,16 @@ class OneShot:
         return choose(self.strength, self.levels, self.target, metric="units")
 
     def check(self, cost: Cost) -> None:
-        """Raise TargetError if the chosen sites alone cannot meet the budget."""
+        """Raise TargetError if the chosen sites alone cannot meet the budget, or are of factors."""
         sites = cost.structure.sites
+        chosen = tuple(SITES[kind].rpartition(".")[0] for kind in self.sites)
+        for layer in cost.structure.layers:
+            if layer.factor and layer.branch.endswith(chosen):
+                raise TargetError(
+                    f"{layer.name}: method.sites={[*self.sites]} ranks the units of whole layers, "
+                    "and this one is in two factors: slice first and factorise then, or choose "
+                    "other sites"
+                )
         self._trim(cost, {name: torch.ones(sites[name].size) for name in self._of(cost.structure)})
 
     def scorer(self, net: nn.Module) -> Calibrate:

@@ -49,7 +49,7 @@ def _line(row: Row, paper: Published) -> list[str]:
     )
     return [
         paper.experiment,
-        f"{row.record['strength']:g}",
+        fixed(row.record["strength"], "g"),
         f"{params:,}",
         _difference(params, paper.params),
         f"{counted:,}",

@@ -27,8 +27,8 @@ class Sampling:
     `images` are drawn from the training set by the run's seed, without augmentation; all of it if
     it has fewer. Of an image, the class token and up to `tokens` patches evenly spaced, from
     another start in every image (None: all). Where the classifier reads a class token, it counts as
-    `readout` patches; a patch counts by the inverse variance of its stream, so that a few tokens of
-    huge norm do not outweigh all others.
+    `readout` patches. Regressions, and the moments of one-shot pruning, count a patch by the
+    inverse variance of its stream, so that a few tokens of huge norm do not outweigh all others.
     """
 
     images: int

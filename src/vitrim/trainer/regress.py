@@ -86,7 +86,8 @@ class Regress(LightningModule):
                 after = x + branch.apply(x)
             off = take(dense, index) - take(after, index)
             if branch.scale is not None:
-                off = off / torch.where(branch.scale == 0, torch.inf, branch.scale)
+                scale = branch.scale.to(off)
+                off = off / torch.where(scale == 0, torch.inf, scale)
             weights = self.sampling.weights(
                 take(dense, index),
                 self._stream.prefix,

@@ -24,9 +24,9 @@ class Residual(LightningModule):
 
     The loss of a layer is E ||W x + b - f(x')||^2 / ||W x + b||^2 over sampled tokens: x enters the
     dense layer in `teacher`, x' the layer in `net` as trained so far, and no gradient runs from
-    layer to layer. What is trained starts at zero (A at 0, B at random), whatever stood in its
-    place; a layer keeps at least one component as it was. Layers whose dense twin has other outputs
-    are left alone.
+    layer to layer. What is trained starts as what stands in its place; where that is nothing, with
+    A at zero and B at random. A layer keeps at least one component as it was. Layers whose dense
+    twin has other outputs are left alone.
     """
 
     def __init__(
@@ -50,11 +50,17 @@ class Residual(LightningModule):
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for name in self._layers:
             layer = self._layer(name)
-            own = min(rank, layer.rank - 1)
-            down = layer.down.weight
-            noise = torch.randn(own, layer.in_features, generator=generator).to(down)
-            self.a[_key(name)] = nn.Parameter(torch.zeros(layer.out_features, own).to(down))
-            self.b[_key(name)] = nn.Parameter(noise * down.detach().std())
+            kept = layer.rank - min(rank, layer.rank - 1)
+            a, b = (factor.detach() for factor in (layer.up.weight, layer.down.weight))
+            noise = torch.randn(b[kept:].shape, generator=generator).to(b) * b.std()
+            empty = ~b[kept:].any(dim=1, keepdim=True)
+            self.a[_key(name)] = nn.Parameter(a[:, kept:].clone())
+            self.b[_key(name)] = nn.Parameter(torch.where(empty, noise, b[kept:]))
+
+    @property
+    def ranks(self) -> int:
+        """How many components are trained in all."""
+        return sum(len(b) for b in self.b.values())
 
     def _layer(self, name: str) -> LowRankLinear:
         layer = self.net.get_submodule(name)

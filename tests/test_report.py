@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vitrim.figure import draw, labelled, panels, window
+from vitrim.paper.compare import comparison
 from vitrim.report import main, numbers, quantized
 from vitrim.summary import Row, Run, Spread, per_seed, read, spread, summarise
 
@@ -435,3 +436,13 @@ def test_import_is_light() -> None:
     code = f"import sys, vitrim.report; print(*[m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_published_row_without_a_strength_stands_beside_ours(tmp_path: Path) -> None:
+    target = {"metric": "params", "keep": 22050664}
+    found = document(method="mixed_rank", model="deit_base", strength=None, target=target)
+    found["choices"]["experiment"] = "mixed_rank/deit_base_at_small"
+    folder = save(tmp_path / "run")
+    (folder / "report.json").write_text(json.dumps(found))
+    (line,) = comparison(summarise([read(folder)]))
+    assert line[:2] == ["mixed_rank/deit_base_at_small", "-"]

@@ -23,6 +23,7 @@ from vitrim.run import CONF
 from vitrim.surgery import cut
 from vitrim.target import Cost
 from vitrim.trainer.calibrate import watch
+from vitrim.trainer.profile import Profile
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TAR, WEIGHTS = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"
@@ -84,8 +85,19 @@ def proxy(pictures: Path) -> tuple[nn.Module, Tensor, Tensor]:
     return net, found[0], found[1]
 
 
+KNOWN: dict[str, Evidence] = {}
+
+
 def profiled(method: MixedRank, net: nn.Module, x: Tensor) -> Evidence:
+    """Return what the method learns of `x`, once for all tests."""
     phase = method.scorer(net)
+    key = json.dumps(phase.settings)
+    if key not in KNOWN:
+        KNOWN[key] = learned(phase, x)
+    return KNOWN[key]
+
+
+def learned(phase: Profile, x: Tensor) -> Evidence:
     phase.on_train_start()
     for place, batch in enumerate(x.split(50)):
         phase.training_step((batch, None), place)
@@ -98,7 +110,12 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
     proxy: tuple[nn.Module, Tensor, Tensor], decomposition: str
 ) -> None:
     net, seen, unseen = proxy
-    method = mixed_rank(f"method.decomposition={decomposition}", "method.allocation=error")
+    whole = () if decomposition == "whitening" else ("readout=1.0", "tokens=null")
+    method = mixed_rank(
+        f"method.decomposition={decomposition}",
+        "method.allocation=error",
+        *(f"method.sampling.{word}" for word in whole),  # all tokens alike, as they are judged
+    )
     evidence = profiled(method, net, seen)
     names = [*dict.fromkeys(piece.layer for _, piece in method._pieces(structure(net)))]
     with torch.no_grad(), watch(net, [(name, False) for name in names]) as flows:
@@ -117,7 +134,7 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
         assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7])
+@pytest.mark.parametrize("share", [0.9, 0.8])
 def test_the_default_allocation_changes_unseen_outputs_less_than_uniform_ranks(
     proxy: tuple[nn.Module, Tensor, Tensor], share: float
 ) -> None:

@@ -102,21 +102,32 @@ class Profile(LightningModule):
                 x = x[..., linear.index]
             if self.metric == "mean_input":
                 self._add(f"{name}.tokens", x.sum(0))
+            patches = x.shape[1] - self._stream.prefix
             x = take(x, index)
+            weights = self._weights(linear, x, patches)
             if self.metric == "asvd":
-                self._add(f"{name}.abs", x.abs().mean(1).sum(0))
+                share = weights / weights.sum(1, keepdim=True)
+                self._add(f"{name}.abs", (x.abs() * share.unsqueeze(-1)).sum((0, 1)))
             if self.metric in _MOMENTS:
                 moments = self.moments[_key(name)]
                 assert isinstance(moments, Moments)
-                moments.add(x.flatten(0, 1), self._weights(linear, x).flatten())
+                moments.add(x.flatten(0, 1), weights.flatten())
 
-    def _weights(self, linear: nn.Module, x_BnC: Tensor) -> Tensor:
-        """Return what each sampled token counts, (B, n)."""
+    def _weights(self, linear: nn.Module, x_BnC: Tensor, patches: int) -> Tensor:
+        """Return what each sampled token counts, (B, n).
+
+        Of other people's metrics all tokens count alike, so a sampled patch stands for those left
+        out; of ours, a token that the classifier reads counts as many sampled patches as is said.
+        """
+        prefix = self._stream.prefix
+        weights = torch.ones(x_BnC.shape[:2], device=x_BnC.device)
+        if self.metric in ("centred", "loss"):
+            weights[:, : self._stream.readout] = self.sampling.readout
+            return weights
+        weights[:, prefix:] = patches / max(1, weights.shape[1] - prefix)
         if self.metric == "normalised_output":
             outputs = x_BnC @ linear.get_parameter("weight").mT
-            return 1 / outputs.square().sum(-1).clamp_min(1e-12)
-        weights = torch.ones(x_BnC.shape[:2], device=x_BnC.device)
-        weights[:, : self._stream.readout] = self.sampling.readout
+            weights = weights / outputs.square().sum(-1).clamp_min(1e-12)
         return weights
 
     def _slopes(self, images: Tensor) -> None:

@@ -51,11 +51,8 @@ class Moments(nn.Module):
         if self._shift is None:
             self._shift = (rows * root.square()).sum(-2) / root.square().sum()
             groups, channels = self._shift.shape[:-1], self._shift.shape[-1]
-            zeros = rows.new_zeros(*groups, channels, dtype=torch.float64)
-            self._sum, self._squares = (
-                zeros,
-                zeros.unsqueeze(-1).expand(*groups, channels, channels).clone(),
-            )
+            self._sum = rows.new_zeros(*groups, channels, dtype=torch.float64)
+            self._squares = rows.new_zeros(*groups, channels, channels, dtype=torch.float64)
             self.weight = self.weight.to(rows.device)
         moved = (rows - self._shift.unsqueeze(-2)) * root
         for at in range(0, moved.shape[-1], _BLOCK):  # the upper half: the other is its mirror
@@ -87,6 +84,7 @@ class Moments(nn.Module):
         self.mean = (self._shift.double() + step).cpu()
         self.weight = self.weight.cpu()
         self._shift = None
+        del self._sum, self._squares  # as large as all moments together, twice over
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""

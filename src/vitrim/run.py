@@ -73,20 +73,23 @@ def run(cfg: DictConfig) -> Path:
         dense, dense_accuracy = _dense(model, data, phases, recipe)
         cost = Cost(dense, model.spec().size)
         start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
-        compact, stages = cut(start, Plan(model={}, edits=())), {"cut": dense_accuracy}
-        if start is not dense and phases is not None:
-            stages = {"cut": phases.accuracy(start, data.n_classes)}
-        if method.budget.keep != 1:
+        recovery = []
+        if method.budget.keep == 1:
+            compact = cut(start, Plan(model={}, edits=()))
+        else:
             prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
             _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
             plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
             compact = prune.compact
             if prune.plan.edits and phases is not None:
-                stages = {"cut": phases.accuracy(compact, data.n_classes)}
-                for phase in method.recovery(compact, dense, prune.evidence, data.n_classes):
-                    name = type(phase).__name__.lower()
-                    phases.fit(name, phase, epochs=phase.epochs)
-                    stages[name] = phases.accuracy(compact, data.n_classes)
+                recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
+        stages = {"cut": dense_accuracy}
+        if plan.edits and phases is not None:
+            stages["cut"] = phases.accuracy(compact, data.n_classes)
+            for phase in recovery:
+                name = type(phase).__name__.lower()
+                phases.fit(name, phase, epochs=phase.epochs)
+                stages[name] = phases.accuracy(compact, data.n_classes)
         plan = Plan(
             model=model.description(),
             edits=plan.edits,

@@ -19,7 +19,6 @@ from vitrim.model.attention import GatheredLinear, SlicedAttention
 from vitrim.model.lowrank import LowRankLinear, SplitLinear
 from vitrim.model.site import (
     Attention,
-    Dim,
     Layer,
     Structure,
     Survivors,
@@ -28,6 +27,7 @@ from vitrim.model.site import (
     ranks_of,
     removed_of,
     resolve,
+    runs_of,
     width_of,
     widths_of,
 )
@@ -76,7 +76,7 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
             _narrow(compact, layer, sliced[layer.name])
     for attention in described.attentions:
         _reshape(compact, attention, described, survivors)
-    for layer in described.layers:
+    for layer in described.layers if ranks else ():
         _factorise(compact, layer, survivors, ranks)
     return compact
 
@@ -99,7 +99,7 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             if bias is not None:
                 bias[removed_of(len(bias), index_of(layer.out, survivors))] = 0.0
             columns = index_of(layer.inp, survivors)
-            for name, out in _runs(layer):
+            for name, out in runs_of(layer).items():
                 if name in ranks:
                     rows = index_of(out, survivors)[:, None]
                     up, down = decompose(weight[rows, columns], None).factors(ranks[name])
@@ -207,23 +207,21 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> N
     compact.set_submodule(layer.name, gathered)
 
 
-def _runs(layer: Layer) -> list[tuple[str, Dim]]:
-    """Return what of a layer can be factorised, by name: the whole, and each of its pieces."""
-    pieces = zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
-    return [(layer.name, layer.out), *((f"{layer.name}.{name}", (part,)) for name, part in pieces)]
-
-
 def _factorise(
     compact: nn.Module, layer: Layer, survivors: Survivors, ranks: Mapping[str, int]
 ) -> None:
     """Put two factors in the place of a sliced layer, or of those of its pieces that have ranks."""
-    whole, *pieces = [(name, width_of(out, survivors)) for name, out in _runs(layer)]
+    runs = runs_of(layer)
+    if ranks.keys().isdisjoint(runs):
+        return
+    linear = compact.get_submodule(layer.name)
     if layer.name in ranks:
-        linear = compact.get_submodule(layer.name)
-        compact.set_submodule(layer.name, _factors(linear, ranks[whole[0]]))
-    elif not ranks.keys().isdisjoint(name for name, _ in pieces):
-        linear, start, parts = compact.get_submodule(layer.name), 0, {}
-        for name, rows in pieces:
+        compact.set_submodule(layer.name, _factors(linear, ranks[layer.name]))
+    else:
+        del runs[layer.name]
+        start, parts = 0, {}
+        for name, out in runs.items():
+            rows = width_of(out, survivors)
             part: nn.Module = _rows(linear, slice(start, start + rows))
             start += rows
             parts[name.rpartition(".")[2]] = _factors(part, ranks[name]) if name in ranks else part

@@ -135,11 +135,15 @@ def _most(layer: Layer) -> dict[str, int]:
     if layer.factor:
         return {}
     columns = sum(part.size for part in layer.inp)
-    pieces = {
-        f"{layer.name}.{name}": min(part.size, columns)
-        for name, part in zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
+    return {
+        name: min(sum(part.size for part in out), columns) for name, out in runs_of(layer).items()
     }
-    return {layer.name: min(sum(part.size for part in layer.out), columns), **pieces}
+
+
+def runs_of(layer: Layer) -> dict[str, Dim]:
+    """Return the rows of what of a layer can be factorised: of the whole, then of its pieces."""
+    pieces = zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
+    return {layer.name: layer.out, **{f"{layer.name}.{name}": (part,) for name, part in pieces}}
 
 
 def _tensor(index: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.lowrank import decompose
-from vitrim.model import structure
+from vitrim.model import drop, structure
 from vitrim.model.attention import GatheredLinear, SlicedAttention
 from vitrim.model.lowrank import LowRankLinear, SplitLinear
 from vitrim.model.site import (
@@ -23,7 +23,9 @@ from vitrim.model.site import (
     Structure,
     Survivors,
     as_keeps,
+    dropped_of,
     index_of,
+    names_in,
     ranks_of,
     removed_of,
     resolve,
@@ -31,7 +33,7 @@ from vitrim.model.site import (
     width_of,
     widths_of,
 )
-from vitrim.plan import Plan, PlanError
+from vitrim.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,8 +63,8 @@ def carve(net: nn.Module, plan: Plan) -> nn.Module:
 
 def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Module]) -> nn.Module:
     """Cut what `put` makes of the sliced parameters, which it gets by the ids of the whole ones."""
-    _no_drops(plan)
     described = structure(net)
+    dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
     sliced = {
@@ -71,11 +73,14 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
         if _is_cut(layer, described, survivors)
     }
     compact = put(_slices(net, sliced))
+    for name in dropped:
+        drop(compact, name)
     for layer in described.layers:
         if layer.name in sliced:
             _narrow(compact, layer, sliced[layer.name])
     for attention in described.attentions:
-        _reshape(compact, attention, described, survivors)
+        if attention.branch not in dropped:
+            _reshape(compact, attention, described, survivors)
     for layer in described.layers if ranks else ():
         _factorise(compact, layer, survivors, ranks)
     return compact
@@ -84,14 +89,18 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
 def masked(net: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of `net`, same shapes, with zeros wherever `plan` removes something.
 
-    Weights that it factorises are the product of their factors.
+    Weights that it factorises are the product of their factors; a dropped branch ends in zeros.
     """
-    _no_drops(plan)
     described = structure(net)
+    dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
     twin = copy.deepcopy(net)
     with torch.no_grad():
+        for branch in described.branches:
+            for path in branch.ends if branch.name in dropped else ():
+                for tensor in twin.get_submodule(path).parameters():
+                    tensor.zero_()
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
             weight[removed_of(weight.shape[0], index_of(layer.out, survivors))] = 0.0
@@ -113,12 +122,11 @@ def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
     Its cut computes the same, too, unless `first` factorises what `second` slices: the slices then
     come before the factors.
     """
-    _no_drops(first)
-    _no_drops(second)
     outer = structure(net)
     kept = resolve(outer, first)
     inner = structure(cut(_on_meta(net), first))
-    survivors = {site: kept[site][index] for site, index in resolve(inner, second).items()}
+    dropped_of(inner, second)
+    survivors = kept | {site: kept[site][index] for site, index in resolve(inner, second).items()}
     asked = {keep.site: torch.tensor(keep.index) for keep in first.keeps()}
     for keep in second.keeps():
         asked[keep.site] = kept[keep.site][torch.tensor(keep.index)]
@@ -126,9 +134,13 @@ def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
         step for plan in (first, second) for step in plan.provenance.get("steps", [plan.provenance])
     ]
     ranks_of(inner, second)
+    drops = (*first.drops(), *second.drops())
+    gone = names_in(outer, {edit.branch for edit in drops})
+    keeps = (keep for keep in as_keeps(outer, survivors, asked) if keep.site not in gone)
+    ranks = (edit for plan in (first, second) for edit in plan.low_ranks())
     return Plan(
         model=first.model,
-        edits=(*as_keeps(outer, survivors, asked), *first.low_ranks(), *second.low_ranks()),
+        edits=(*drops, *keeps, *(edit for edit in ranks if edit.linear not in gone)),
         provenance={"steps": [dict(step) for step in steps]},
     )
 
@@ -138,11 +150,6 @@ def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | No
     layer = net.get_submodule(name)
     bias = layer.bias
     return layer.get_parameter("weight"), None if bias is None else layer.get_parameter("bias")
-
-
-def _no_drops(plan: Plan) -> None:
-    for edit in plan.drops():
-        raise PlanError(f"{edit}: this version of surgery drops no branches")
 
 
 def _on_meta(net: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
@@ -16,12 +16,16 @@ from vitrim.measure import InputSize, census
 from vitrim.model import structure
 from vitrim.model.site import (
     Dim,
+    Layer,
     Site,
     Structure,
     Survivors,
     as_keeps,
+    dropped_of,
+    names_in,
     ranks_of,
     resolve,
+    runs_of,
     settle,
     width_of,
 )
@@ -127,12 +131,11 @@ class Amount(NamedTuple):
 
 
 class _Term(NamedTuple):
-    name: str
+    branch: str
     params: int
     macs: int
     out: Dim
-    inp: Dim | None
-    pieces: tuple[str, ...] = ()
+    layer: Layer | None = None  # whose columns count too
 
 
 class Cost:
@@ -154,26 +157,44 @@ class Cost:
         self._positions = positions
         self._terms = list(_terms(net, self.structure, positions))
         self._params = self._macs = 0
-        whole = self.of(resolve(self.structure, Plan(model={}, edits=())))
+        dense = settle(self.structure, {})
+        whole = self.of(dense)
         self._params = self.dense_count.params - whole.params
         self._macs = self.dense_count.macs - whole.macs
+        self._own = {
+            branch.name: sum(
+                tensor.numel()
+                for path in branch.modules
+                for tensor in net.get_submodule(path).parameters()
+            )
+            - sum(
+                term.params * _weights(term, dense, {})
+                for term in self._terms
+                if term.branch == branch.name
+            )
+            for branch in self.structure.branches
+        }
 
     def of(
         self,
         survivors: Survivors,
         scored: Sequence[str] = (),
         ranks: Mapping[str, int] | None = None,
+        dropped: Collection[str] = (),
     ) -> Amount:
         """Return what remains; `units` counts the kept units of the sites in `scored`.
 
-        `ranks` holds the layers (or pieces of layers) in two factors.
+        `ranks` holds the layers (or pieces of layers) in two factors, `dropped` the branches that
+        are not there any more, with their norms and layer scales.
         """
-        params, macs = self._params, self._macs
+        params, macs = self._params - sum(self._own[name] for name in dropped), self._macs
         for term in self._terms:
-            weights = _weights(term, survivors, ranks or {})
-            params += term.params * weights
-            macs += term.macs * weights
-        return Amount(params, macs, sum(len(survivors[name]) for name in scored))
+            if term.branch not in dropped:
+                weights = _weights(term, survivors, ranks or {})
+                params += term.params * weights
+                macs += term.macs * weights
+        gone = names_in(self.structure, dropped) if dropped else ()
+        return Amount(params, macs, sum(len(survivors[s]) for s in scored if s not in gone))
 
     def allowed(self, target: Target, scored: Sequence[str] = ()) -> int:
         """Return how much of the target's metric may remain.
@@ -191,12 +212,16 @@ class Cost:
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
         ranks = ranks_of(self.structure, plan)
-        return self.of(resolve(self.structure, plan), scored, ranks)
+        return self.of(
+            resolve(self.structure, plan), scored, ranks, dropped_of(self.structure, plan)
+        )
 
     def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
         """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""
-        left = resolve(self.structure, plan)
+        left, dropped = resolve(self.structure, plan), dropped_of(self.structure, plan)
         for attention in self.structure.attentions:
+            if attention.branch in dropped:
+                continue
             tokens = self._positions[attention.qkv]
             dims = len(left[attention.qk]) + len(left[attention.v])
             yield tokens, attention.context or tokens, len(left[attention.heads]), dims
@@ -204,16 +229,14 @@ class Cost:
 
 def _weights(term: _Term, survivors: Survivors, ranks: Mapping[str, int]) -> int:
     """Return how many weights a layer has left."""
-    if term.inp is None:
+    if term.layer is None:
         return width_of(term.out, survivors)
-    columns = width_of(term.inp, survivors)
-    runs: dict[str, Dim] = {term.name: term.out}
-    if term.pieces:
-        pieces: dict[str, Dim] = {
-            f"{term.name}.{name}": (part,) for name, part in zip(term.pieces, term.out, strict=True)
-        }
+    columns = width_of(term.layer.inp, survivors)
+    runs, total = {term.layer.name: term.out}, 0
+    if ranks and term.layer.pieces:
+        pieces = runs_of(term.layer)
+        del pieces[term.layer.name]
         runs = runs if ranks.keys().isdisjoint(pieces) else pieces
-    total = 0
     for name, out in runs.items():
         rows = width_of(out, survivors)
         total += ranks[name] * (rows + columns) if name in ranks else rows * columns
@@ -223,15 +246,15 @@ def _weights(term: _Term, survivors: Survivors, ranks: Mapping[str, int]) -> int
 def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:
     for layer in described.layers:
         name = layer.name
-        yield _Term(name, 1, positions[name], layer.out, layer.inp, layer.pieces)
+        yield _Term(layer.branch, 1, positions[name], layer.out, layer)
         if net.get_submodule(name).bias is not None:
-            yield _Term(name, 1, 0, layer.out, None)
+            yield _Term(layer.branch, 1, 0, layer.out)
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
     for attention in described.attentions:
         tokens = positions[attention.qkv]
         context = attention.context or tokens
         for site in (attention.qk, attention.v):
-            yield _Term(site, 0, tokens * context, (dims[site],), None)
+            yield _Term(attention.branch, 0, tokens * context, (dims[site],))
 
 
 Scope = Literal["global", "site"]

@@ -1,4 +1,4 @@
-"""Networks and what can be cut in them, by family: `structure`, `sites`, `branches`, `stream`.
+"""Networks and what can be cut in them: `structure`, `sites`, `branches`, `drop`, `stream`.
 
 A family is a module here that registers its network classes; only it knows their attribute names.
 """
@@ -44,6 +44,12 @@ def stream(net: nn.Module) -> Stream:
     raise UnsupportedArchitecture(f"{type(net).__name__} has no residual stream to follow")
 
 
+@singledispatch
+def drop(net: nn.Module, branch: str) -> None:
+    """Remove a residual branch from `net` itself: the modules, not only what they compute."""
+    raise UnsupportedArchitecture(f"{type(net).__name__} has no branches to drop")
+
+
 def sites(net: nn.Module) -> Mapping[str, Site]:
     """Return the sites of `net` that can be cut exactly, by name, in network order."""
     return {name: site for name, site in structure(net).sites.items() if not site.locked}
@@ -51,7 +57,7 @@ def sites(net: nn.Module) -> Mapping[str, Site]:
 
 def branches(net: nn.Module) -> tuple[str, ...]:
     """Return the residual branches of `net` that can be dropped, in network order."""
-    return structure(net).branches
+    return tuple(branch.name for branch in structure(net).branches)
 
 
 from vitrim.model import dinov2_lc, vit  # noqa: E402, F401  (registers the families)

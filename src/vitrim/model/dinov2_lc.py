@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, register_mode
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitrim.model import stream, structure
+from vitrim.model import drop, stream, structure
 from vitrim.model.site import Structure, prefixed
 from vitrim.model.stream import Stream
 
@@ -106,6 +106,11 @@ class LinearClassifier(nn.Module):
 @structure.register
 def _(net: LinearClassifier) -> Structure:
     return prefixed(structure(net.backbone), "backbone.")
+
+
+@drop.register
+def _(net: LinearClassifier, branch: str) -> None:
+    drop(net.backbone, branch.removeprefix("backbone."))
 
 
 @stream.register

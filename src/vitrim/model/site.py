@@ -8,14 +8,14 @@ knows its names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.plan import Keep, Plan, PlanError
+from vitrim.plan import Drop, Keep, LowRank, Plan, PlanError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +81,24 @@ _NAMES = ("branch", "qkv", "heads", "qk", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Residual:
+    """A branch f of x + f(x), which can be dropped.
+
+    `modules` are the paths that are its own, norm and layer scale included; once all parameters at
+    `ends` are zero, it adds nothing.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    ends: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Structure:
     """Everything that can be cut in one network."""
 
     sites: Mapping[str, Site]
-    branches: tuple[str, ...] = ()
+    branches: tuple[Residual, ...] = ()
     layers: tuple[Layer, ...] = ()
     attentions: tuple[Attention, ...] = field(default=())
 
@@ -128,6 +141,38 @@ def ranks_of(structure: Structure, plan: Plan) -> dict[str, int]:
         if name.rpartition(".")[0] in ranks:
             raise PlanError(f"linear {name!r} is factorised with the layer that it is a piece of")
     return ranks
+
+
+def dropped_of(structure: Structure, plan: Plan) -> frozenset[str]:
+    """Return the branches that the plan drops.
+
+    Raises:
+        PlanError: no such branch, or another edit is inside a dropped one.
+    """
+    known = [branch.name for branch in structure.branches]
+    dropped = frozenset(edit.branch for edit in plan.drops())
+    for name in sorted(dropped.difference(known)):
+        near = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+        raise PlanError(
+            f"unknown branch {name!r}: expected one of {', '.join((near or known)[:12])}"
+        )
+    inside = names_in(structure, dropped)
+    for edit in plan.edits:
+        if not isinstance(edit, Drop) and (place := _place(edit)) in inside:
+            raise PlanError(f"{place!r} is edited, but its branch is dropped")
+    return dropped
+
+
+def names_in(structure: Structure, branches: Collection[str]) -> set[str]:
+    """Return the sites, layers and pieces of layers that are inside some branches."""
+    layers = [layer for layer in structure.layers if layer.branch in branches]
+    found = {name for layer in layers for name in runs_of(layer)}
+    found |= {part.site for layer in layers for part in (*layer.out, *layer.inp) if part.site}
+    return found | {item.heads for item in structure.attentions if item.branch in branches}
+
+
+def _place(edit: Keep | LowRank) -> str:
+    return edit.site if isinstance(edit, Keep) else edit.linear
 
 
 def _most(layer: Layer) -> dict[str, int]:
@@ -253,7 +298,14 @@ def prefixed(structure: Structure, prefix: str) -> Structure:
             prefix + name: replace(site, name=prefix + name)
             for name, site in structure.sites.items()
         },
-        branches=tuple(prefix + name for name in structure.branches),
+        branches=tuple(
+            Residual(
+                name=prefix + branch.name,
+                modules=tuple(prefix + path for path in branch.modules),
+                ends=tuple(prefix + path for path in branch.ends),
+            )
+            for branch in structure.branches
+        ),
         layers=tuple(
             replace(
                 layer,

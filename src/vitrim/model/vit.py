@@ -16,28 +16,65 @@ from collections.abc import Iterator
 from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from vitrim.model import UnsupportedArchitecture, stream, structure
+from vitrim.model import UnsupportedArchitecture, drop, stream, structure
 from vitrim.model.attention import SlicedAttention
 from vitrim.model.lowrank import layers_of
-from vitrim.model.site import Attention, Layer, Part, Site, Structure, full
+from vitrim.model.site import Attention, Layer, Part, Residual, Site, Structure, full
 from vitrim.model.stream import Branch, Stream
+
+
+class OneBranch(nn.Module):
+    """What is left of a pre-norm block once one of its branches is dropped; names stay timm's."""
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__()
+        self.place = _PLACES[name]
+        for part in (f"norm{self.place}", name, f"ls{self.place}", f"drop_path{self.place}"):
+            self.add_module(part, block.get_submodule(part))
+        self.branch = name
+        self.training = block.training
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        """Map (B, N, D) to the same shape; attention masks are for attentions only."""
+        norm, inner, scale, path = self.children()
+        output: Tensor = x + path(scale(inner(norm(x))))
+        return output
+
+
+_PLACES = {"attn": "1", "mlp": "2"}
 
 
 @structure.register
 def _(net: VisionTransformer) -> Structure:
-    found = [
-        part
-        for name, block in _blocks(net)
-        for part in (_attention(name, block), _mlp(name, block))
-    ]
+    describe = {"attn": _attention, "mlp": _mlp}
+    found = [describe[kind](name, block) for name, block, kind in _branches(net)]
     return Structure(
         sites={site.name: site for sites, _, _ in found for site in sites},
-        branches=tuple(layers[0].branch for _, layers, _ in found),
+        branches=tuple(
+            Residual(
+                name=f"{name}.{kind}",
+                modules=(
+                    f"{name}.norm{_PLACES[kind]}",
+                    f"{name}.{kind}",
+                    f"{name}.ls{_PLACES[kind]}",
+                ),
+                ends=(f"{name}.attn.proj" if kind == "attn" else f"{name}.mlp.fc2",),
+            )
+            for name, _, kind in _branches(net)
+        ),
         layers=tuple(layer for _, layers, _ in found for layer in layers),
         attentions=tuple(attention for _, _, attention in found if attention is not None),
     )
+
+
+@drop.register
+def _(net: VisionTransformer, branch: str) -> None:
+    name, _, kind = branch.rpartition(".")
+    left = [other for at, _, other in _branches(net) if at == name and other != kind]
+    block = net.get_submodule(name)
+    net.set_submodule(name, OneBranch(block, left[0]) if left else nn.Identity())
 
 
 @stream.register
@@ -45,41 +82,42 @@ def _(net: VisionTransformer) -> Stream:
     reads_tokens = net.global_pool in ("token", "")
     return Stream(
         embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))),
-        branches=tuple(
-            branch
-            for name, block in _blocks(net)
-            for branch in (
-                _branch(f"{name}.attn", f"{name}.norm1", block, "1"),
-                _branch(f"{name}.mlp", f"{name}.norm2", block, "2"),
-            )
-        ),
+        branches=tuple(_branch(*branch) for branch in _branches(net)),
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=min(net.num_prefix_tokens, 1 + hasattr(net, "head_dist")) if reads_tokens else 0,
     )
 
 
-def _branch(name: str, before: str, block: Block, place: str) -> Branch:
-    norm = block.get_submodule(f"norm{place}")
-    inner = block.get_submodule(name.rpartition(".")[2])
-    scale = block.get_submodule(f"ls{place}")
+def _branch(name: str, block: nn.Module, kind: str) -> Branch:
+    before = f"norm{_PLACES[kind]}"
+    norm, inner = block.get_submodule(before), block.get_submodule(kind)
+    scale = block.get_submodule(f"ls{_PLACES[kind]}")
     return Branch(
-        name=name,
-        before=before,
+        name=f"{name}.{kind}",
+        before=f"{name}.{before}",
         apply=lambda x: scale(inner(norm(x))),
         scale=scale.gamma.detach() if isinstance(scale, LayerScale) else None,
     )
 
 
-def _blocks(net: VisionTransformer) -> Iterator[tuple[str, Block]]:
+def _branches(net: VisionTransformer) -> Iterator[tuple[str, nn.Module, str]]:
+    """Iterate over the branches there are: the block's path, the block, attn or mlp."""
     for index, block in enumerate(net.blocks):
+        name = f"blocks.{index}"
+        if type(block) is nn.Identity:
+            continue  # both are dropped
+        if isinstance(block, OneBranch):
+            yield name, block, block.branch
+            continue
         if type(block) is not Block or not isinstance(block.attn, (TimmAttention, SlicedAttention)):
             raise UnsupportedArchitecture(
                 f"{type(net).__name__} with {type(block).__name__} and "
                 f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
                 "supported: Block with Attention, and Mlp, GluMlp or SwiGLU"
             )
-        yield f"blocks.{index}", block
+        yield name, block, "attn"
+        yield name, block, "mlp"
 
 
 _Found = tuple[tuple[Site, ...], tuple[Layer, ...], Attention | None]

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from conftest import MODEL, PLANS, SIZE, TINY, heads_of, plan_of, skeleton_net, small_net
-from vitrim import Keep, Plan, count, cut, save
+from vitrim import Drop, Keep, Plan, count, cut, save
 from vitrim.model import sites
 from vitrim.plan import PlanError
 from vitrim.store import WEIGHTS
@@ -566,3 +566,32 @@ def test_even_heads_lose_equally_many_dims() -> None:
     scores = {site: torch.arange(24, dtype=torch.float64)}
     keeps = trim(cost, scores, Target(metric="units", keep=0.5), even_heads=True)
     assert keeps[0].index == (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23)
+
+
+def test_a_budget_in_blocks_is_what_remains_without_them() -> None:
+    target = Target(metric="blocks", keep=1)
+    without = Plan(model=MODEL, edits=(Drop(branch="blocks.0.attn"), Drop(branch="blocks.0.mlp")))
+    assert cost().blocks()[0] == TINY["depth"]
+    assert cost().allowed(target) == cost().plan(without).macs == count(cut(net(), without), 32)[1]
+    assert not target.is_identity
+    half = cost().allowed(Target(metric="blocks", keep=0.5))
+    assert half == cost().dense_count.macs - math.ceil(0.5 * cost().blocks()[1] / 2)
+
+
+@pytest.mark.parametrize("keep", [0, -1, "many", True])
+def test_a_budget_in_blocks_is_a_positive_number(keep: Any) -> None:
+    with pytest.raises(TargetError, match=f"target.blocks={keep}: expected how many blocks"):
+        Target(metric="blocks", keep=keep)
+
+
+def test_no_more_blocks_go_than_there_are() -> None:
+    with pytest.raises(TargetError, match=r"target\.blocks=2: the network has 2 blocks"):
+        cost().allowed(Target(metric="blocks", keep=2))
+
+
+@given(share=st.floats(0.05, 0.6), seed=SEEDS)
+def test_units_are_trimmed_to_a_budget_in_blocks(share: float, seed: int) -> None:
+    target, scores = Target(metric="blocks", keep=share), random_scores(seed)
+    edits = trim(cost(), scores, target)
+    limit, reached = cost().allowed(target), left(edits, "macs", list(scores))
+    assert limit - cost().dense_count.macs // 50 < reached <= limit

@@ -104,7 +104,7 @@ def mismatches(
             f"model.num_classes={data.n_classes} (and model.reset_head=true "
             "with a checkpoint of other classes), or choose other data"
         )
-    trains = not model.trained or method.budget.keep != 1
+    trains = not model.trained or not method.budget.is_identity
     if trains and not data.trainable:
         problems.append(
             f"data.root={cfg['data'].get('root')} has no training images, and this run trains, or "
@@ -119,16 +119,16 @@ def mismatches(
 
 def _nothing_left(folder: str, cost: Cost, begun: Plan, budget: Target) -> list[str]:
     """Return what is wrong with a budget that the network to start from is within already."""
-    if budget.keep == 1 or budget.metric == "units":
+    if budget.is_identity or budget.metric == "units":
         return []
-    metric, limit = budget.metric, cost.allowed(budget)
+    metric, limit = budget.unit, cost.allowed(budget)
     has = getattr(cost.plan(begun), metric)
     if has > limit:
         return []
     share = has / getattr(cost.dense_count, metric)
     return [
-        f"target.{metric}={budget.keep} leaves {limit:,} {metric}, and from_run={folder} has only "
-        f"{has:,} already ({share:.4f} of the dense network's): set a smaller budget"
+        f"target.{budget.metric}={budget.keep} leaves {limit:,} {metric}, and from_run={folder} "
+        f"has only {has:,} already ({share:.4f} of the dense network's): set a smaller budget"
     ]
 
 

@@ -74,7 +74,7 @@ def run(cfg: DictConfig) -> Path:
         cost = Cost(dense, model.spec().size)
         start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
         recovery = []
-        if method.budget.keep == 1:
+        if method.budget.is_identity:
             compact = cut(start, Plan(model={}, edits=()))
         else:
             prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))

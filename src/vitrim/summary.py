@@ -159,7 +159,8 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
 def order(run: Run) -> tuple[Any, ...]:
     """Sort by series, then the mildest cut first, then seed; all but the last two make a row."""
     record, strength = run.record, run.record["strength"]
-    aim = (strength is None, strength or 0.0, record["target.metric"], -record["target.keep"])
+    metric, keep = record["target.metric"], record["target.keep"]
+    aim = (strength is None, strength or 0.0, metric, keep if metric == "blocks" else -keep)
     return (record["series"], *aim, record["seed"], str(run.folder))
 
 

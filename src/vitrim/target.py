@@ -21,6 +21,7 @@ from vitrim.model.site import (
     Structure,
     Survivors,
     as_keeps,
+    blocks_of,
     dropped_of,
     names_in,
     ranks_of,
@@ -31,8 +32,8 @@ from vitrim.model.site import (
 )
 from vitrim.plan import Keep, Plan
 
-Metric = Literal["macs", "params", "units"]
-METRICS: tuple[Metric, ...] = ("macs", "params", "units")
+Metric = Literal["macs", "params", "units", "blocks"]
+METRICS: tuple[Metric, ...] = ("macs", "params", "units", "blocks")
 LEVELS = 6
 """Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
 
@@ -43,7 +44,11 @@ class TargetError(VitrimError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number of 2 and more."""
+    """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number of 2 and more.
+
+    With metric blocks, `keep` counts what goes: at most the MACs remain that are left when so many
+    of the network's blocks, of mean size, are removed; 1.5 is one and a half.
+    """
 
     metric: Metric
     keep: float | int
@@ -51,6 +56,12 @@ class Target:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise TargetError(f"target.{self.metric}: expected one of {', '.join(METRICS)}")
+        if self.metric == "blocks":
+            if not is_rate(self.keep) or self.keep == 0:
+                raise TargetError(
+                    f"target.blocks={self.keep}: expected how many blocks' MACs to remove, above 0"
+                )
+            return
         whole = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
         if whole or (is_rate(self.keep) and 0 < self.keep <= 1):
             return
@@ -58,6 +69,16 @@ class Target:
             f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "
             f"1, or the number of {self.metric} to keep, a whole number from 2 on"
         )
+
+    @property
+    def unit(self) -> Literal["macs", "params", "units"]:
+        """What is counted to compare with `limit`."""
+        return "macs" if self.metric == "blocks" else self.metric
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether everything may remain."""
+        return self.metric != "blocks" and self.keep == 1
 
     def limit(self, dense: int) -> int:
         """Return the most that may remain of `dense`.
@@ -202,9 +223,22 @@ class Cost:
         Raises:
             TargetError: more is asked for than there is.
         """
-        return target.limit(self.whole(target.metric, scored))
+        whole = self.whole(target.unit, scored)
+        if target.metric != "blocks":
+            return target.limit(whole)
+        n_blocks, macs = self._whole.blocks()
+        if target.keep >= n_blocks:
+            raise TargetError(f"target.blocks={target.keep}: the network has {n_blocks} blocks")
+        return whole - math.ceil(target.keep * macs / n_blocks - 1e-6)
 
-    def whole(self, metric: Metric, scored: Sequence[str] = ()) -> int:
+    def blocks(self) -> tuple[int, int]:
+        """Return how many blocks with residual branches there are, and their MACs in all."""
+        names = {branch.name for branch in self.structure.branches}
+        dense = settle(self.structure, {})
+        macs = self.of(dense).macs - self.of(dense, dropped=names).macs
+        return len(blocks_of(self.structure)), macs
+
+    def whole(self, metric: Literal["macs", "params", "units"], scored: Sequence[str] = ()) -> int:
         """Return how much of `metric` there is in the network that budgets count from."""
         origin = self._whole
         return int(getattr(origin.of(settle(origin.structure, {}), scored), metric))
@@ -295,13 +329,13 @@ def trim(
 
     def reached(n: int) -> int:
         left = settle(cost.structure, _kept(cost.structure, steps, n))
-        return int(getattr(cost.of(left, scored), target.metric))
+        return int(getattr(cost.of(left, scored), target.unit))
 
-    least, most = reached(len(steps)), cost.whole(target.metric, scored)
+    least, most = reached(len(steps)), cost.whole(target.unit, scored)
     if least > limit:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: this method's sites go down "
-            f"to {least:,} of {most:,} {target.metric} ({least / most:.4f}), not to {limit:,}"
+            f"to {least:,} of {most:,} {target.unit} ({least / most:.4f}), not to {limit:,}"
         )
     low, high = 0, len(steps)
     while low < high:

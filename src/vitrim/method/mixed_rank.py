@@ -322,7 +322,7 @@ class MixedRank:
     ) -> dict[str, int]:
         """Return ranks within the budget."""
         whole = settle(cost.structure, {})
-        metric = self.budget.metric
+        metric = self.budget.unit
 
         def total(ranks: Mapping[str, int]) -> int:
             return int(getattr(cost.of(whole, (), ranks), metric))
@@ -337,8 +337,8 @@ class MixedRank:
         lowest = rest + least(layers, share)
         if lowest > limit:
             raise TargetError(
-                f"target.{metric}={self.budget.keep} cannot be reached: rank 1 in every one of "
-                f"method.layers leaves {lowest:,} {metric}, not {limit:,}"
+                f"target.{self.budget.metric}={self.budget.keep} cannot be reached: rank 1 in "
+                f"every one of method.layers leaves {lowest:,} {metric}, not {limit:,}"
             )
         return allocate(
             layers,

@@ -84,11 +84,13 @@ _NAMES = ("branch", "qkv", "heads", "qk", "v")
 class Residual:
     """A branch f of x + f(x), which can be dropped.
 
-    `modules` are the paths that are its own, norm and layer scale included; once all parameters at
-    `ends` are zero, it adds nothing.
+    `block` is the path of the block that it is in (its own where it is all of it); `modules` are
+    the paths that are its own, norm and layer scale included; once all parameters at `ends` are
+    zero, it adds nothing.
     """
 
     name: str
+    block: str
     modules: tuple[str, ...]
     ends: tuple[str, ...]
 
@@ -161,6 +163,14 @@ def dropped_of(structure: Structure, plan: Plan) -> frozenset[str]:
         if not isinstance(edit, Drop) and (place := _place(edit)) in inside:
             raise PlanError(f"{place!r} is edited, but its branch is dropped")
     return dropped
+
+
+def blocks_of(structure: Structure) -> dict[str, list[str]]:
+    """Return the branches of every block, by the block's path, in network order."""
+    blocks: dict[str, list[str]] = {}
+    for branch in structure.branches:
+        blocks.setdefault(branch.block, []).append(branch.name)
+    return blocks
 
 
 def names_in(structure: Structure, branches: Collection[str]) -> set[str]:
@@ -301,6 +311,7 @@ def prefixed(structure: Structure, prefix: str) -> Structure:
         branches=tuple(
             Residual(
                 name=prefix + branch.name,
+                block=prefix + branch.block,
                 modules=tuple(prefix + path for path in branch.modules),
                 ends=tuple(prefix + path for path in branch.ends),
             )

@@ -55,6 +55,7 @@ def _(net: VisionTransformer) -> Structure:
         branches=tuple(
             Residual(
                 name=f"{name}.{kind}",
+                block=name,
                 modules=(
                     f"{name}.norm{_PLACES[kind]}",
                     f"{name}.{kind}",

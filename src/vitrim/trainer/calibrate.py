@@ -13,7 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.criteria import reader_of
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_positive, require
 from vitrim.model import stream, structure
 from vitrim.model.site import Attention, Layer, Structure
 from vitrim.moments import Moments, add_to, key_of
@@ -36,16 +36,12 @@ class Sampling:
     readout: float
 
     def __post_init__(self) -> None:
-        rules = (
+        for rule in (
             ("images", is_count(self.images), "a whole number from 1 on"),
             ("tokens", self.tokens is None or is_count(self.tokens), "null or a whole number"),
-            ("readout", is_rate(self.readout) and self.readout > 0, "a number above 0"),
-        )
-        for name, fits, allowed in rules:
-            if not fits:
-                raise ConfigError(
-                    f"method.sampling.{name}={getattr(self, name)}: expected {allowed}"
-                )
+            ("readout", is_positive(self.readout), "a number above 0"),
+        ):
+            require("method.sampling", self, rule)
 
     def index(self, n_tokens: int, prefix: int, image: Tensor) -> Tensor:
         """Return the sampled tokens of images number `image` (B,), as indices (B, n)."""

@@ -26,7 +26,7 @@ from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.lowrank import METRICS, Metric, Spectrum, curves, metric_of, weighted
 from vitrim.model import structure
 from vitrim.model.lowrank import LowRankLinear
-from vitrim.model.site import Structure, settle
+from vitrim.model.site import Structure, runs_of, settle
 from vitrim.plan import Evidence, LowRank, Plan
 from vitrim.ranks import Curve, allocate, least
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
@@ -262,15 +262,11 @@ class MixedRank:
         for layer in described.layers:
             if layer.factor or _kind(layer.name) not in self.layers:
                 continue
+            whole, *pieces = runs_of(layer).items()
             columns = sum(part.size for part in layer.inp)
-            if self.qkv == "split" and layer.pieces:
-                start = 0
-                for name, part in zip(layer.pieces, layer.out, strict=True):
-                    yield f"{layer.name}.{name}", _Piece(layer.name, start, part.size, columns)
-                    start += part.size
-            else:
-                rows = sum(part.size for part in layer.out)
-                yield layer.name, _Piece(layer.name, 0, rows, columns)
+            for name, out in pieces if self.qkv == "split" and pieces else [whole]:
+                rows = sum(part.size for part in out)
+                yield name, _Piece(layer.name, out[0].offset, rows, columns)
 
     def _spectrum(
         self, net: nn.Module, piece: _Piece, evidence: Evidence

@@ -11,6 +11,16 @@ from hydra.core.global_hydra import GlobalHydra
 
 from vitrim.run import main
 
+QUICK = (
+    "model.training.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
+    "latency.repeats=1",
+    "tracking=none",
+    "progress=false",
+)
+"""Overrides for a run that shows that it works, not how well."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Done:

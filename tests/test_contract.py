@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import vitrim
-from command import Command, Done
+from command import QUICK, Command, Done
 from vitrim.run import CONF
 
 METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))
@@ -37,17 +37,7 @@ def test_the_methods_are_found() -> None:
 
 
 def run(command: Command, method: str, strength: float) -> Done:
-    done = command(
-        f"method={method}",
-        f"strength={strength}",
-        "model.training.epochs=1",
-        "trainer.limit_train_batches=2",
-        "trainer.log_every_n_steps=1",
-        "latency.repeats=1",
-        "tracking=none",
-        "progress=false",
-        *short(method),
-    )
+    done = command(f"method={method}", f"strength={strength}", *QUICK, *short(method))
     assert done.code == 0
     return done
 

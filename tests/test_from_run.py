@@ -9,23 +9,15 @@ from pathlib import Path
 import pytest
 
 import vitrim
-from command import Command
+from command import QUICK, Command
 from vitrim.plan import Keep, LowRank
 
-SHORT = (
-    "model.training.epochs=1",
-    "trainer.limit_train_batches=2",
-    "trainer.log_every_n_steps=1",
-    "latency.repeats=1",
-    "tracking=none",
-    "progress=false",
-)
-LOW_RANK = ("method=mixed_rank", "target.params=0.6", *SHORT)
+LOW_RANK = ("method=mixed_rank", "target.params=0.6", *QUICK)
 
 
 @pytest.fixture
 def sliced(command: Command) -> Path:
-    done = command("method=oneshot", "target.params=0.8", *SHORT)
+    done = command("method=oneshot", "target.params=0.8", *QUICK)
     assert done.code == 0, done.message
     return done.report.parent
 

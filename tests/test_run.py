@@ -10,18 +10,9 @@ import safetensors.torch
 import torch
 
 import vitrim
-from command import Command
+from command import QUICK, Command
 
-TINY = (
-    "model.training.epochs=1",
-    "method.gating.epochs=1",
-    "method.fine_tuning.epochs=1",
-    "trainer.limit_train_batches=2",
-    "trainer.log_every_n_steps=1",
-    "latency.repeats=1",
-    "tracking=none",
-    "progress=false",
-)
+TINY = ("method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
 
 
 @pytest.mark.parametrize(

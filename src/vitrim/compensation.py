@@ -12,6 +12,7 @@ plan names in a head: only their number counts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -106,6 +107,24 @@ def _folded(
         cov = cov + torch.outer(mean, mean).to(cov)
     taken = regress(cov[kept][:, kept].double(), cov[kept][:, gone].double() @ removed.T, ridge)
     return weight[:, kept] + taken.T, removed @ mean[gone] - taken.T @ mean[kept]
+
+
+def fitted(
+    found: Mapping[str, Tensor], n_inputs: int, ridge: float, *, biased: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the ridge solution of targets by inputs: weight (targets, inputs) and bias (targets,).
+
+    Args:
+        found: finished moments of rows with the inputs first and the targets behind them.
+        n_inputs: how many of the numbers are inputs.
+        ridge: relative to the inputs' mean variance, see `regress`.
+        biased: whether the bias will be used; without it the regression goes through the origin.
+    """
+    cov, mean = found["cov"].double(), found["mean"]
+    if not biased:
+        cov = cov + torch.outer(mean, mean)
+    weight = regress(cov[:n_inputs, :n_inputs], cov[:n_inputs, n_inputs:], ridge).T
+    return weight, mean[n_inputs:] - weight @ mean[:n_inputs]
 
 
 def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:

@@ -102,8 +102,8 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
     exact = min(rows, columns) <= _EXACT or weight.dtype == torch.float64
     wide = weight.double() if exact else weight.float()
     if rows <= columns:
-        weighted = wide if metric is None else wide @ metric.to(wide)
-        energy, u = _eigen(weighted @ wide.T)
+        met = wide if metric is None else wide @ metric.to(wide)
+        energy, u = _eigen(met @ wide.T)
         found = u, u.T @ wide
     elif metric is None:
         energy, v = _eigen(wide.T @ wide)

@@ -89,3 +89,18 @@ class Moments(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""
         return {"weight": self.weight, "mean": self.mean, "cov": self.cov}
+
+
+def key_of(name: str) -> str:
+    """Return what a buffer or submodule of that name is registered as: no dots are allowed there.
+
+    >>> key_of("blocks.0.mlp.fc1")
+    'blocks/0/mlp/fc1'
+    """
+    return name.replace(".", "/")
+
+
+def add_to(module: nn.Module, name: str, part: Tensor) -> None:
+    """Add `part`, in float64, to the buffer of that name, which is empty at first."""
+    held, part = module.get_buffer(key_of(name)), part.double()
+    module.register_buffer(key_of(name), held.to(part) + part if held.numel() else part)

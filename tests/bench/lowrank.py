@@ -7,34 +7,22 @@ from typing import Any
 
 import timm
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from vitrim.lowrank import decompose
 from vitrim.method.mixed_rank import MixedRank
 from vitrim.model.lowrank import LowRankLinear
-from vitrim.run import CONF
 from vitrim.trainer.calibrate import watch
 
+from .scoring import DEIT, NETS, against_forward, method_of, net_of
 from .timing import Row, Side, take_turns
-
-DEIT = "deit_base_patch16_224"
-NETS = {"vit_tiny_patch16_224": 48, DEIT: 16}
 
 
 def rows(repeats: int) -> list[Row]:
     """Return decompositions against the usual way, statistics, and layers against dense ones."""
     found = [_decomposing(max(1, repeats // 3))]
-    found += [_statistics(name, batch, repeats) for name, batch in NETS.items()]
+    found += [_statistics(name, repeats) for name in NETS]
     return [*found, *(_layers(batch, repeats) for batch in (1, 16))]
-
-
-def _method(name: str) -> MixedRank:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("run", overrides=["method=mixed_rank", "model=timm", f"model.name={name}"])
-    method: MixedRank = instantiate(cfg.method, _convert_="all")
-    return method
 
 
 def _linears(net: nn.Module) -> dict[str, nn.Linear]:
@@ -42,8 +30,7 @@ def _linears(net: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _decomposing(repeats: int) -> Row:
-    torch.manual_seed(0)
-    net = timm.create_model(DEIT).eval()
+    net = net_of(DEIT)
     layers, moments = _linears(net), {}
     with torch.no_grad(), watch(net.blocks, [(name, False) for name in layers]) as flows:
         net(torch.randn(24, 3, 224, 224))
@@ -95,44 +82,25 @@ def _excess(weight: Tensor, moment: Tensor, usual: Any) -> float:
     return max(0.0, ours - lost(best[0][:, :rank], best[1][:rank])) / whole
 
 
-def _statistics(name: str, batch: int, repeats: int) -> Row:
-    torch.manual_seed(0)
-    net = timm.create_model(name).eval()
-    method = _method(name)
+def _statistics(name: str, repeats: int) -> Row:
+    net = net_of(name)
+    method: MixedRank = method_of("mixed_rank", name)
     phase = method.scorer(net)
+    batch = NETS[name]
     phase.loss_images = round(batch * method.loss_images / method.sampling.images)  # of each batch
-    x = torch.randn(batch, 3, 224, 224)
 
-    def work(_: Any) -> None:
+    def step(x: Tensor) -> None:
         phase.training_step((x, None), 0)
         phase._seen = 0
 
-    sides = {
-        "ours": Side(work=work),
-        "peer": Side(work=lambda _: _forward(net, x)),
-    }
-    seconds = take_turns(sides, repeats)
-    return Row(
-        name=f"statistics of {name.split('_patch')[0]}, batch {batch}",
-        peer="the same images through the network",
-        ours_s=seconds["ours"],
-        peer_s=seconds["peer"],
-        kind="cost",
-        limit=1.5,
-    )
-
-
-@torch.no_grad()
-def _forward(net: nn.Module, x: Tensor) -> Tensor:
-    found: Tensor = net(x)
-    return found
+    return against_forward("statistics of", name, net, step, repeats)
 
 
 def _layers(batch: int, repeats: int) -> Row:
     """Return the slowest of the layers of both networks at their highest rank, against its twin."""
     slowest: dict[str, Any] | None = None
     for name in NETS:
-        share = _method(name).max_share
+        share = method_of("mixed_rank", name).max_share
         for kind, layer in [*_linears(timm.create_model(name)).items()][:4]:
             rows, columns = layer.weight.shape
             rank = math.floor(share * ((rows * columns - 1) // (rows + columns)))

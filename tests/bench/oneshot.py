@@ -8,68 +8,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.method.oneshot import OneShot
 from vitrim.plan import Evidence
-from vitrim.run import CONF
 from vitrim.surgery import cut
 from vitrim.target import Cost
 from vitrim.trainer.calibrate import Calibrate
 
+from .scoring import DEIT, NETS, against_forward, method_of, net_of
 from .timing import Row, Side, take_turns
 
 LIMIT_S = 10.0
-NETS = {"vit_tiny_patch16_224": 48, "deit_base_patch16_224": 16}
 
 
 def rows(repeats: int) -> list[Row]:
     """Return the cost of calibration on two networks, and of planning on the larger."""
-    found = [_calibration(name, batch, repeats) for name, batch in NETS.items()]
-    return [*found, _planning("deit_base_patch16_224", repeats)]
+    found = [_calibration(name, repeats) for name in NETS]
+    return [*found, _planning(DEIT, repeats)]
 
 
-def _method(name: str) -> OneShot:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("run", overrides=["method=oneshot", "model=timm", f"model.name={name}"])
-    method: OneShot = instantiate(cfg.method, _convert_="all")
-    return method
-
-
-def _calibration(name: str, batch: int, repeats: int) -> Row:
-    torch.manual_seed(0)
-    net = timm.create_model(name).eval()
-    phase = _method(name).scorer(net)
-    x = torch.randn(batch, 3, 224, 224)
-    sides = {
-        "ours": Side(work=lambda _: phase.training_step((x, None), 0)),
-        "peer": Side(work=lambda _: _forward(net, x)),
-    }
-    seconds = take_turns(sides, repeats)
-    return Row(
-        name=f"calibrate {name.split('_patch')[0]}, batch {batch}",
-        peer="the same images through the network",
-        ours_s=seconds["ours"],
-        peer_s=seconds["peer"],
-        kind="cost",
-        limit=1.5,
+def _calibration(name: str, repeats: int) -> Row:
+    net = net_of(name)
+    phase = method_of("oneshot", name).scorer(net)
+    return against_forward(
+        "calibrate", name, net, lambda x: phase.training_step((x, None), 0), repeats
     )
 
 
-@torch.no_grad()
-def _forward(net: nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = net(x)
-    return logits
-
-
 def _planning(name: str, repeats: int) -> Row:
-    torch.manual_seed(0)
-    net = timm.create_model(name).eval()
-    method = _method(name)
+    net = net_of(name)
+    method: OneShot = method_of("oneshot", name)
     phase = method.scorer(net)
     phase.sampling = replace(method.sampling, tokens=None)  # more rows than units, as in earnest
     evidence = _evidence(phase)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from command import QUICK, Command
 from conftest import MODEL, SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
 from vitrim import LowRank, Plan, count, cut
 from vitrim.lowrank import METRICS
@@ -282,7 +282,7 @@ def test_ranks_count_from_the_dense_network_where_a_sliced_one_is_begun_with() -
     assert limit - 144 < cost.plan(plan).params <= limit
 
 
-def test_the_phases_run_from_the_command_line(command: Any, tmp_path: Path) -> None:
+def test_the_phases_run_from_the_command_line(command: Command) -> None:
     done = command(
         "method=mixed_rank",
         "target.params=0.8",
@@ -290,11 +290,6 @@ def test_the_phases_run_from_the_command_line(command: Any, tmp_path: Path) -> N
         "method.tuning.trained=uncompressed",
         "method.tuning.training.epochs=1",
         "method.residual.training.epochs=1",
-        "model.training.epochs=1",
-        "trainer.limit_train_batches=2",
-        "trainer.log_every_n_steps=1",
-        "latency.repeats=1",
-        "tracking=none",
-        "progress=false",
+        *QUICK,
     )
     assert done.code == 0, done.message

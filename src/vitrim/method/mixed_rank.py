@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.lowrank import METRICS, Metric, Spectrum, curves, metric_of, weighted
 from vitrim.model import structure
 from vitrim.model.lowrank import LowRankLinear
-from vitrim.model.site import Structure, settle
+from vitrim.model.site import Structure, runs_of, settle
 from vitrim.plan import Evidence, LowRank, Plan
 from vitrim.ranks import Curve, allocate, least
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
@@ -56,10 +56,8 @@ class Ridges:
     regression: float
 
     def __post_init__(self) -> None:
-        for name in ("metric", "regression"):
-            value = getattr(self, name)
-            if not is_rate(value) or value <= 0:
-                raise ConfigError(f"method.ridges.{name}={value}: expected a number above 0")
+        for name, value in asdict(self).items():
+            require("method.ridges", self, (name, is_positive(value), "a number above 0"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +68,8 @@ class Compensation:
     training: Recipe
 
     def __post_init__(self) -> None:
-        if self.rank != 0 and not is_count(self.rank):
-            raise ConfigError(
-                f"method.residual.rank={self.rank}: expected a whole number from 0 on"
-            )
+        fits = self.rank == 0 or is_count(self.rank)
+        require("method.residual", self, ("rank", fits, "a whole number from 0 on"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +84,12 @@ class Tuning:
     training: Recipe
 
     def __post_init__(self) -> None:
-        if self.trained not in get_args(Trained):
-            allowed = ", ".join(get_args(Trained))
-            raise ConfigError(f"method.tuning.trained={self.trained}: expected {allowed}")
-        if not is_rate(self.pooled):
-            raise ConfigError(f"method.tuning.pooled={self.pooled}: expected a number from 0 on")
+        allowed = get_args(Trained)
+        for rule in (
+            ("trained", self.trained in allowed, ", ".join(allowed)),
+            ("pooled", is_rate(self.pooled), "a number from 0 on"),
+        ):
+            require("method.tuning", self, rule)
 
 
 class _Piece(NamedTuple):
@@ -130,8 +127,10 @@ class MixedRank:
     curves: bool
 
     def __post_init__(self) -> None:
-        share = is_rate(self.max_share) and 0 < self.max_share <= 1
-        rules = (
+        share = is_positive(self.max_share) and self.max_share <= 1
+        require(
+            "method",
+            self,
             (
                 "layers",
                 bool(self.layers) and set(self.layers) <= {*LAYERS},
@@ -140,19 +139,12 @@ class MixedRank:
             ("qkv", self.qkv in get_args(Rows), "together or split"),
             ("decomposition", self.decomposition in METRICS, f"one of {', '.join(METRICS)}"),
             ("allocation", self.allocation in get_args(Rule), "uniform, energy, error or loss"),
-            ("spread", is_rate(self.spread) and self.spread > 0, "a number above 0"),
+            ("spread", is_positive(self.spread), "a number above 0"),
             ("max_share", share, "a number above 0 and at most 1"),
             ("loss_images", is_count(self.loss_images), "a whole number from 1 on"),
             ("regression", isinstance(self.regression, bool), "true or false"),
             ("curves", isinstance(self.curves, bool), "true or false"),
         )
-        problems = [
-            f"method.{name}={getattr(self, name)}: expected {allowed}"
-            for name, fits, allowed in rules
-            if not fits
-        ]
-        if problems:
-            raise ConfigError("; ".join(problems))
         check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
         if self.budget.metric == "units":
             raise TargetError("target.units: low ranks remove no units; set target.params or macs")
@@ -270,15 +262,11 @@ class MixedRank:
         for layer in described.layers:
             if layer.factor or _kind(layer.name) not in self.layers:
                 continue
+            whole, *pieces = runs_of(layer).items()
             columns = sum(part.size for part in layer.inp)
-            if self.qkv == "split" and layer.pieces:
-                start = 0
-                for name, part in zip(layer.pieces, layer.out, strict=True):
-                    yield f"{layer.name}.{name}", _Piece(layer.name, start, part.size, columns)
-                    start += part.size
-            else:
-                rows = sum(part.size for part in layer.out)
-                yield layer.name, _Piece(layer.name, 0, rows, columns)
+            for name, out in pieces if self.qkv == "split" and pieces else [whole]:
+                rows = sum(part.size for part in out)
+                yield name, _Piece(layer.name, out[0].offset, rows, columns)
 
     def _spectrum(
         self, net: nn.Module, piece: _Piece, evidence: Evidence

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitrim.compensation import COMPENSATIONS, Compensation, compensated
 from vitrim.criteria import CRITERIA, WITHOUT_IMAGES, Criterion, score
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
 from vitrim.model import structure
 from vitrim.model.site import Structure
 from vitrim.plan import Evidence, Keep, Plan
@@ -57,8 +57,7 @@ class Ridges:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not is_rate(value) or value <= 0:
-                raise ConfigError(f"method.ridges.{name}={value}: expected a number above 0")
+            require("method.ridges", self, (name, is_positive(value), "a number above 0"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +75,14 @@ class Tuning:
     training: Recipe
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            allowed = ", ".join(get_args(Objective))
-            raise ConfigError(f"method.tuning.objective={self.objective}: expected {allowed}")
-        for name in ("pooled", "logits"):
-            if not is_rate(getattr(self, name)):
-                raise ConfigError(
-                    f"method.tuning.{name}={getattr(self, name)}: expected a number from 0 on"
-                )
-        if not is_rate(self.temperature) or self.temperature == 0:
-            raise ConfigError(
-                f"method.tuning.temperature={self.temperature}: expected a number above 0"
-            )
+        objectives = get_args(Objective)
+        for rule in (
+            ("objective", self.objective in objectives, ", ".join(objectives)),
+            ("pooled", is_rate(self.pooled), "a number from 0 on"),
+            ("logits", is_rate(self.logits), "a number from 0 on"),
+            ("temperature", is_positive(self.temperature), "a number above 0"),
+        ):
+            require("method.tuning", self, rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +108,9 @@ class OneShot:
     tuning: Tuning
 
     def __post_init__(self) -> None:
-        rules = (
+        require(
+            "method",
+            self,
             ("criterion", self.criterion in CRITERIA, f"one of {', '.join(CRITERIA)}"),
             (
                 "compensation",
@@ -128,7 +125,7 @@ class OneShot:
             (
                 "pace",
                 self.pace.keys() <= SITES.keys()
-                and all(is_rate(share) and share > 0 for share in self.pace.values()),
+                and all(is_positive(share) for share in self.pace.values()),
                 f"numbers above 0 for {', '.join(SITES)}",
             ),
             ("scope", self.scope in ("global", "site"), "global or site"),
@@ -136,13 +133,6 @@ class OneShot:
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
-        problems = [
-            f"method.{name}={getattr(self, name)}: expected {allowed}"
-            for name, fits, allowed in rules
-            if not fits
-        ]
-        if problems:
-            raise ConfigError("; ".join(problems))
         check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
         choose(self.strength, self.levels, self.target, metric="units")
 

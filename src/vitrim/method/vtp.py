@@ -29,7 +29,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_rate, require
 from vitrim.model import structure
 from vitrim.model.site import Structure
 from vitrim.plan import Evidence, Keep, Plan
@@ -55,19 +55,15 @@ class VTP:
 
     def __post_init__(self) -> None:
         check_strength(self.strength, self.levels, where="conf/method/vtp.yaml")
-        problems = [
-            f"method.{name}={getattr(self, name)}: expected {allowed}"
-            for name, allowed, fits in (
-                ("scope", "global or site", self.scope in ("global", "site")),
-                ("round_to", "a whole number from 1 on", is_count(self.round_to)),
-                ("even_heads", "true or false", isinstance(self.even_heads, bool)),
-                ("l1", "a number from 0 on", is_rate(self.l1)),
-                ("gate_lr", "a number from 0 on", is_rate(self.gate_lr)),
-            )
-            if not fits
-        ]
-        if problems:
-            raise ConfigError("; ".join(problems))
+        require(
+            "method",
+            self,
+            ("scope", self.scope in ("global", "site"), "global or site"),
+            ("round_to", is_count(self.round_to), "a whole number from 1 on"),
+            ("even_heads", isinstance(self.even_heads, bool), "true or false"),
+            ("l1", is_rate(self.l1), "a number from 0 on"),
+            ("gate_lr", is_rate(self.gate_lr), "a number from 0 on"),
+        )
         choose(self.strength, self.levels, self.target, metric="units")
 
     @property

@@ -13,10 +13,10 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.criteria import reader_of
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_positive, require
 from vitrim.model import stream, structure
 from vitrim.model.site import Attention, Layer, Structure
-from vitrim.moments import Moments
+from vitrim.moments import Moments, add_to, key_of
 from vitrim.plan import Evidence
 
 
@@ -36,16 +36,12 @@ class Sampling:
     readout: float
 
     def __post_init__(self) -> None:
-        rules = (
+        for rule in (
             ("images", is_count(self.images), "a whole number from 1 on"),
             ("tokens", self.tokens is None or is_count(self.tokens), "null or a whole number"),
-            ("readout", is_rate(self.readout) and self.readout > 0, "a number above 0"),
-        )
-        for name, fits, allowed in rules:
-            if not fits:
-                raise ConfigError(
-                    f"method.sampling.{name}={getattr(self, name)}: expected {allowed}"
-                )
+            ("readout", is_positive(self.readout), "a number above 0"),
+        ):
+            require("method.sampling", self, rule)
 
     def index(self, n_tokens: int, prefix: int, image: Tensor) -> Tensor:
         """Return the sampled tokens of images number `image` (B,), as indices (B, n)."""
@@ -111,19 +107,19 @@ class Calibrate(LightningModule):
         self.moments = nn.ModuleDict()
         for layer in self._readers:
             width: int = net.get_submodule(layer.name).in_features  # type: ignore[assignment]
-            self.moments[_key(layer.name)] = Moments(layer.name, width)
+            self.moments[key_of(layer.name)] = Moments(layer.name, width)
         for attention in self._attentions:
             dims = self._dims[attention.qkv]
             for part in ("q", "k"):
                 name = f"{attention.qk}.{part}"
-                self.moments[_key(name)] = Moments(name, max(dims), (len(dims),))
+                self.moments[key_of(name)] = Moments(name, max(dims), (len(dims),))
         self._classifiers = [name for name, module in classifiers(net)] if targets else []
         self._aimed = {
             layer.name for layer in self._readers if targets and not _reads_heads(described, layer)
         }
         self._chunks: dict[str, list[Tensor]] = {}
         for name in self._extras():
-            self.register_buffer(_key(name), torch.empty(0))
+            self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
 
     def _extras(self) -> list[str]:
@@ -187,7 +183,7 @@ class Calibrate(LightningModule):
             self._chunks.setdefault(f"{name}.target", []).append(features)
 
     def _moments(self, name: str) -> Moments:
-        found = self.moments[_key(name)]
+        found = self.moments[key_of(name)]
         assert isinstance(found, Moments)
         return found
 
@@ -198,12 +194,10 @@ class Calibrate(LightningModule):
         slopes = torch.autograd.grad(loss, [flows[name] for name in names])
         keys = [*(layer.name for layer in self._readers), *(a.qk for a in self._attentions)]
         for name, key, slope in zip(names, keys, slopes, strict=True):
-            effect = (flows[name].detach() * slope).flatten(1, -2).sum(1).abs().sum(0).double()
+            effect = (flows[name].detach() * slope).flatten(1, -2).sum(1).abs().sum(0)
             if name in self._dims:
                 effect = effect[: sum(self._dims[name])]
-            held = self.get_buffer(_key(f"{key}.taylor"))
-            total = effect if not held.numel() else held.to(effect) + effect
-            self.register_buffer(_key(f"{key}.taylor"), total)
+            add_to(self, f"{key}.taylor", effect)
 
     def on_train_end(self) -> None:
         """Bring sums into their final form."""
@@ -211,7 +205,7 @@ class Calibrate(LightningModule):
             assert isinstance(moments, Moments)
             moments.finish()
         for name, chunks in self._chunks.items():
-            self.register_buffer(_key(name), torch.cat(chunks))
+            self.register_buffer(key_of(name), torch.cat(chunks))
         self._chunks = {}
 
     def evidence(self) -> Evidence:
@@ -229,12 +223,8 @@ class Calibrate(LightningModule):
             }
         for name in self._extras():
             owner, _, what = name.rpartition(".")
-            found.setdefault(owner, {})[what] = self.get_buffer(_key(name))
+            found.setdefault(owner, {})[what] = self.get_buffer(key_of(name))
         return Evidence(scores={}, moments=found)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
 
 
 def _watched(described: Structure, sites: Sequence[str]) -> tuple[list[Layer], list[Attention]]:

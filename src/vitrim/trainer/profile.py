@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitrim.lowrank import Metric
 from vitrim.model import stream
 from vitrim.model.attention import GatheredLinear
-from vitrim.moments import Moments, MomentsError
+from vitrim.moments import Moments, MomentsError, add_to, key_of
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Sampling, full_precision, take, watch
 
@@ -61,9 +61,9 @@ class Profile(LightningModule):
         for name in layers:
             if metric in _MOMENTS:
                 width: int = net.get_submodule(name).in_features  # type: ignore[assignment]
-                self.moments[_key(name)] = Moments(name, width)
+                self.moments[key_of(name)] = Moments(name, width)
             for what in self._sums():
-                self.register_buffer(_key(f"{name}.{what}"), torch.empty(0))
+                self.register_buffer(key_of(f"{name}.{what}"), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
         self._seen = 0
 
@@ -109,7 +109,7 @@ class Profile(LightningModule):
                 share = weights / weights.sum(1, keepdim=True)
                 self._add(f"{name}.abs", (x.abs() * share.unsqueeze(-1)).sum((0, 1)))
             if self.metric in _MOMENTS:
-                moments = self.moments[_key(name)]
+                moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
                 moments.add(x.flatten(0, 1), weights.flatten())
 
@@ -144,9 +144,7 @@ class Profile(LightningModule):
     def _add(self, name: str, part: Tensor) -> None:
         if not bool(torch.isfinite(part).all()):
             raise MomentsError(f"{name}: not finite on a batch; look at the images and the weights")
-        held = self.get_buffer(_key(name))
-        total = part.double() if not held.numel() else held + part.double()
-        self.register_buffer(_key(name), total)
+        add_to(self, name, part)
 
     def on_train_end(self) -> None:
         """Bring sums into their final form."""
@@ -164,15 +162,11 @@ class Profile(LightningModule):
         for name in self._layers:
             images = {"slope": min(seen, self.loss_images)}
             found[name] = {
-                what: self.get_buffer(_key(f"{name}.{what}")).cpu() / images.get(what, seen)
+                what: self.get_buffer(key_of(f"{name}.{what}")).cpu() / images.get(what, seen)
                 for what in self._sums()
             }
-            if _key(name) in self.moments:
-                moments = self.moments[_key(name)]
+            if key_of(name) in self.moments:
+                moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
                 found[name] |= moments.tensors()
         return Evidence(scores={}, moments=found)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")

@@ -19,7 +19,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.compensation import regress
+from vitrim.compensation import fitted
 from vitrim.model import stream, structure
 from vitrim.model.site import Layer
 from vitrim.model.stream import Branch
@@ -129,11 +129,7 @@ class Refit(LightningModule):
             )
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()
-        cov, mean = moments.cov.double(), moments.mean
-        if bias is None:  # no constant: the regression goes through the origin
-            cov = cov + torch.outer(mean, mean)
-        taken = regress(cov[:units, :units], cov[:units, units:], self.ridge).T
-        offset = mean[units:] - taken @ mean[:units]
+        taken, offset = fitted(moments.tensors(), units, self.ridge, biased=bias is not None)
         if branch.scale is not None:
             scale = branch.scale.double().cpu()
             safe = torch.where(scale == 0, torch.inf, scale)
@@ -154,9 +150,7 @@ class Refit(LightningModule):
         moments = Moments(name, 2 * size)
         moments.add(torch.cat([features, aim - features], dim=-1), torch.ones(len(aim)).to(aim))
         moments.finish()
-        cov, mean = moments.cov.double(), moments.mean
-        taken = regress(cov[:size, :size], cov[:size, size:], self.closing_ridge).T
-        offset = mean[size:] - taken @ mean[:size]
+        taken, offset = fitted(moments.tensors(), size, self.closing_ridge, biased=True)
         linear = self.net.get_submodule(name)
         weight = linear.get_parameter("weight").double().cpu()
         linear.get_parameter("weight").copy_(weight + weight @ taken)

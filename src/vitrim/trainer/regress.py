@@ -16,7 +16,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.compensation import regress
+from vitrim.compensation import fitted
 from vitrim.model import stream, structure
 from vitrim.model.stream import Branch
 from vitrim.moments import Moments
@@ -97,13 +97,10 @@ class Regress(LightningModule):
             rows = torch.cat([take(flows[name], index), off], dim=-1)
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()
-        cov, mean = moments.cov.double(), moments.mean
-        if bias is None:  # no constant: the regression goes through the origin
-            cov = cov + torch.outer(mean, mean)
-        taken = regress(cov[:width, :width], cov[:width, width:], self.ridge).T
+        taken, offset = fitted(moments.tensors(), width, self.ridge, biased=bias is not None)
         weight.add_(taken.to(weight))
         if isinstance(bias, Tensor):
-            bias.add_((mean[width:] - taken @ mean[:width]).to(bias))
+            bias.add_(offset.to(bias))
 
 
 def _ends(net: nn.Module) -> dict[str, str]:

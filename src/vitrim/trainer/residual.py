@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrim.model import stream
 from vitrim.model.lowrank import LowRankLinear, low_rank_layers
+from vitrim.moments import key_of
 from vitrim.trainer.calibrate import Sampling, full_precision, take, watch
 from vitrim.trainer.recipe import Recipe, optimisation
 
@@ -54,8 +55,8 @@ class Residual(LightningModule):
             a, b = (factor.detach() for factor in (layer.up.weight, layer.down.weight))
             noise = torch.randn(b[kept:].shape, generator=generator).to(b) * b.std()
             empty = ~b[kept:].any(dim=1, keepdim=True)
-            self.a[_key(name)] = nn.Parameter(a[:, kept:].clone())
-            self.b[_key(name)] = nn.Parameter(torch.where(empty, noise, b[kept:]))
+            self.a[key_of(name)] = nn.Parameter(a[:, kept:].clone())
+            self.b[key_of(name)] = nn.Parameter(torch.where(empty, noise, b[kept:]))
 
     @property
     def ranks(self) -> int:
@@ -97,7 +98,7 @@ class Residual(LightningModule):
         return loss
 
     def _output(self, name: str, layer: LowRankLinear, x_BnC: Tensor) -> Tensor:
-        a, b = self.a[_key(name)], self.b[_key(name)]
+        a, b = self.a[key_of(name)], self.b[key_of(name)]
         kept = layer.rank - len(b)
         gathered = getattr(layer.down, "index", None)
         x_BnC = x_BnC if gathered is None else x_BnC[..., gathered]
@@ -119,7 +120,7 @@ class Residual(LightningModule):
     def _merge(self) -> None:
         """Put the residual in the place of the last components."""
         for name in self._layers:
-            layer, a, b = self._layer(name), self.a[_key(name)], self.b[_key(name)]
+            layer, a, b = self._layer(name), self.a[key_of(name)], self.b[key_of(name)]
             if len(b):
                 layer.up.weight[:, -len(b) :] = a
                 layer.down.weight[-len(b) :] = b
@@ -128,7 +129,3 @@ class Residual(LightningModule):
 def _outputs(net: nn.Module, name: str) -> int:
     width: int = net.get_submodule(name).out_features  # type: ignore[assignment]
     return width
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")

@@ -67,7 +67,7 @@ def layer_error(net: nn.Module, small: nn.Module, index: Sequence[int], weights:
 
 def token_weights(net: nn.Module) -> Tensor:
     x = read(net, "blocks.0.norm2", pictures()).unflatten(0, (24, -1))
-    return ALL.weights(x, prefix=1, readout=1, count=1.0).flatten()
+    return ALL.weights(x, prefix=1, readout=1).flatten()
 
 
 @settings(max_examples=15)

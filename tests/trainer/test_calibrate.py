@@ -1,5 +1,6 @@
 """Calibration: what it measures, which tokens, and that it leaves nothing behind."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_first_order_effects_are_those_of_a_gate_on_each_unit() -> None:
 def test_sampled_tokens_are_spread_and_differ_between_images(
     tokens: int | None, count: int
 ) -> None:
-    index = Sampling(images=1, tokens=tokens, readout=1.0).index(198, 2, torch.arange(5))
+    index = Sampling(images=1, tokens=tokens, readout=1.0).index(torch.empty(5, 198, 1), 2, 0)
     assert index.shape == (5, 2 + count)
     assert bool((index[:, :2] == torch.arange(2)).all())
     assert bool((index[:, 2:] >= 2).all())
@@ -91,7 +92,7 @@ def test_sampled_tokens_are_spread_and_differ_between_images(
 def test_huge_tokens_do_not_outweigh_the_others() -> None:
     x = images(batch=2).flatten(2).transpose(1, 2)[:, :6].repeat(1, 1, 8)
     x[:, 3] *= 100
-    weights = ALL.weights(x, prefix=1, readout=1, count=4.0)
+    weights = replace(ALL, readout=4.0).weights(x, prefix=1, readout=1)
     assert torch.equal(weights[:, 0], torch.full((2,), 4.0))
     assert torch.allclose(weights[:, 1:].mean(1), torch.ones(2))
     assert bool((weights[:, 3] < 1e-2).all())

@@ -43,20 +43,21 @@ class Sampling:
         ):
             require("method.sampling", self, rule)
 
-    def index(self, n_tokens: int, prefix: int, image: Tensor) -> Tensor:
-        """Return the sampled tokens of images number `image` (B,), as indices (B, n)."""
-        patches = n_tokens - prefix
+    def index(self, x_BNC: Tensor, prefix: int, seen: int) -> Tensor:
+        """Return which tokens of x are sampled, (B, n); `seen` images came before these."""
+        patches = x_BNC.shape[1] - prefix
         stride = 1 if self.tokens is None else max(1, patches // min(self.tokens, patches))
+        image = seen + torch.arange(len(x_BNC), device=x_BNC.device)
         spaced = torch.arange(patches // stride, device=image.device) * stride
         first = torch.arange(prefix, device=image.device).expand(len(image), -1)
         return torch.cat([first, prefix + spaced + (image % stride)[:, None]], dim=1)
 
-    def weights(self, x_BnD: Tensor, prefix: int, readout: int, *, count: float) -> Tensor:
-        """Return what each sampled token counts, (B, n); `count`: of those the classifier reads."""
+    def weights(self, x_BnD: Tensor, prefix: int, readout: int) -> Tensor:
+        """Return what each sampled token counts, (B, n); the classifier reads the first ones."""
         weights = 1 / x_BnD.float().var(-1).clamp_min(1e-12)
         weights = weights / weights[:, prefix:].mean(1, keepdim=True)
         weights[:, :prefix] = 1.0
-        weights[:, :readout] = count
+        weights[:, :readout] = self.readout
         return weights
 
 
@@ -140,15 +141,14 @@ class Calibrate(LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Take in one batch of images (B, C, H, W)."""
         images = batch[0]
-        number = self._seen + torch.arange(len(images), device=images.device)
-        self._seen += len(images)
         with full_precision(images), watch(self.net, self._places()) as flows:
             with torch.set_grad_enabled(self.taylor):
                 logits = self.net(images)
             if self.taylor:
                 self._first_order(logits, flows)
         with torch.no_grad():
-            self._take_in(number, flows)
+            self._take_in(flows)
+        self._seen += len(images)
 
     def _places(self) -> list[tuple[str, bool]]:
         """Return the modules to watch, and whether their output is meant or their input."""
@@ -157,15 +157,13 @@ class Calibrate(LightningModule):
         wanted = [*norms, self._stream.after, *readers, *self._classifiers]
         return [*((name, False) for name in wanted), *((a.qkv, True) for a in self._attentions)]
 
-    def _take_in(self, number: Tensor, flows: Mapping[str, Tensor]) -> None:
+    def _take_in(self, flows: Mapping[str, Tensor]) -> None:
         prefix, readout = self._stream.prefix, self._stream.readout
-        tokens = flows[self._stream.after].shape[1]
-        index = self.sampling.index(tokens, prefix, number)
-        count = self.sampling.readout
+        index = self.sampling.index(flows[self._stream.after], prefix, self._seen)
         for layer in self._readers:
             branch = self._branches[layer.branch]
             x = take(flows[branch.before], index)
-            weights = self.sampling.weights(x, prefix, readout, count=count)
+            weights = self.sampling.weights(x, prefix, readout)
             rows = take(flows[layer.name], index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
             if layer.name in self._aimed:
@@ -173,7 +171,7 @@ class Calibrate(LightningModule):
                 self._chunks.setdefault(f"{layer.name}.target", []).append(after.float().cpu())
         for attention in self._attentions:
             x = take(flows[self._branches[attention.branch].before], index)
-            weights = self.sampling.weights(x, prefix, readout, count=count)
+            weights = self.sampling.weights(x, prefix, readout)
             dims = self._dims[attention.qkv]
             both = take(flows[attention.qkv], index).flatten(0, 1)[:, : 2 * sum(dims)]
             for part, rows in zip(("q", "k"), both.chunk(2, dim=1), strict=True):

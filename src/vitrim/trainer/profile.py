@@ -92,9 +92,7 @@ class Profile(LightningModule):
         self._seen += len(images)
 
     def _take_in(self, flows: Mapping[str, Tensor]) -> None:
-        after = flows[self._stream.after]
-        number = self._seen + torch.arange(len(after), device=after.device)
-        index = self.sampling.index(after.shape[1], self._stream.prefix, number)
+        index = self.sampling.index(flows[self._stream.after], self._stream.prefix, self._seen)
         for name in self._layers:
             linear = self.net.get_submodule(name)
             x = flows[name]

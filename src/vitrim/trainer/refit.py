@@ -117,16 +117,14 @@ class Refit(LightningModule):
         moments = Moments(layer.name, units + dims)
         seen = 0
         for x in self._streams:
-            index = self._index(x, seen)
+            index = self.sampling.index(x, self._stream.prefix, seen)
             aim = self._targets[layer.name][seen : seen + len(x)].to(x)
             seen += len(x)
             with watch(self.net, [(layer.name, False)]) as flows:
                 branch.apply(x)
             before = take(x, index)
             rows = torch.cat([take(flows[layer.name], index), aim - before], dim=-1)
-            weights = self.sampling.weights(
-                aim, self._stream.prefix, self._stream.readout, count=self.sampling.readout
-            )
+            weights = self.sampling.weights(aim, self._stream.prefix, self._stream.readout)
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()
         taken, offset = fitted(moments.tensors(), units, self.ridge, biased=bias is not None)
@@ -138,10 +136,6 @@ class Refit(LightningModule):
         if isinstance(bias, Tensor):
             bias.copy_(offset)
         _log.debug("%s: refitted on %d images", layer.name, seen)
-
-    def _index(self, x: Tensor, seen: int) -> Tensor:
-        number = seen + torch.arange(len(x), device=x.device)
-        return self.sampling.index(x.shape[1], self._stream.prefix, number)
 
     def _close(self, name: str, features: Tensor) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""

@@ -79,21 +79,16 @@ class Regress(LightningModule):
         width = weight.shape[1]
         moments, seen = Moments(name, width + len(weight)), 0
         for x, dense in zip(self._compact, self._dense, strict=True):
-            number = seen + torch.arange(len(x), device=x.device)
+            index = self.sampling.index(x, self._stream.prefix, seen)
             seen += len(x)
-            index = self.sampling.index(x.shape[1], self._stream.prefix, number)
             with watch(self.net, [(name, False)]) as flows:
                 after = x + branch.apply(x)
-            off = take(dense, index) - take(after, index)
+            aim = take(dense, index)
+            off = aim - take(after, index)
             if branch.scale is not None:
                 scale = branch.scale.to(off)
                 off = off / torch.where(scale == 0, torch.inf, scale)
-            weights = self.sampling.weights(
-                take(dense, index),
-                self._stream.prefix,
-                self._stream.readout,
-                count=self.sampling.readout,
-            )
+            weights = self.sampling.weights(aim, self._stream.prefix, self._stream.readout)
             rows = torch.cat([take(flows[name], index), off], dim=-1)
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()

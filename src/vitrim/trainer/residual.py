@@ -84,11 +84,10 @@ class Residual(LightningModule):
                 self._teacher[0](images)
             with watch(self.net, inputs) as compact:
                 self.net(images)
-        number = torch.arange(len(images), device=images.device)
         losses = []
         for name, (whole, start) in self._layers.items():
             x = compact[f"{name}.down"]
-            index = self.sampling.index(x.shape[1], self._stream.prefix, number)
+            index = self.sampling.index(x, self._stream.prefix, 0)
             layer = self._layer(name)
             aim = take(dense[whole], index)[..., start : start + layer.out_features]
             off = aim - self._output(name, layer, take(x, index))

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> Path:
         dense, dense_accuracy = _dense(model, data, phases, recipe)
         cost = Cost(dense, model.spec().size)
         start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
-        recovery = []
+        recovery: Iterable[Any] = ()
         if method.budget.is_identity:
             compact = cut(start, Plan(model={}, edits=()))
         else:
@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> Path:
         if plan.edits and phases is not None:
             stages["cut"] = phases.accuracy(compact, data.n_classes)
             for phase in recovery:
-                name = type(phase).__name__.lower()
+                name = _title(phase, stages)
                 phases.fit(name, phase, epochs=phase.epochs)
                 stages[name] = phases.accuracy(compact, data.n_classes)
         plan = Plan(
@@ -138,6 +138,13 @@ def _dense(
             write(known, lambda path: path.write_text(text))
         accuracy: dict[str, float] = json.loads(known.read_text())
     return net.eval(), accuracy
+
+
+def _title(phase: Any, stages: Mapping[str, Any]) -> str:
+    """Return the name of a phase; of several of a kind, the later ones have numbers."""
+    kind = type(phase).__name__.lower()
+    turn = 1 + sum(name.split("-")[0] == kind for name in stages)
+    return kind if turn == 1 else f"{kind}-{turn}"
 
 
 def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, Any]) -> None:

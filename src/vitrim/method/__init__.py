@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lightning import LightningModule
@@ -61,6 +61,9 @@ class Method(Protocol):
 
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> Sequence[LightningModule]:
-        """Return the phases that follow on the compact net, in order, each with `epochs`."""
+    ) -> Iterable[LightningModule]:
+        """Return the phases that follow on the compact net, in order, each with `epochs`.
+
+        A generator may change the net between them.
+        """
         ...

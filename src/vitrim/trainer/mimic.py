@@ -18,10 +18,10 @@ class Mimic(LightningModule):
     """Train `net` to have the teacher's features: mean squared error over all tokens.
 
     The loss of MiR (arXiv 2201.02620) and of DC-ViT (arXiv 2403.18708, eq. 3): features are those
-    before the classifier, after the final norm. `pooled` times the error of what the classifier
-    reads of them (of a class token, say) is added: among all tokens it hardly counts. The
-    classifier is the teacher's, as in MiR, unless `logits` is above 0: then as many times the loss
-    of `Distill` is added, which trains it. Parameters named in `frozen` stay as they are.
+    before the classifier, after the final norm; `every` weighs it. `pooled` times the error of what
+    the classifier reads of them (of a class token, say) is added: among all tokens it hardly
+    counts. The classifier is the teacher's, as in MiR, unless `logits` is above 0: then as many
+    times the loss of `Distill` is added, which trains it. Parameters named in `frozen` stay.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Mimic(LightningModule):
         teacher: nn.Module,
         *,
         recipe: Recipe,
+        every: float = 1.0,
         pooled: float = 0.0,
         logits: float = 0.0,
         temperature: float = 1.0,
@@ -40,6 +41,7 @@ class Mimic(LightningModule):
         self.recipe = recipe
         self.epochs = recipe.epochs
         self.frozen = frozenset(frozen)
+        self.every = every
         self.pooled = pooled
         self.logits = logits
         self.temperature = temperature
@@ -62,7 +64,7 @@ class Mimic(LightningModule):
         features = self.net.forward_features(images)  # type: ignore[operator]
         with torch.no_grad():
             aim = teacher.forward_features(images)  # type: ignore[operator]
-        loss = F.mse_loss(features, aim)
+        loss = self.every * F.mse_loss(features, aim)
         if self.pooled:
             pooled, wanted = (
                 net.forward_head(x, pre_logits=True)  # type: ignore[operator]

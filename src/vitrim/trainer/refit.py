@@ -12,7 +12,7 @@ classifier.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Refit(LightningModule):
 
     The images are those of the calibration that made `evidence`, in the same order: its targets
     stand for the dense network. The compact stream is held in memory meanwhile, images x tokens x D
-    numbers.
+    numbers. `branches`, if given, are those to solve, cut or not.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Refit(LightningModule):
         sampling: Sampling,
         ridge: float,
         closing_ridge: float,
+        branches: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -62,7 +63,10 @@ class Refit(LightningModule):
         self._readers = {
             layer.branch: layer
             for layer in structure(net).layers
-            if layer.name in self._targets and _is_cut(net, layer, evidence)
+            if layer.name in self._targets
+            and (
+                layer.branch in branches if branches is not None else _is_cut(net, layer, evidence)
+            )
         }
         self._streams: list[Tensor] = []
         self._features: dict[str, list[Tensor]] = {}

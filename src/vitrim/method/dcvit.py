@@ -1,0 +1,451 @@
+"""DC-ViT: dense few-shot compression (arXiv 2403.18708).
+
+A few blocks lose their attention and most of their MLP; so few of them, and so much, that the
+budget is met to within one hidden unit a block, where dropping whole blocks reaches a handful of
+sizes only. Which blocks: those whose trial (`vitrim.trainer.trial`) leaves the network nearest to
+what it said of a set of images that it dreamt up. Then the network mimics the dense one's features
+on a few unlabelled images, in the front part up to the neighbour of the last compressed block.
+
+The paper's: eqs. 1-6, Algorithm 1, the ablations of its Table 6 (`reuse` random, activation or
+none, `distance` mse, `mimic` class, `front` false, `extra` blocks, `progressive` false). Ours: the
+count of MACs, which includes the attention's products (`accounting: paper` is the paper's own),
+units by greedy surgeon order, and least squares before any training (`regression`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from vitrim.dream import Dream
+from vitrim.errors import is_count, is_positive, require
+from vitrim.model import structure
+from vitrim.model.site import Structure, blocks_of, settle
+from vitrim.plan import Drop, Evidence, Keep, Plan
+from vitrim.target import Cost, Target, TargetError, check_strength, choose
+from vitrim.trainer.calibrate import Sampling
+from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.refit import Refit
+from vitrim.trainer.trial import (
+    BLOCKS,
+    Distance,
+    Reuse,
+    Trials,
+    best_of,
+    frozen,
+    hidden_of,
+    solved,
+)
+
+_log = logging.getLogger(__name__)
+
+Accounting = Literal["exact", "paper"]
+Tokens = Literal["all", "class"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ridges:
+    """How strongly least squares is held back, relative to the mean variance of its inputs.
+
+    `order` in ranking units, `fold` in solving last layers, `closing` for the classifier's input.
+    """
+
+    order: float
+    fold: float
+    closing: float
+
+    def __post_init__(self) -> None:
+        names = ("order", "fold", "closing")
+        rules = ((name, is_positive(getattr(self, name)), "a number above 0") for name in names)
+        require("method.ridges", self, *rules)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One block by itself: the share `width` of its units kept, then mimicking by `training`.
+
+    0 epochs rank blocks by least squares alone. All strengths share the trials; the paper's, of the
+    width that a budget needs, are asked for by that width.
+    """
+
+    width: float
+    training: Recipe
+
+    def __post_init__(self) -> None:
+        fits = is_positive(self.width) and self.width <= 1
+        require("method.trial", self, ("width", fits, "a share above 0 and at most 1"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """Mimicking after the cut, of all tokens or of what the classifier reads alone (`class`).
+
+    `pooled` weighs the error of what the classifier reads beside that of all tokens; with `front`
+    the rear of the network stays as it is.
+    """
+
+    mimic: Tokens
+    pooled: float
+    front: bool
+    training: Recipe
+
+    def __post_init__(self) -> None:
+        require(
+            "method.tuning",
+            self,
+            ("mimic", self.mimic in get_args(Tokens), "all or class"),
+            ("pooled", self.pooled == 0 or is_positive(self.pooled), "a number from 0 on"),
+            ("front", isinstance(self.front, bool), "true or false"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DCViT:
+    """Attentions removed and MLPs shrunk in a few blocks; numbers are in conf/method/dcvit.yaml."""
+
+    name: str
+    strength: float | None
+    target: Mapping[str, Any]
+    levels: Sequence[float]
+    accounting: Accounting
+    spare: Sequence[int]
+    extra: int
+    reuse: Reuse
+    regression: bool
+    progressive: bool
+    trial: Trial
+    metric_set: Dream | None
+    distance: Distance
+    sampling: Sampling
+    ridges: Ridges
+    tuning: Tuning
+    seed: int
+
+    def __post_init__(self) -> None:
+        whole = "a whole number from 0 on"
+        require(
+            "method",
+            self,
+            ("accounting", self.accounting in get_args(Accounting), "exact or paper"),
+            (
+                "spare",
+                len(self.spare) == 2 and all(n == 0 or is_count(n) for n in self.spare),
+                "two whole numbers: of first and of last blocks that stay whole",
+            ),
+            ("extra", self.extra == 0 or is_count(self.extra), whole),
+            ("reuse", self.reuse in get_args(Reuse), f"one of {', '.join(get_args(Reuse))}"),
+            ("regression", isinstance(self.regression, bool), "true or false"),
+            ("progressive", isinstance(self.progressive, bool), "true or false"),
+            ("distance", self.distance in get_args(Distance), "kl or mse"),
+        )
+        check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
+        if self.accounting == "paper" and self.budget.metric not in ("macs", "blocks"):
+            raise TargetError(
+                f"target.{self.budget.metric}: method.accounting=paper counts MACs; set "
+                "target.macs or target.blocks, or method.accounting=exact"
+            )
+
+    @property
+    def budget(self) -> Target:
+        """The target that is set, or the share of MACs that `strength` keeps."""
+        return choose(self.strength, self.levels, self.target, metric="macs")
+
+    def check(self, cost: Cost) -> None:
+        """Raise TargetError if the candidate blocks alone cannot meet the budget."""
+        if not self.budget.is_identity:
+            self._widths(cost, [*self._candidates(cost.structure)])
+
+    def scorer(self, net: nn.Module) -> Trials:
+        """Return the pass over the few images, and the trials."""
+        return Trials(
+            net,
+            blocks=self._candidates(structure(net)),
+            sampling=self.sampling,
+            reuse=self.reuse,
+            regression=self.regression,
+            ridges=(self.ridges.order, self.ridges.fold),
+            width=self.trial.width,
+            recipe=self.trial.training,
+            front=self.tuning.front,
+            metric_set=self.metric_set,
+            distance=self.distance,
+            seed=self.seed,
+        )
+
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+        """Compress the blocks with the lowest scores, as many as the budget needs."""
+        candidates = self._candidates(cost.structure)
+        if BLOCKS in evidence.scores:
+            found = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
+        else:
+            _log.info("no images to try blocks on: they are taken in the network's order")
+            found = {block: float(place) for place, block in enumerate(candidates)}
+        order = sorted(candidates, key=lambda block: found[block])
+        edits: list[Drop | Keep] = []
+        widths, dropped = self._widths(cost, order)
+        for block, width in widths.items():
+            attention, _ = candidates[block]
+            site = hidden_of(cost.structure, candidates[block][1])
+            size = cost.structure.sites[site].size
+            if block in dropped:
+                edits.append(Drop(branch=attention))
+            if width < size:
+                scores = evidence.scores.get(site, torch.zeros(size))
+                edits.append(Keep(site=site, index=best_of(scores, width)))
+        provenance = {
+            "method": self.name,
+            "strength": self.strength,
+            "accounting": self.accounting,
+            "blocks": list(widths),
+            "widths": list(widths.values()),
+            "trials": found if BLOCKS in evidence.scores else {},
+        }
+        return Plan(model={}, edits=tuple(edits), provenance=provenance)
+
+    def compensation_of(
+        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
+    ) -> Mapping[str, Tensor]:
+        """Return last layers that do what the whole blocks did, or MLPs drawn anew."""
+        if not evidence.moments:
+            return {}
+        ends = self._ends(structure(net))
+        values: dict[str, Tensor] = {}
+        if self.reuse == "none":
+            generator = torch.Generator().manual_seed(self.seed)
+            for keep in plan.keeps():
+                mlp = keep.site.rpartition(".")[0]
+                for name, tensor in compact.get_submodule(mlp).named_parameters():
+                    values[f"{mlp}.{name}"] = (
+                        nn.init.trunc_normal_(
+                            torch.empty(tensor.shape), std=0.02, generator=generator
+                        )
+                        if tensor.ndim > 1
+                        else torch.zeros(tensor.shape)
+                    )
+        elif self.regression:
+            values |= solved(compact, plan, evidence, ends, self.ridges.fold)
+        return values
+
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> Iterator[LightningModule]:
+        """Yield regression and mimicking, block by block where `progressive`, at once where not.
+
+        Between the phases of progressive compression the network has the blocks so far; the others
+        are the dense network's own until it is their turn.
+        """
+        candidates = self._candidates(structure(teacher))
+        scores = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
+        done = [block for block in candidates if _differs(student, teacher, block)]
+        done.sort(key=lambda block: scores[block])
+        groups = [[block] for block in done] if self.progressive else [done]
+        compressed = {block: student.get_submodule(block) for block in done}
+        for group in groups[1:]:
+            for block in group:
+                student.set_submodule(block, copy.deepcopy(teacher.get_submodule(block)))
+        ready: list[str] = []
+        for group in groups:
+            for block in group:
+                student.set_submodule(block, compressed[block])
+            ready += group
+            if self.regression and self.reuse != "none":
+                yield Refit(
+                    student,
+                    evidence=evidence,
+                    sampling=self.sampling,
+                    ridge=self.ridges.fold,
+                    closing_ridge=self.ridges.closing,
+                    branches=[candidates[block][1] for block in group],
+                )
+            if self.tuning.training.epochs:
+                yield Mimic(
+                    student,
+                    teacher,
+                    recipe=self.tuning.training,
+                    every=1.0 if self.tuning.mimic == "all" else 0.0,
+                    pooled=self.tuning.pooled if self.tuning.mimic == "all" else 1.0,
+                    frozen=frozen(student, ready, front=self.tuning.front),
+                )
+
+    def _candidates(self, described: Structure) -> dict[str, tuple[str, str]]:
+        """Return the attention and the MLP branch of every block that may be compressed."""
+        attentions = {attention.branch for attention in described.attentions}
+        whole = {
+            block: (names[0], names[1])
+            for block, names in blocks_of(described).items()
+            if len(names) == 2 and names[0] in attentions and names[1] not in attentions
+        }
+        first, last = self.spare
+        order = [*blocks_of(described)]
+        inner = set(order[first : len(order) - last])
+        return {block: names for block, names in whole.items() if block in inner}
+
+    def _ends(self, described: Structure) -> dict[str, str]:
+        ends = {branch.name: branch.ends[0] for branch in described.branches}
+        return {block: ends[mlp] for block, (_, mlp) in self._candidates(described).items()}
+
+    def _widths(self, cost: Cost, order: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+        """Return the hidden width of each compressed block, and those that lose their attention.
+
+        Raises:
+            TargetError: the candidates, all of them compressed, are above the budget.
+        """
+        if self.accounting == "paper":
+            widths = paper_widths(cost, self.budget, order, self._candidates(cost.structure))
+            return widths, list(widths)
+        return dense_widths(
+            cost, self.budget, order, self._candidates(cost.structure), extra=self.extra
+        )
+
+
+def dense_widths(
+    cost: Cost,
+    target: Target,
+    order: Sequence[str],
+    blocks: Mapping[str, tuple[str, str]],
+    *,
+    extra: int = 0,
+) -> tuple[dict[str, int], list[str]]:
+    """Return hidden widths by block and the blocks without attention: the largest within `target`.
+
+    The fewest blocks of `order` that can meet it, and `extra` more, keep the same share of their
+    units, or one unit more. So little may have to go that an attention would be too much: then the
+    blocks at the end of them keep theirs.
+
+    Raises:
+        TargetError: not even all blocks of `order` with one unit each are within `target`.
+    """
+    described, limit = cost.structure, cost.allowed(target)
+    sites = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
+    sizes = {block: described.sites[site].size for block, site in sites.items()}
+
+    def left(widths: Mapping[str, int], attended: Sequence[str]) -> int:
+        kept = {sites[block]: torch.arange(width) for block, width in widths.items()}
+        dropped = {blocks[block][0] for block in widths if block not in attended}
+        amount = cost.of(settle(described, kept), (), None, dropped)
+        return int(getattr(amount, target.unit))
+
+    enough = next(
+        (n for n in range(1, len(order) + 1) if left(dict.fromkeys(order[:n], 1), ()) <= limit),
+        None,
+    )
+    if enough is None:
+        lowest = left(dict.fromkeys(order, 1), ())
+        whole = cost.whole(target.unit)
+        raise TargetError(
+            f"target.{target.metric}={target.keep} cannot be reached: compressing all "
+            f"{len(order)} candidate blocks leaves {lowest:,} of {whole:,} {target.unit} "
+            f"({lowest / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
+        )
+    n = enough + extra
+    if n > len(order):
+        raise TargetError(
+            f"method.extra={extra}: {enough} blocks and these are more than the {len(order)} "
+            "candidates; set fewer"
+        )
+    chosen = order[:n]
+    units = sorted(
+        ((place + 1) / sizes[block], at, block)
+        for at, block in enumerate(chosen)
+        for place in range(1, sizes[block])
+    )
+    full = {block: sizes[block] for block in chosen}
+    attended: list[str] = []
+    for at in range(n, -1, -1):  # as many attentions go as still leave units to take
+        attended = list(chosen[at:])
+        if left(full, attended) >= limit:
+            break
+    low, high = 0, len(units)
+    while low < high:  # the most units within the limit
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high)
+            if left(_counted(chosen, units[:middle]), attended) <= limit
+            else (low, middle - 1)
+        )
+    return _counted(chosen, units[:low]), [block for block in chosen if block not in attended]
+
+
+def _counted(chosen: Sequence[str], units: Sequence[tuple[float, int, str]]) -> dict[str, int]:
+    """Return how many units each block has, the first one that all have included."""
+    widths = dict.fromkeys(chosen, 1)
+    for _, _, block in units:
+        widths[block] += 1
+    return widths
+
+
+def paper_widths(
+    cost: Cost, target: Target, order: Sequence[str], blocks: Mapping[str, tuple[str, str]]
+) -> dict[str, int]:
+    """Return hidden widths by block as the paper's code finds them, its rounding included.
+
+    It counts Linears and convolutions without the products of attention, and a LayerNorm as four
+    MACs a number; eqs. 1 and 2 in binary floating point give ViT-B 2304, 1535, 1151 and 920 units
+    in 2 to 5 blocks for the MACs of 1 to 4 blocks.
+
+    Raises:
+        TargetError: the budget needs more blocks than there are candidates.
+    """
+    whole, attention, mlp, block = paper_macs(cost, blocks)
+    ratio = (
+        (whole - target.keep * block) / whole if target.metric == "blocks" else float(target.keep)
+    )
+    if ratio > 1:
+        ratio = ratio / whole
+    gone = whole * (1 - ratio)
+    n = math.ceil(gone / (attention + mlp))
+    if n > len(order):
+        raise TargetError(
+            f"target.{target.metric}={target.keep} cannot be reached: it takes {n} blocks, and "
+            f"there are {len(order)} candidates; spare fewer blocks (method.spare)"
+        )
+    first = cost.structure.sites[hidden_of(cost.structure, blocks[order[0]][1])].size
+    share = 1 - ((gone - n * attention) / n) / mlp
+    expansion = first / _dim(cost, blocks[order[0]][0])
+    width = int(_dim(cost, blocks[order[0]][0]) * (share * expansion))
+    if not 1 <= width <= first:
+        raise TargetError(
+            f"target.{target.metric}={target.keep}: eqs. 1 and 2 give {width} hidden units in "
+            f"each of {n} blocks, of {first}; choose another budget or method.accounting=exact"
+        )
+    return dict.fromkeys(order[:n], width)
+
+
+def paper_macs(cost: Cost, blocks: Mapping[str, tuple[str, str]]) -> tuple[int, int, int, int]:
+    """Return MACs as the paper counts them: network, attention with its norm, MLP, block."""
+    attended = [*cost.attended(Plan(model={}, edits=()))]
+    tokens, context, _, dims = attended[0]
+    attention, mlp = next(iter(blocks.values()))
+    dense = settle(cost.structure, {})
+    macs = cost.of(dense).macs
+    norm = 4 * tokens * _dim(cost, attention)
+    products = tokens * context * dims
+    no_attention, no_mlp = (macs - cost.of(dense, dropped={name}).macs for name in (attention, mlp))
+    linear = no_attention - products
+    whole = macs - sum(t * c * d for t, c, _, d in attended) + norm * (2 * len(attended) + 1)
+    return whole, linear + norm, no_mlp, linear + norm + no_mlp + norm
+
+
+def _dim(cost: Cost, attention: str) -> int:
+    """Return how many numbers the norm before an attention reads."""
+    (name,) = (a.qkv for a in cost.structure.attentions if a.branch == attention)
+    (layer,) = (layer for layer in cost.structure.layers if layer.name == name)
+    return sum(part.size for part in layer.inp)
+
+
+def _differs(student: nn.Module, teacher: nn.Module, block: str) -> bool:
+    """Whether a block of the student is not the teacher's."""
+    shapes = [
+        [(name, tensor.shape) for name, tensor in net.get_submodule(block).named_parameters()]
+        for net in (student, teacher)
+    ]
+    return shapes[0] != shapes[1]

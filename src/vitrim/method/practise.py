@@ -1,0 +1,161 @@
+"""PRACTISE and MiR: whole blocks dropped, then the features mimicked, with few unlabelled images.
+
+PRACTISE (arXiv 2202.07861) drops the blocks that can be recovered best for what they cost: the
+error of the features without a block, once an adaptor stands in for it, over the share of MACs that
+it takes (the paper: of latency). The adaptors serve that score only. MiR (arXiv 2201.02620) is the
+mimicking; it takes the pruned network from any scheme, here the same score without adaptors. Both
+train the whole network but the classifier on the features before pooling.
+
+The adaptor is ours, see `vitrim.trainer.recover`; the optimiser is AdamW, the papers' SGD.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from vitrim.errors import is_count, is_positive, is_rate, require
+from vitrim.model import structure
+from vitrim.model.site import Structure, blocks_of, settle
+from vitrim.plan import Drop, Evidence, Plan
+from vitrim.target import Cost, Target, TargetError, check_strength, choose
+from vitrim.trainer.calibrate import Sampling
+from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.recover import BLOCKS, Recover
+from vitrim.trainer.trial import frozen
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Practise:
+    """Whole blocks dropped; every number comes from conf/method/{practise,mir}.yaml."""
+
+    name: str
+    strength: float | None
+    target: Mapping[str, Any]
+    levels: Sequence[float]
+    spare: Sequence[int]
+    adaptors: bool
+    ridge: float
+    sampling: Sampling
+    pooled: float
+    tuning: Recipe
+
+    def __post_init__(self) -> None:
+        require(
+            "method",
+            self,
+            (
+                "spare",
+                len(self.spare) == 2 and all(n == 0 or is_count(n) for n in self.spare),
+                "two whole numbers: of first and of last blocks that stay",
+            ),
+            ("adaptors", isinstance(self.adaptors, bool), "true or false"),
+            ("ridge", is_positive(self.ridge), "a number above 0"),
+            ("pooled", is_rate(self.pooled), "a number from 0 on"),
+        )
+        check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
+        if self.budget.metric == "units":
+            raise TargetError(
+                "target.units: whole blocks are dropped, no units; set target.macs, target.params "
+                "or target.blocks"
+            )
+
+    @property
+    def budget(self) -> Target:
+        """The target that is set, or the share of MACs that `strength` keeps."""
+        return choose(self.strength, self.levels, self.target, metric="macs")
+
+    def check(self, cost: Cost) -> None:
+        """Raise TargetError if dropping every candidate does not meet the budget."""
+        if not self.budget.is_identity:
+            self._dropped(cost, self._candidates(cost.structure))
+
+    def scorer(self, net: nn.Module) -> Recover:
+        """Return the two passes over the few images."""
+        return Recover(
+            net,
+            blocks=self._candidates(structure(net)),
+            sampling=self.sampling,
+            adaptors=self.adaptors,
+            ridge=self.ridge,
+        )
+
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+        """Drop the blocks that lose least for what they cost, as many as the budget needs."""
+        candidates = self._candidates(cost.structure)
+        if BLOCKS in evidence.scores:
+            errors = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
+            found = {block: errors[block] / self._share(cost, block) for block in candidates}
+        else:
+            _log.info("no images to judge blocks by: they are taken in the network's order")
+            found = {block: float(place) for place, block in enumerate(candidates)}
+        order = sorted(candidates, key=lambda block: found[block])
+        dropped = self._dropped(cost, order)
+        branches = blocks_of(cost.structure)
+        provenance = {
+            "method": self.name,
+            "strength": self.strength,
+            "blocks": dropped,
+            "scores": found if BLOCKS in evidence.scores else {},
+        }
+        edits = tuple(Drop(branch=name) for block in dropped for name in branches[block])
+        return Plan(model={}, edits=edits, provenance=provenance)
+
+    def compensation_of(
+        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
+    ) -> Mapping[str, Tensor]:
+        """Return nothing: adaptors are for the score."""
+        return {}
+
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> list[LightningModule]:
+        """Return the mimicking of the dense network's features."""
+        if not self.tuning.epochs:
+            return []
+        return [
+            Mimic(
+                student,
+                teacher,
+                recipe=self.tuning,
+                pooled=self.pooled,
+                frozen=frozen(student, (), front=False),
+            )
+        ]
+
+    def _candidates(self, described: Structure) -> list[str]:
+        blocks = [*blocks_of(described)]
+        return blocks[self.spare[0] : len(blocks) - self.spare[1]]
+
+    def _share(self, cost: Cost, block: str) -> float:
+        dense = settle(cost.structure, {})
+        without = cost.of(dense, dropped=blocks_of(cost.structure)[block]).macs
+        return 1 - without / cost.of(dense).macs
+
+    def _dropped(self, cost: Cost, order: Sequence[str]) -> list[str]:
+        """Return the fewest first blocks of `order` without which the budget is met.
+
+        Raises:
+            TargetError: all of them are not enough.
+        """
+        limit, unit = cost.allowed(self.budget), self.budget.unit
+        dense, branches = settle(cost.structure, {}), blocks_of(cost.structure)
+        for n in range(len(order) + 1):
+            gone = {name for block in order[:n] for name in branches[block]}
+            left = getattr(cost.of(dense, dropped=gone), unit)
+            if left <= limit:
+                return list(order[:n])
+        whole = cost.whole(unit)
+        raise TargetError(
+            f"target.{self.budget.metric}={self.budget.keep} cannot be reached: dropping all "
+            f"{len(order)} candidate blocks leaves {left:,} of {whole:,} {unit} "
+            f"({left / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
+        )

@@ -1,0 +1,352 @@
+"""Trials of dense compression: how well the network does with one block compressed by itself.
+
+A trial (DC-ViT, arXiv 2403.18708, Algorithm 1) takes the attention out of a block and most units
+out of its MLP, mends what it can, and scores what the network then says of the metric set. Beyond
+the paper, units are ranked on what they are without the attention, and the last layer is first
+solved by least squares towards what the whole block did; both come from one pass over the images,
+for all blocks at once, and with `epochs` 0 that is all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrim.compensation import fitted
+from vitrim.criteria import surgeon
+from vitrim.dream import Dream
+from vitrim.model import structure
+from vitrim.model.site import Structure, blocks_of
+from vitrim.moments import Moments, key_of
+from vitrim.plan import Drop, Evidence, Keep, Plan
+from vitrim.surgery import cut
+from vitrim.trainer.calibrate import Calibrate, Sampling, take, watch
+from vitrim.trainer.recipe import Recipe, optimisation
+
+Reuse = Literal["surgeon", "activation", "random", "none"]
+Distance = Literal["kl", "mse"]
+METRIC_SET = "metric_set"
+BLOCKS = "blocks"
+
+
+class Trials(Calibrate):
+    """Calibrate all candidate blocks, then try each one, and score it (higher: harder to lose).
+
+    Evidence has, beside what `Calibrate` finds for the candidates' MLPs, `scores` by hidden site
+    and, under "blocks", one a candidate in their order; `moments` of "metric_set", its images
+    (n, C, H, W) with their classes, and, by MLP, `trial.mean` and `trial.cov` of its units without
+    the attention and of what the whole block adds to the stream, (M + D,).
+
+    Trials that train do so on the calibration images, in their order, towards the features that the
+    dense network had for them in the first epoch.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        blocks: Mapping[str, Sequence[str]],
+        sampling: Sampling,
+        reuse: Reuse,
+        regression: bool,
+        ridges: tuple[float, float],
+        width: float,
+        recipe: Recipe,
+        front: bool,
+        metric_set: Dream | None,
+        distance: Distance,
+        seed: int,
+    ) -> None:
+        described = structure(net)
+        self.hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
+        super().__init__(
+            net,
+            sites=list(self.hidden.values()),
+            sampling=sampling,
+            taylor=False,
+            targets=True,
+        )
+        self.blocks = dict(blocks)
+        self.reuse = reuse
+        self.regression = regression
+        self.order_ridge, self.fold_ridge = ridges
+        self.width = width
+        self.recipe_of_trials = recipe
+        self.front = front
+        self.metric_set = metric_set
+        self.distance = distance
+        self.seed = seed
+        self.epochs = 1 + len(blocks) * recipe.epochs
+        self.settings |= {
+            "blocks": list(blocks),
+            "reuse": reuse,
+            "regression": regression,
+            "ridges": list(ridges),
+            "width": width,
+            "recipe": asdict(recipe),
+            "front": front,
+            "metric_set": metric_set and asdict(metric_set),
+            "distance": distance,
+            "seed": seed,
+        }
+        ends = {branch.name: branch.ends[0] for branch in described.branches}
+        self._ends = {block: ends[mlp] for block, (_, mlp) in blocks.items()}
+        self._alone = nn.ModuleDict()
+        for end in self._ends.values():
+            rows, columns = net.get_submodule(end).get_parameter("weight").shape
+            self._alone[key_of(end)] = Moments(end, rows + columns)
+        for name in ("scores", METRIC_SET, "labels"):
+            self.register_buffer(f"_{name}", torch.empty(0))
+        self._order: dict[str, Tensor] = {}
+        self._trial: list[nn.Module] = []  # in a list: not saved with this module
+        self._images: list[Tensor] = []
+        self._aims: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_index: int) -> None:
+        """Look at a batch of images (B, C, H, W) in the first epoch, then train on it."""
+        if self.current_epoch == 0:
+            if self.metric_set is None or not self._images:
+                self._images.append(batch[0])
+            self._bound(batch[0])
+            super().training_step(batch, batch_index)
+            if self.recipe_of_trials.epochs:
+                with torch.no_grad():
+                    self._aims.append(self.net.forward_features(batch[0]))  # type: ignore[operator]
+        else:
+            self._train(batch[0], batch_index)
+
+    def _bound(self, images: Tensor) -> None:
+        """Note how dark and how bright pixels get."""
+        low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
+        known = getattr(self, "_range", (low, high))
+        self._range = (torch.minimum(low, known[0]), torch.maximum(high, known[1]))
+
+    def _take_in(self, flows: Mapping[str, Tensor]) -> None:
+        super()._take_in(flows)
+        prefix, readout = self._stream.prefix, self._stream.readout
+        for block, (attention, mlp) in self.blocks.items():
+            before, after = self._branches[attention].before, self._branches[mlp]
+            x, y = flows[before], flows[self._stream.following(after)]
+            index = self.sampling.index(x, prefix, self._seen)
+            x, y = take(x, index), take(y, index)
+            end = self._ends[block]
+            with watch(self.net, [(end, False)]) as inner:
+                after.apply(x)
+            off = y - x
+            if after.scale is not None:
+                scale = after.scale.to(off)
+                off = off / torch.where(scale == 0, torch.inf, scale)
+            weights = self.sampling.weights(y, prefix, readout)
+            rows = torch.cat([inner[end], off], dim=-1)
+            self._moments_alone(end).add(rows.flatten(0, 1), weights.flatten())
+
+    def _moments_alone(self, end: str) -> Moments:
+        found = self._alone[key_of(end)]
+        assert isinstance(found, Moments)
+        return found
+
+    def on_train_epoch_end(self) -> None:
+        """Bring statistics into their final form, once; score the trial that has ended."""
+        each, epoch = self.recipe_of_trials.epochs, self.current_epoch
+        if epoch == 0:
+            self._conclude()
+        elif epoch % each == 0:
+            self._judge(epoch // each - 1, self._trial.pop())
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the next trial."""
+        each, epoch = self.recipe_of_trials.epochs, self.current_epoch
+        if epoch and (epoch - 1) % each == 0:
+            self._begin((epoch - 1) // each)
+
+    @torch.no_grad()
+    def _conclude(self) -> None:
+        super().on_train_end()
+        for moments in self._alone.values():
+            assert isinstance(moments, Moments)
+            moments.finish()
+        net = self.net.eval()
+        logits = net(self._images[0])
+        low, high = self._range
+        if self.metric_set is None:
+            self._metric_set = torch.cat(self._images)
+            self._labels = torch.cat([net(x).argmax(1) for x in self._images])
+        else:
+            with torch.enable_grad():
+                self._metric_set, self._labels = self.metric_set.run(
+                    net,
+                    n_classes=logits.shape[1],
+                    low=low,
+                    high=high,
+                    size=self._images[0].shape[2:],  # type: ignore[arg-type]
+                )
+        self._scores = torch.zeros(len(self.blocks), device=low.device)
+        for at, block in enumerate(self.blocks if not self.recipe_of_trials.epochs else ()):
+            self._judge(at, self._compressed(block))
+        self._images = []
+
+    def _compressed(self, block: str) -> nn.Module:
+        """Return the network with one block compressed, its last layer solved if asked for."""
+        evidence = self.evidence()
+        attention, _ = self.blocks[block]
+        site = self.hidden[block]
+        size = structure(self.net).sites[site].size
+        keep = best_of(evidence.scores[site], max(1, round(self.width * size)))
+        edits = (Drop(branch=attention), Keep(site=site, index=keep))
+        plan = Plan(model={}, edits=edits if len(keep) < size else edits[:1])
+        net = cut(self.net, plan)
+        values = self.values(net, plan, evidence)
+        with torch.no_grad():
+            for name, value in values.items():
+                net.get_parameter(name).copy_(value)
+        return net.eval()
+
+    def values(self, net: nn.Module, plan: Plan, evidence: Evidence) -> dict[str, Tensor]:
+        """Return what the solved last layers of compressed blocks are in `net`, by name."""
+        return solved(net, plan, evidence, self._ends, self.fold_ridge) if self.regression else {}
+
+    @torch.no_grad()
+    def _judge(self, at: int, net: nn.Module) -> None:
+        """Score a trial on the metric set."""
+        net.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for x in torch.split(self._metric_set, 50):
+            if self.distance == "kl":
+                wanted, found = (n(x).log_softmax(-1) for n in (self.net, net))
+                total += F.kl_div(found, wanted, log_target=True, reduction="sum").cpu()
+            else:
+                wanted, found = (n.forward_features(x) for n in (self.net, net))  # type: ignore[operator]
+                total += len(x) * F.mse_loss(found, wanted).cpu()
+        self._scores[at] = total / len(self._metric_set)
+
+    def _begin(self, at: int) -> None:
+        block = [*self.blocks][at]
+        trial = self._compressed(block).train()
+        fixed = frozen(trial, [block], front=self.front)
+        for name, parameter in trial.named_parameters():
+            parameter.requires_grad_(name not in fixed)
+        self._trial = [trial]
+        batches = len(self._aims)
+        made = optimisation(
+            trial, self.recipe_of_trials, steps=batches * self.recipe_of_trials.epochs
+        )
+        self._optimizer, self._schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+
+    def _train(self, images: Tensor, batch_index: int) -> None:
+        with torch.enable_grad():
+            (trial,) = self._trial
+            features = trial.forward_features(images)  # type: ignore[operator]
+            loss = F.mse_loss(features, self._aims[batch_index])
+            self._optimizer.zero_grad()
+            self.manual_backward(loss)
+            if self.recipe_of_trials.clip_norm:
+                nn.utils.clip_grad_norm_(trial.parameters(), self.recipe_of_trials.clip_norm)
+            self._optimizer.step()
+        self._schedule.step()
+        self.log("loss", loss.detach(), prog_bar=True)
+
+    def evidence(self) -> Evidence:
+        """Return scores and moments; empty where no image was seen."""
+        found = super().evidence()
+        if not found.moments:
+            return found
+        moments = {name: dict(tensors) for name, tensors in found.moments.items()}
+        scores = {}
+        for block, end in self._ends.items():
+            alone = self._moments_alone(end).tensors()
+            moments[end] |= {f"trial.{name}": tensor for name, tensor in alone.items()}
+            if end not in self._order:
+                self._order[end] = self._ranked(end, alone)
+            scores[self.hidden[block]] = self._order[end]
+        scores[BLOCKS] = self._scores
+        moments[METRIC_SET] = {"images": self._metric_set, "labels": self._labels}
+        return Evidence(scores=scores, moments=moments)
+
+    def _ranked(self, end: str, alone: Mapping[str, Tensor]) -> Tensor:
+        """Return how much each unit of the MLP that ends in `end` matters, (M,)."""
+        weight = self.net.get_submodule(end).get_parameter("weight").detach()
+        units = weight.shape[1]
+        match self.reuse:
+            case "surgeon":
+                cov = alone["cov"][:units, :units]
+                return surgeon(cov, weight.T.cpu(), ridge=self.order_ridge)
+            case "activation":
+                return alone["mean"][:units].clone()
+            case _:
+                place = [*self._ends.values()].index(end)
+                generator = torch.Generator().manual_seed(self.seed + place)
+                return torch.rand(units, generator=generator)
+
+
+def hidden_of(described: Structure, mlp: str) -> str:
+    """Return the site of the units that the MLP branch `mlp` reads in its last layer."""
+    (end,) = next(branch.ends for branch in described.branches if branch.name == mlp)
+    (layer,) = (layer for layer in described.layers if layer.name == end)
+    (site,) = (part.site for part in layer.inp if part.site is not None)
+    return site
+
+
+def best_of(scores: Tensor, n: int) -> tuple[int, ...]:
+    """Return the `n` units with the highest scores, ascending; ties go to the lower index."""
+    order = (-scores.double()).argsort(stable=True)[:n]
+    return tuple(order.sort().values.tolist())
+
+
+def solved(
+    net: nn.Module, plan: Plan, evidence: Evidence, ends: Mapping[str, str], ridge: float
+) -> dict[str, Tensor]:
+    """Return weight and bias of the compressed blocks' last layers, towards what the blocks did.
+
+    Each is solved as if the other blocks were whole.
+
+    Args:
+        net: the compact network.
+        plan: what was cut.
+        evidence: of `Trials`.
+        ends: block -> path of its MLP's last layer.
+        ridge: relative to the mean variance of the kept units.
+    """
+    dropped = {edit.branch for edit in plan.drops()}
+    kept = {edit.site.rpartition(".")[0]: edit.index for edit in plan.keeps()}
+    values = {}
+    for block, end in ends.items():
+        if not any(name.rpartition(".")[0] == block for name in dropped):
+            continue
+        alone = evidence.moments[end]
+        linear = net.get_submodule(end)
+        rows, columns = linear.get_parameter("weight").shape
+        units = len(alone["trial.mean"]) - rows
+        index = torch.tensor(kept.get(end.rpartition(".")[0], range(units)))
+        both = torch.cat([index, torch.arange(units, units + rows)])
+        some = {"mean": alone["trial.mean"][both], "cov": alone["trial.cov"][both][:, both]}
+        weight, offset = fitted(some, columns, ridge, biased=linear.bias is not None)
+        values[f"{end}.weight"] = weight
+        if linear.bias is not None:
+            values[f"{end}.bias"] = offset
+    return values
+
+
+def frozen(net: nn.Module, blocks: Sequence[str], *, front: bool) -> set[str]:
+    """Return the parameters of `net` that stay while blocks are tuned: classifier, and the rear.
+
+    With `front`, whatever comes after the neighbour of the last of `blocks`, the final norm
+    excepted, stays as it is.
+    """
+    found = net.get_classifier()  # type: ignore[operator]
+    heads = found if isinstance(found, tuple) else (found,)
+    names = {
+        name
+        for name, tensor in net.named_parameters()
+        if any(tensor is other for head in heads for other in head.parameters())
+    }
+    if front and blocks:
+        order = [*blocks_of(structure(net))]
+        last = max(order.index(block) for block in blocks) + 1
+        rear = tuple(f"{block}." for block in order[last + 1 :])
+        names |= {name for name, _ in net.named_parameters() if name.startswith(rear)}
+    return names

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+
+from command import QUICK, Command
+from conftest import randomise, skeleton_net, small_net
+from vitrim import count
+from vitrim.errors import ConfigError, VitrimError
+from vitrim.method.dcvit import DCViT, dense_widths, paper_macs, paper_widths
+from vitrim.model.site import blocks_of
+from vitrim.plan import Drop, Evidence, Keep, Plan
+from vitrim.run import CONF
+from vitrim.surgery import cut
+from vitrim.target import Cost, Target, TargetError
+
+
+def built(*overrides: str) -> DCViT:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=["method=dcvit", *overrides])
+    method: DCViT = instantiate(cfg.method, _convert_="all")
+    return method
+
+
+@cache
+def cost_of(name: str) -> Cost:
+    return Cost(skeleton_net(name), 224)
+
+
+def pairs(cost: Cost) -> dict[str, tuple[str, str]]:
+    inner = [*blocks_of(cost.structure).items()][1:-1]
+    return {block: (names[0], names[1]) for block, names in inner}
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("vit_tiny_patch16_224", (575, 383, 286, 229)),
+        ("vit_small_patch16_224", (1152, 767, 574, 459)),
+        ("vit_base_patch16_224", (2304, 1535, 1151, 920)),
+        ("deit_base_patch16_224", (2304, 1535, 1151, 920)),
+        ("vit_large_patch16_224", (3072, 2047, 1535, 1227)),
+    ],
+)
+def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple[int, ...]) -> None:
+    cost = cost_of(name)
+    for n, width in enumerate(widths, start=1):
+        found = paper_widths(cost, Target(metric="blocks", keep=n), [*pairs(cost)], pairs(cost))
+        assert list(found.values()) == [width] * (n + 1)
+
+
+def test_the_papers_count_of_vit_base() -> None:
+    cost = cost_of("vit_base_patch16_224")
+    whole, attention, mlp, block = paper_macs(cost, pairs(cost))
+    assert (whole, block) == (16_863_630_336, 1_395_554_304)
+    assert (attention, mlp) == (465_386_496, 929_562_624)
+    assert (whole - 3 * block) / whole == pytest.approx(0.751734186, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_fifty_targets_are_met_to_within_a_hidden_unit_a_block(metric: Any) -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    unit = 2 * 192 * 197 if metric == "macs" else 2 * 192 + 1
+    for step in range(50):
+        target = Target(metric=metric, keep=0.995 - 0.0115 * step)
+        widths, dropped = dense_widths(cost, target, [*pairs(cost)], pairs(cost))
+        plan = plan_of(cost, widths, dropped)
+        left = getattr(cost.plan(plan), metric)
+        assert 0 <= cost.allowed(target) - left < unit, (target, widths)
+        assert max(widths.values()) - min(widths.values()) <= 1
+
+
+def plan_of(cost: Cost, widths: dict[str, int], dropped: list[str]) -> Any:
+    edits: list[Any] = [Drop(branch=f"{block}.attn") for block in dropped]
+    edits += [
+        Keep(site=f"{block}.mlp.hidden", index=tuple(range(width)))
+        for block, width in widths.items()
+        if width < cost.structure.sites[f"{block}.mlp.hidden"].size
+    ]
+    return Plan(model={}, edits=tuple(edits))
+
+
+def test_so_little_may_go_that_an_attention_stays() -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    widths, dropped = dense_widths(
+        cost, Target(metric="blocks", keep=0.1), [*pairs(cost)], pairs(cost)
+    )
+    assert dropped == []
+    assert list(widths) == ["blocks.1"]
+
+
+def test_more_blocks_take_less_of_each() -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    target = Target(metric="blocks", keep=2)
+    few, _ = dense_widths(cost, target, [*pairs(cost)], pairs(cost))
+    more, dropped = dense_widths(cost, target, [*pairs(cost)], pairs(cost), extra=1)
+    assert len(more) == len(few) + 1 == len(dropped)
+    assert min(more.values()) > max(few.values())
+
+
+def deep_net() -> nn.Module:
+    return small_net(dtype=torch.float32, depth=6)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1, 2.5, 4])
+def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
+    net, method = deep_net(), built(f"strength={strength}")
+    cost = Cost(net, 32)
+    plan = method.plan(net, Evidence(scores={}), cost)
+    limit = cost.allowed(method.budget)
+    assert 0 <= limit - cost.plan(plan).macs < 2 * 24 * 5
+    assert count(cut(net, plan), 32)[:2] == cost.plan(plan)[:2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.reuse=magic"], "method.reuse=magic"),
+        (["method.accounting=mine"], "method.accounting=mine"),
+        (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
+        (["method.spare=[1]"], r"method\.spare=\[1\]"),
+        (["method.extra=-1"], "method.extra=-1"),
+        (["method.trial.width=0"], r"method\.trial\.width=0"),
+        (["method.trial.width=2"], r"method\.trial\.width=2"),
+        (["method.metric_set.images=0"], r"method\.metric_set\.images=0"),
+        (["method.metric_set.lr=0"], r"method\.metric_set\.lr=0"),
+        (["method.distance=cosine"], "method.distance=cosine"),
+        (["method.tuning.mimic=patches"], r"method\.tuning\.mimic=patches"),
+        (["method.ridges.fold=0"], r"method\.ridges\.fold=0"),
+    ],
+)
+def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(Exception, match=said) as raised:
+        built(*overrides)
+    cause = raised.value.__cause__ or raised.value
+    assert isinstance(cause, (VitrimError, ConfigError))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["target.macs=0.2"], "target.macs=0.2 cannot be reached: compressing all 4 candidate"),
+        (["target.blocks=1", "method.extra=3"], "method.extra=3: 2 blocks and these are more than"),
+        (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
+        (
+            ["target.blocks=4.5", "method.accounting=paper"],
+            "target.blocks=4.5 cannot be reached: it takes 5 blocks, and there are 4 candidates",
+        ),
+    ],
+)
+def test_unreachable_targets_are_refused_before_any_training(
+    overrides: list[str], said: str
+) -> None:
+    with pytest.raises(TargetError, match=said.replace(".", r"\.")):
+        built(*overrides).check(Cost(deep_net(), 32))
+
+
+SHORT = (
+    *QUICK,
+    "method.metric_set.iterations=2",
+    "method.metric_set.images=4",
+    "method.tuning.training.epochs=1",
+)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("method.progressive=false",),
+        ("method.reuse=none", "method.regression=false"),
+        ("method.reuse=activation", "method.distance=mse", "method.tuning.mimic=class"),
+        ("method.reuse=random", "method.tuning.front=false", "method.trial.training.epochs=1"),
+        ("method.metric_set=null", "target.params=0.7"),
+        ("method.accounting=paper", "target.blocks=1"),
+    ],
+)
+def test_every_ablation_runs(command: Command, variant: tuple[str, ...]) -> None:
+    done = command("method=dcvit", "strength=4", *SHORT, *variant)
+    assert done.code == 0, done.output
+
+
+def test_progress_is_judged_after_every_block(command: Command) -> None:
+    done = command("method=dcvit", "target.macs=0.6", *SHORT)
+    report = json.loads(done.report.read_text())
+    assert set(report["stages"]) == {"cut", "refit", "mimic", "refit-2", "mimic-2"}
+
+
+def test_compression_leaves_the_dense_network_alone() -> None:
+    net = randomise(deep_net())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    method = built("strength=4")
+    cut(net, method.plan(net, Evidence(scores={}), Cost(net, 32)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -68,6 +68,8 @@ def run(cfg: DictConfig) -> Path:
             _log.info("finished before; delete the folder to run it again")
             return folder / "report.json"
         (folder / "recipe.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        if data is not None and data.chosen:
+            (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
         phases = _phases(cfg, choices, recipe, folder)
         seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
         dense, dense_accuracy = _dense(model, data, phases, recipe)
@@ -219,6 +221,9 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     recipe = {key: value for key, value in resolved.items() if key not in NOT_RECIPE}
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
+    if recipe["data"].get("samples") is None:
+        drawing = ("samples", "samples_seed")
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
     recipe["checkpoint_sha256"] = fingerprint
     recipe["from_run"] = started_from
     if started_from is None:
@@ -227,6 +232,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     for key in ("strength", "target", "seed"):
         series.pop(key)
         series["method"].pop(key, None)
+    series["data"].pop("samples_seed", None)
     chosen = [name for name, keep in resolved["target"].items() if keep is not None]
     point = "-".join(f"{name}{resolved['target'][name]}" for name in chosen) or f"s{cfg.strength:g}"
     choices = {group: _choice(group) for group in (*GROUPS, "experiment")}

@@ -51,6 +51,8 @@ def opened(root: Path, mixing: dict[str, Any] = PLAIN, **changes: Any) -> Images
         "val": "val",
         "classes": None,
         "class_seed": 0,
+        "samples": None,
+        "samples_seed": 0,
         "batch_size": 4,
         "workers": 0,
         "augmentation": {"auto_augment": None, "color_jitter": 0.0},

@@ -44,6 +44,11 @@ class Data(Protocol):
     n_classes: int
     trainable: bool
 
+    @property
+    def chosen(self) -> Sequence[str]:
+        """Names of the training images, where only a few are drawn; else none."""
+        ...
+
     def module(self, spec: ImageSpec) -> Loaders:
         """Return the loaders for a network that wants its images as `spec` says."""
         ...

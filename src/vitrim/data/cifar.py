@@ -7,6 +7,7 @@ from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from vitrim.data.few import few
 from vitrim.data.images import Images
 from vitrim.errors import ConfigError
 
@@ -18,6 +19,8 @@ def cifar(
     classes: int,
     root: str,
     download: bool,
+    samples: int | None,
+    samples_seed: int,
     batch_size: int,
     workers: int,
     augmentation: Mapping[str, Any],
@@ -25,8 +28,11 @@ def cifar(
 ) -> Images:
     """Return CIFAR-10 or CIFAR-100 below `root`; `download: true` fetches it once.
 
+    Of the training images, `samples` drawn by `samples_seed`, of all classes alike; None: all.
+
     Raises:
-        ConfigError: `classes` is neither 10 nor 100, or the files are missing or damaged.
+        ConfigError: `classes` is neither 10 nor 100, the files are missing or damaged, or
+            there are not that many images.
     """
     if classes not in _SETS:
         raise ConfigError(f"data.classes={classes}: expected 10 or 100")
@@ -39,6 +45,9 @@ def cifar(
             f"data.root={root}: CIFAR-{classes} is not there ({error}); "
             "put its files there, or let data.download=true fetch them"
         ) from None
+    if samples is not None:
+        names = [f"train/{place:05}" for place in range(len(train))]
+        train = few(train, labels=train.targets, names=names, samples=samples, seed=samples_seed)
     return Images(
         train=train,
         val=val,

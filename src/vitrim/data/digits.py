@@ -30,6 +30,7 @@ class Digits:
     label_smoothing: float
     n_classes: int = 10
     trainable: bool = True
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not is_rate(self.held_out) or not 0 < self.held_out < 1:

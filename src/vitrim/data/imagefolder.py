@@ -10,6 +10,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
+from vitrim.data.few import Few, few
 from vitrim.data.images import Images
 from vitrim.errors import ConfigError
 
@@ -21,6 +22,8 @@ def image_folder(
     val: str,
     classes: Sequence[str] | int | None,
     class_seed: int,
+    samples: int | None,
+    samples_seed: int,
     batch_size: int,
     workers: int,
     augmentation: Mapping[str, Any],
@@ -37,6 +40,8 @@ def image_folder(
             of names takes these; a number draws that many, as ImageNet-100 is drawn. Labels are
             then ranks among the sorted names.
         class_seed: seed of that draw.
+        samples: how many training images are used, of all classes alike; None: all.
+        samples_seed: seed of that draw.
         batch_size: images in a batch.
         workers: loading processes.
         augmentation: training options of timm.data.create_transform.
@@ -62,7 +67,7 @@ def image_folder(
         if not images.samples:
             raise ConfigError(f"{Path(root) / name}: no image of the classes asked for")
     return Images(
-        train=splits.get(train),
+        train=_drawn(splits.get(train), Path(root), train, samples, samples_seed),
         val=splits[val],
         n_classes=n_classes,
         batch_size=batch_size,
@@ -70,6 +75,17 @@ def image_folder(
         augmentation=augmentation,
         mixing=mixing,
     )
+
+
+def _drawn(
+    images: ImageFolder | None, root: Path, train: str, samples: int | None, seed: int
+) -> ImageFolder | Few | None:
+    if samples is None:
+        return images
+    if images is None:
+        raise ConfigError(f"data.samples={samples}: no folder {root / train} to draw them from")
+    names = [Path(path).relative_to(root).as_posix() for path, _ in images.samples]
+    return few(images, labels=images.targets, names=names, samples=samples, seed=seed)
 
 
 def label_index(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import VisionDataset
 
 from vitrim.data import ImageSpec, Loaders, drawn
+from vitrim.data.few import Few
 from vitrim.errors import ConfigError, is_count
 
 
@@ -24,7 +25,7 @@ class Images:
     `augmentation` is passed on to `timm.data.create_transform`; `mixing` to `timm.data.Mixup`.
     """
 
-    train: VisionDataset | None
+    train: VisionDataset | Few | None
     val: VisionDataset
     n_classes: int
     batch_size: int
@@ -48,6 +49,11 @@ class Images:
     def trainable(self) -> bool:
         """Whether there are training images."""
         return self.train is not None
+
+    @property
+    def chosen(self) -> Sequence[str]:
+        """Names of the training images, where only a few are drawn."""
+        return self.train.names if isinstance(self.train, Few) else ()
 
     @property
     def blends(self) -> bool:

@@ -83,7 +83,7 @@ def _(net: VisionTransformer) -> Stream:
     reads_tokens = net.global_pool in ("token", "")
     return Stream(
         embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))),
-        branches=tuple(_branch(*branch) for branch in _branches(net)),
+        steps=tuple(_branch(*branch) for branch in _branches(net)),
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=min(net.num_prefix_tokens, 1 + hasattr(net, "head_dist")) if reads_tokens else 0,
@@ -99,6 +99,7 @@ def _branch(name: str, block: nn.Module, kind: str) -> Branch:
         before=f"{name}.{before}",
         apply=lambda x: scale(inner(norm(x))),
         scale=scale.gamma.detach() if isinstance(scale, LayerScale) else None,
+        tokens=lambda x: x,
     )
 
 

@@ -75,7 +75,8 @@ def _(net: VisionTransformer, branch: str) -> None:
     name, _, kind = branch.rpartition(".")
     left = [other for at, _, other in _branches(net) if at == name and other != kind]
     block = net.get_submodule(name)
-    net.set_submodule(name, OneBranch(block, left[0]) if left else nn.Identity())
+    one = OneBranch(block, left[0]) if left else nn.Identity().train(block.training)
+    net.set_submodule(name, one)
 
 
 @stream.register

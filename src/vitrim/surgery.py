@@ -72,7 +72,8 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
-    compact = put(_slices(net, sliced))
+    columns = {table.name: survivors[table.site] for table in described.tables}
+    compact = put(_slices(net, sliced, columns))
     for name in dropped:
         drop(compact, name)
     for layer in described.layers:
@@ -101,6 +102,9 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             for path in branch.ends if branch.name in dropped else ():
                 for tensor in twin.get_submodule(path).parameters():
                     tensor.zero_()
+        for table in described.tables:
+            columns = twin.get_parameter(table.name).T
+            columns[removed_of(len(columns), survivors[table.site])] = 0.0
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
             weight[removed_of(weight.shape[0], index_of(layer.out, survivors))] = 0.0
@@ -167,13 +171,21 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
     )
 
 
-def _slices(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> dict[int, object]:
-    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy."""
+def _slices(
+    net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]], tables: Mapping[str, Tensor]
+) -> dict[int, object]:
+    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy.
+
+    `sliced` holds the kept rows and columns of layers, `tables` the kept columns of tables.
+    """
     index: dict[int, tuple[Tensor, ...]] = {}
     for name, (rows, columns) in sliced.items():
         weight, bias = _tensors(net, name)
         index[id(weight)] = (rows, columns)
         index[id(bias)] = (rows,)
+    for name, columns in tables.items():
+        table = net.get_parameter(name)
+        index[id(table)] = (torch.arange(len(table)), columns)
     return {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitrim.lowrank import decompose
 from vitrim.model import drop, structure
-from vitrim.model.attention import GatheredLinear, SlicedAttention
+from vitrim.model.attention import GatheredLinear, sliced
 from vitrim.model.lowrank import LowRankLinear, SplitLinear
 from vitrim.model.site import (
     Attention,
@@ -67,18 +67,18 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
     dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
-    sliced = {
+    slices = {
         layer.name: (index_of(layer.out, survivors), index_of(layer.inp, survivors))
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
     columns = {table.name: survivors[table.site] for table in described.tables}
-    compact = put(_slices(net, sliced, columns))
+    compact = put(_slices(net, slices, columns))
     for name in dropped:
         drop(compact, name)
     for layer in described.layers:
-        if layer.name in sliced:
-            _narrow(compact, layer, sliced[layer.name])
+        if layer.name in slices:
+            _narrow(compact, layer, slices[layer.name])
     for attention in described.attentions:
         if attention.branch not in dropped:
             _reshape(compact, attention, described, survivors)
@@ -300,7 +300,6 @@ def _reshape(
         tuple(widths_of(site, survivors)[heads].tolist()) for site in (qk_site, v_site)
     )
     attn = compact.get_submodule(attention.branch)
-    scale: float = attn.scale  # type: ignore[assignment]
-    sliced = SlicedAttention(attn, scale=scale, qk_dims=qk_dims, v_dims=v_dims)
-    sliced.training = attn.training
-    compact.set_submodule(attention.branch, sliced)
+    made = sliced(attn, qk_dims=qk_dims, v_dims=v_dims)
+    made.training = attn.training
+    compact.set_submodule(attention.branch, made)

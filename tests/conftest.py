@@ -99,8 +99,8 @@ def silenced(net: nn.Module, plan: Plan) -> nn.Module:
     """
     twin = copy.deepcopy(net)
     for keep in plan.keeps():
-        _, index, part, kind = keep.site.split(".")
-        block = twin.get_submodule(f"blocks.{index}.{part}")
+        path, _, kind = keep.site.rpartition(".")
+        block = twin.get_submodule(path)
         match kind:
             case "input":
                 readers = [m for n, m in block.named_children() if n.startswith(("qkv", "fc1"))]

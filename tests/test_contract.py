@@ -14,6 +14,18 @@ from command import QUICK, Command, Done
 from vitrim.run import CONF
 
 METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))
+SWIN = (
+    "model=swin_tiny",
+    "model.num_classes=10",
+    "model.image_size=8",
+    "+model.args.in_chans=1",
+    "+model.args.patch_size=1",
+    "+model.args.window_size=3",
+    "+model.args.embed_dim=12",
+    "+model.args.depths=[2,2]",
+    "+model.args.num_heads=[2,3]",
+)
+"""Maps of 8x8 and 4x4 tokens in windows of 3x3, for the digits."""
 
 
 COARSE = ("mir", "practise")
@@ -40,15 +52,18 @@ def test_the_methods_are_found() -> None:
     assert METHODS == ["aiminify", "dcvit", "mir", "mixed_rank", "oneshot", "practise", "vtp"]
 
 
-def run(command: Command, method: str, strength: float) -> Done:
-    done = command(f"method={method}", f"strength={strength}", *QUICK, *short(method))
+def run(command: Command, method: str, strength: float, *more: str) -> Done:
+    done = command(f"method={method}", f"strength={strength}", *QUICK, *short(method), *more)
     assert done.code == 0
     return done
 
 
+@pytest.mark.parametrize("model", [("model=vit_digits",), SWIN], ids=["vit", "swin"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_from_yaml_to_report(command: Command, method: str) -> None:
-    done = run(command, method, 2.5)
+def test_every_method_runs_from_yaml_to_report(
+    command: Command, method: str, model: tuple[str, ...]
+) -> None:
+    done = run(command, method, 2.5, *model)
     report = json.loads(done.report.read_text())
     assert report["compact"]["params"] < report["dense"]["params"]
     assert report["compact"]["macs"] < report["dense"]["macs"]

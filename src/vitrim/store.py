@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrim.errors import VitrimError
+from vitrim.model import computed
 from vitrim.plan import Plan, PlanError, check_json, dumps, loads
 from vitrim.surgery import carve
 
@@ -75,8 +76,23 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     net = skeleton(plan)
     state = {name: _aligned(tensor) for name, tensor in read_tensors(folder / WEIGHTS).items()}
     _check_fit(net, state, where=str(folder / WEIGHTS))
+    return assign(net, state).eval(), plan
+
+
+def assign(net: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Give a skeleton its tensors and return it, the buffers that no file holds included.
+
+    Raises:
+        StoreError: a buffer is neither in `state` nor known to its family.
+    """
     net.load_state_dict(state, strict=True, assign=True)
-    return net.eval(), plan
+    for name, buffer in computed(net).items():
+        owner, _, last = name.rpartition(".")
+        net.get_submodule(owner).register_buffer(last, buffer, persistent=False)
+    empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    if empty:
+        raise StoreError(f"{type(net).__name__}: nothing says what is in the buffer {empty[0]}")
+    return net
 
 
 def skeleton(plan: Plan) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitrim.lowrank import decompose
 from vitrim.model import drop, structure
-from vitrim.model.attention import GatheredLinear, SlicedAttention
+from vitrim.model.attention import GatheredLinear, sliced
 from vitrim.model.lowrank import LowRankLinear, SplitLinear
 from vitrim.model.site import (
     Attention,
@@ -67,17 +67,18 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
     dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
-    sliced = {
+    slices = {
         layer.name: (index_of(layer.out, survivors), index_of(layer.inp, survivors))
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
-    compact = put(_slices(net, sliced))
+    columns = {table.name: survivors[table.site] for table in described.tables}
+    compact = put(_slices(net, slices, columns))
     for name in dropped:
         drop(compact, name)
     for layer in described.layers:
-        if layer.name in sliced:
-            _narrow(compact, layer, sliced[layer.name])
+        if layer.name in slices:
+            _narrow(compact, layer, slices[layer.name])
     for attention in described.attentions:
         if attention.branch not in dropped:
             _reshape(compact, attention, described, survivors)
@@ -101,6 +102,9 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             for path in branch.ends if branch.name in dropped else ():
                 for tensor in twin.get_submodule(path).parameters():
                     tensor.zero_()
+        for table in described.tables:
+            columns = twin.get_parameter(table.name).T
+            columns[removed_of(len(columns), survivors[table.site])] = 0.0
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
             weight[removed_of(weight.shape[0], index_of(layer.out, survivors))] = 0.0
@@ -167,13 +171,21 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
     )
 
 
-def _slices(net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]]) -> dict[int, object]:
-    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy."""
+def _slices(
+    net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]], tables: Mapping[str, Tensor]
+) -> dict[int, object]:
+    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy.
+
+    `sliced` holds the kept rows and columns of layers, `tables` the kept columns of tables.
+    """
     index: dict[int, tuple[Tensor, ...]] = {}
     for name, (rows, columns) in sliced.items():
         weight, bias = _tensors(net, name)
         index[id(weight)] = (rows, columns)
         index[id(bias)] = (rows,)
+    for name, columns in tables.items():
+        table = net.get_parameter(name)
+        index[id(table)] = (torch.arange(len(table)), columns)
     return {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
@@ -288,7 +300,6 @@ def _reshape(
         tuple(widths_of(site, survivors)[heads].tolist()) for site in (qk_site, v_site)
     )
     attn = compact.get_submodule(attention.branch)
-    scale: float = attn.scale  # type: ignore[assignment]
-    sliced = SlicedAttention(attn, scale=scale, qk_dims=qk_dims, v_dims=v_dims)
-    sliced.training = attn.training
-    compact.set_submodule(attention.branch, sliced)
+    made = sliced(attn, qk_dims=qk_dims, v_dims=v_dims)
+    made.training = attn.training
+    compact.set_submodule(attention.branch, made)

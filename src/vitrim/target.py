@@ -17,6 +17,7 @@ from vitrim.model import structure
 from vitrim.model.site import (
     Dim,
     Layer,
+    Part,
     Site,
     Structure,
     Survivors,
@@ -283,6 +284,9 @@ def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -
         yield _Term(layer.branch, 1, positions[name], layer.out, layer)
         if net.get_submodule(name).bias is not None:
             yield _Term(layer.branch, 1, 0, layer.out)
+    for table in described.tables:
+        units = Part(site=table.site, offset=0, size=described.sites[table.site].size)
+        yield _Term(table.branch, len(net.get_parameter(table.name)), 0, (units,))
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
     for attention in described.attentions:
         tokens = positions[attention.qkv]

@@ -178,7 +178,8 @@ def test_a_glu_unit_is_one_row_of_each_half() -> None:
     ("name", "named"),
     [
         ("xcit_nano_12_p16_224", "Xcit"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("swinv2_tiny_window8_256", "SwinTransformerV2"),
+        ("swinv2_cr_tiny_224", "SwinTransformerV2Cr"),
         ("vit_pwee_patch16_reg1_gap_256", "ParallelScalingBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
         ("vit_base_patch16_rpn_224", "ResPostBlock"),

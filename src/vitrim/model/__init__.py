@@ -1,4 +1,4 @@
-"""Networks and what can be cut in them: `structure`, `sites`, `branches`, `drop`, `stream`.
+"""Networks, and what can be cut in them: `structure`, `sites`, `branches`, `stream`, `drop`.
 
 A family is a module here that registers its network classes; only it knows their attribute names.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import singledispatch
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
 from vitrim.model.site import Site, Structure
@@ -50,6 +50,12 @@ def drop(net: nn.Module, branch: str) -> None:
     raise UnsupportedArchitecture(f"{type(net).__name__} has no branches to drop")
 
 
+@singledispatch
+def computed(net: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `net` that are not saved with it but follow from its class, by name."""
+    return {}
+
+
 def sites(net: nn.Module) -> Mapping[str, Site]:
     """Return the sites of `net` that can be cut exactly, by name, in network order."""
     return {name: site for name, site in structure(net).sites.items() if not site.locked}
@@ -60,4 +66,4 @@ def branches(net: nn.Module) -> tuple[str, ...]:
     return tuple(branch.name for branch in structure(net).branches)
 
 
-from vitrim.model import dinov2_lc, vit  # noqa: E402, F401  (registers the families)
+from vitrim.model import dinov2_lc, swin, vit  # noqa: E402, F401  (registers the families)

@@ -1,16 +1,20 @@
 """Self-attention whose heads may differ in width, and a Linear that reads part of its input.
 
 Legend: B batch, N tokens, D embed, Q all query (or key) dims, V all value dims, H heads of equal
-widths in one run, K query-key width and W value width of such a head.
+widths in one run, K query-key width and W value width of such a head; of window attention, B is
+the windows of a batch and L those of an image (1 where all have the same bias).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import singledispatch
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from timm.layers import maybe_add_mask, resolve_self_attn_mask
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 
@@ -57,10 +61,10 @@ class SlicedAttention(nn.Module):
     proj_drop: nn.Module
 
     def __init__(
-        self, dense: nn.Module, *, scale: float, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+        self, dense: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
     ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale: float = dense.scale  # type: ignore[assignment]
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
@@ -72,24 +76,12 @@ class SlicedAttention(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); `attn_mask` and `is_causal` as in timm."""
-        qk, v = sum(self.qk_dims), sum(self.v_dims)
-        q_BNQ, k_BNQ, v_BNV = self.qkv(x).split((qk, qk, v), dim=-1)
-        runs = []
-        at_qk = at_v = 0
-        for (k, w), group in groupby(zip(self.qk_dims, self.v_dims, strict=True)):
-            h = len(list(group))
-            runs.append(
-                self._attend(
-                    self.q_norm(_heads(q_BNQ, at_qk, h, k)),
-                    self.k_norm(_heads(k_BNQ, at_qk, h, k)),
-                    _heads(v_BNV, at_v, h, w),
-                    attn_mask,
-                    is_causal,
-                )
-            )
-            at_qk, at_v = at_qk + h * k, at_v + h * w
-        out_BNV = runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)
-        out_BNV = self.norm(out_BNV)
+
+        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
+            q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
+            return self._attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal)
+
+        out_BNV = self.norm(_by_run(self.qkv(x), self.qk_dims, self.v_dims, attend))
         gate = getattr(self, "gate", None)
         if gate is not None:
             out_BNV = out_BNV * gate(x).sigmoid()
@@ -99,9 +91,9 @@ class SlicedAttention(nn.Module):
     def _attend(
         self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """Return the output of one run of equal heads, shape (B, N, H*W)."""
+        """Return the output of one run of equal heads, shape (B, H, N, W)."""
         if self.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
-            out_BHNW = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q_BHNK,
                 k_BHNK,
                 v_BHNW,
@@ -110,16 +102,135 @@ class SlicedAttention(nn.Module):
                 is_causal=is_causal,
                 scale=self.scale,
             )
-        else:
-            attn_BHNN = (q_BHNK * self.scale) @ k_BHNK.transpose(-2, -1)
-            bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
-            attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
-            out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
-        return out_BHNW.transpose(1, 2).flatten(2)
+        attn_BHNN = (q_BHNK * self.scale) @ k_BHNK.transpose(-2, -1)
+        bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
+        attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
+        out_BHNW: Tensor = self.attn_drop(attn_BHNN) @ v_BHNW
+        return out_BHNW
 
     def extra_repr(self) -> str:
         """Show the widths per head."""
         return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+class SlicedWindowAttention(nn.Module):
+    """timm's window attention after a cut; widths, scale and kernels are as in `SlicedAttention`.
+
+    Of the relative position bias table, ((2h-1)(2w-1), heads) for windows of (h, w) tokens, the
+    columns of removed heads are gone. A head without query-key dims attends by position alone.
+    """
+
+    relative_position_index: Tensor
+    qkv: nn.Module
+    attn_drop: nn.Dropout
+    softmax: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(
+        self, dense: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.window_size: tuple[int, int] = dense.window_size  # type: ignore[assignment]
+        self.window_area: int = dense.window_area  # type: ignore[assignment]
+        self.scale: float = dense.scale  # type: ignore[assignment]
+        self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
+        self.qk_dims = qk_dims
+        self.v_dims = v_dims
+        self.num_heads = len(v_dims)
+        self.relative_position_bias_table = dense.get_parameter("relative_position_bias_table")
+        index = dense.get_buffer("relative_position_index")
+        self.register_buffer("relative_position_index", index, persistent=False)
+        for name, module in dense.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
+        bias_HNN = self.relative_position_bias_table[self.relative_position_index].movedim(-1, 0)
+        bias_LHNN = bias_HNN[None] if mask is None else bias_HNN + mask[:, None]
+
+        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
+            return self._attend(q_BHNK, k_BHNK, v_BHNW, bias_LHNN[:, heads])
+
+        out_BNV = _by_run(self.qkv(x), self.qk_dims, self.v_dims, attend)
+        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+        return out_BND
+
+    def _attend(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, bias_LHNN: Tensor) -> Tensor:
+        """Return the output of one run of equal heads, shape (B, H, N, W)."""
+        n_images = len(q_BHNK) // len(bias_LHNN)
+        if self.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
+            return F.scaled_dot_product_attention(
+                q_BHNK,
+                k_BHNK,
+                v_BHNW,
+                attn_mask=bias_LHNN if len(bias_LHNN) == 1 else bias_LHNN.repeat(n_images, 1, 1, 1),
+                dropout_p=self.attn_drop.p if self.training else 0.0,
+                scale=self.scale,
+            )
+        attn_BHNN = (q_BHNK * self.scale) @ k_BHNK.transpose(-2, -1)
+        by_image = attn_BHNN.view(n_images, len(bias_LHNN), *attn_BHNN.shape[1:])
+        attn_BHNN = (by_image + bias_LHNN).flatten(0, 1)
+        out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
+        return out_BHNW
+
+    def extra_repr(self) -> str:
+        """Show the widths per head."""
+        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+@singledispatch
+def sliced(
+    attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+) -> SlicedAttention | SlicedWindowAttention:
+    """Return the attention whose sliced layers are those of `attn`, with these widths per head."""
+    return SlicedAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
+
+
+@sliced.register(WindowAttention)
+@sliced.register(SlicedWindowAttention)
+def _(
+    attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+) -> SlicedWindowAttention:
+    return SlicedWindowAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
+
+
+def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the query-key and the value width of every head, each of shape (heads,)."""
+    if isinstance(attn, SlicedAttention | SlicedWindowAttention):
+        return attn.qk_dims, attn.v_dims
+    heads: int = attn.num_heads  # type: ignore[assignment]
+    rows: int = attn.qkv.out_features  # type: ignore[union-attr, assignment]
+    dim = rows // (3 * heads)
+    return (dim,) * heads, (dim,) * heads
+
+
+def _by_run(
+    qkv_BNC: Tensor,
+    qk_dims: Sequence[int],
+    v_dims: Sequence[int],
+    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+) -> Tensor:
+    """Return the outputs of all heads side by side, (B, N, V).
+
+    `attend` maps q, k and v of neighbouring heads of equal widths, and which heads those are, to
+    (B, H, N, W).
+    """
+    qk, v = sum(qk_dims), sum(v_dims)
+    q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, [qk, qk, v], dim=-1)
+    runs = []
+    at = at_qk = at_v = 0
+    for (k, w), group in groupby(zip(qk_dims, v_dims, strict=True)):
+        h = len(list(group))
+        out_BHNW = attend(
+            _heads(q_BNQ, at_qk, h, k),
+            _heads(k_BNQ, at_qk, h, k),
+            _heads(v_BNV, at_v, h, w),
+            slice(at, at + h),
+        )
+        runs.append(out_BHNW.transpose(1, 2).flatten(2))
+        at, at_qk, at_v = at + h, at_qk + h * k, at_v + h * w
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)
 
 
 def _heads(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:

@@ -116,11 +116,11 @@ def _(net: LinearClassifier, branch: str) -> None:
 @stream.register
 def _(net: LinearClassifier) -> Stream:
     inner = stream(net.backbone)
-    branches = tuple(
+    steps = tuple(
         replace(branch, name=f"backbone.{branch.name}", before=f"backbone.{branch.before}")
         for branch in inner.branches
     )
-    return replace(inner, branches=branches, after=f"backbone.{inner.after}", readout=1)
+    return replace(inner, steps=steps, after=f"backbone.{inner.after}", readout=1)
 
 
 def _fetched(cache_dir: str | None) -> dict[str, Tensor]:

@@ -81,6 +81,15 @@ _NAMES = ("branch", "qkv", "heads", "qk", "v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A parameter (rows, units) of no Linear, one column per unit of `site`."""
+
+    name: str
+    branch: str
+    site: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Residual:
     """A branch f of x + f(x), which can be dropped.
 
@@ -103,6 +112,7 @@ class Structure:
     branches: tuple[Residual, ...] = ()
     layers: tuple[Layer, ...] = ()
     attentions: tuple[Attention, ...] = field(default=())
+    tables: tuple[Table, ...] = ()
 
 
 Survivors = dict[str, Tensor]
@@ -328,6 +338,10 @@ def prefixed(structure: Structure, prefix: str) -> Structure:
             for layer in structure.layers
         ),
         attentions=tuple(inside(attention) for attention in structure.attentions),
+        tables=tuple(
+            Table(name=prefix + table.name, branch=prefix + table.branch, site=prefix + table.site)
+            for table in structure.tables
+        ),
     )
 
 

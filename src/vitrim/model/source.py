@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 from vitrim.data import ImageSpec
@@ -22,6 +22,7 @@ from vitrim.store import (
     MANIFEST,
     WEIGHTS,
     StoreError,
+    assign,
     dense_skeleton,
     misfits,
     read_tensors,
@@ -141,8 +142,7 @@ class Timm:
                 ) from None
             return net.eval()
         net = self.skeleton()
-        net.load_state_dict(self._state(net), strict=True, assign=True)
-        return net.eval()
+        return assign(net, self._state(net)).eval()
 
     def skeleton(self) -> nn.Module:
         """Return the dense network without weights, on the meta device."""
@@ -164,8 +164,7 @@ class Timm:
             state = read_tensors(path)
         except StoreError as error:
             raise ConfigError(f"model.checkpoint={self.checkpoint}: {error}") from None
-        if isinstance(net, VisionTransformer) and "pos_embed" in state:
-            state = dict(checkpoint_filter_fn(state, net))
+        state = _adapted(net, state)
         if self.reset_head:
             state = _with_new_head(net, state)
         problems = misfits(net, state)
@@ -181,6 +180,18 @@ class Timm:
                     f"model.checkpoint={self.checkpoint}: {name} is not finite, the file is damaged"
                 )
         return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _adapted(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` as timm's own filters change it: older layouts, other image sizes."""
+    match net:
+        case vision_transformer.VisionTransformer() if "pos_embed" in state:
+            return dict(vision_transformer.checkpoint_filter_fn(state, net))
+        case swin_transformer.SwinTransformer():
+            tables = {name for name in state if name.endswith("relative_position_bias_table")}
+            if tables <= net.state_dict().keys():  # of another network, the filter knows no place
+                return dict(swin_transformer.checkpoint_filter_fn(state, net))
+    return state
 
 
 def _patch(net: nn.Module) -> tuple[int, int]:

@@ -14,31 +14,54 @@ class Branch:
 
     `name` is the branch's module path as in `Structure.branches`, `before` that of the norm whose
     input is x; `apply` is f, norm and layer scale included; `scale` is the layer scale that its
-    last Linear's output is multiplied by, (D,), or None.
+    last Linear's output is multiplied by, (D,), or None. `tokens` brings what flows inside f into
+    the order of the stream's tokens, (B, N, channels).
     """
 
     name: str
     before: str
     apply: Callable[[Tensor], Tensor]
     scale: Tensor | None
+    tokens: Callable[[Tensor], Tensor]
+
+    def advance(self, x: Tensor) -> Tensor:
+        """Return the stream after the step."""
+        return x + self.apply(x)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """One step f(x) to a stream of other tokens and width; `before` is the module that reads x."""
+
+    before: str
+    apply: Callable[[Tensor], Tensor]
+
+    def advance(self, x: Tensor) -> Tensor:
+        """Return the stream after the step."""
+        return self.apply(x)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """The stream x (B, N, D) from the images on.
+    """The stream x from the images on, (B, N, D) or (B, H, W, D).
 
     `embed` makes it of images (B, C, H, W); `after` is the module path of the norm that reads it
-    when all branches are through; of its tokens the first `prefix` are no patches, and the first
+    when all steps are through; of its tokens the first `prefix` are no patches, and the first
     `readout` of them are what the classifier reads.
     """
 
     embed: Callable[[Tensor], Tensor]
-    branches: tuple[Branch, ...]
+    steps: tuple[Branch | Merge, ...]
     after: str
     prefix: int
     readout: int
 
-    def following(self, branch: Branch) -> str:
-        """Return the path of the norm whose input is the stream after `branch`."""
-        place = self.branches.index(branch) + 1
-        return self.branches[place].before if place < len(self.branches) else self.after
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The steps that are branches."""
+        return tuple(step for step in self.steps if isinstance(step, Branch))
+
+    def following(self, step: Branch | Merge) -> str:
+        """Return the path of the module whose input is the stream after `step`."""
+        place = self.steps.index(step) + 1
+        return self.steps[place].before if place < len(self.steps) else self.after

@@ -12,6 +12,7 @@ Sites of block i (D embed, H heads, K head dim, M mlp hidden):
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention as TimmAttention
@@ -19,7 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, drop, stream, structure
-from vitrim.model.attention import SlicedAttention
+from vitrim.model.attention import SlicedAttention, head_dims
 from vitrim.model.lowrank import layers_of
 from vitrim.model.site import Attention, Layer, Part, Residual, Site, Structure, full
 from vitrim.model.stream import Branch, Stream
@@ -30,26 +31,32 @@ class OneBranch(nn.Module):
 
     def __init__(self, block: nn.Module, name: str) -> None:
         super().__init__()
-        self.place = _PLACES[name]
-        for part in (f"norm{self.place}", name, f"ls{self.place}", f"drop_path{self.place}"):
-            self.add_module(part, block.get_submodule(part))
+        parts = dict(block.named_children())
+        place = PLACES[name]
+        for part in (f"norm{place}", name, f"ls{place}", f"drop_path{place}"):
+            if part in parts:  # not every family scales its layers
+                self.add_module(part, parts[part])
         self.branch = name
         self.training = block.training
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
-        """Map (B, N, D) to the same shape; attention masks are for attentions only."""
-        norm, inner, scale, path = self.children()
-        output: Tensor = x + path(scale(inner(norm(x))))
-        return output
+        """Map (..., D) to the same shape; attention masks are for attentions only."""
+        inner = x
+        for part in self.children():
+            inner = part(inner)
+        return x + inner
 
 
-_PLACES = {"attn": "1", "mlp": "2"}
+PLACES = {"attn": "1", "mlp": "2"}
+"""The digit that a branch's norm, layer scale and drop path have in their names."""
 
 
 @structure.register
 def _(net: VisionTransformer) -> Structure:
-    describe = {"attn": _attention, "mlp": _mlp}
-    found = [describe[kind](name, block) for name, block, kind in _branches(net)]
+    found = [
+        _attention(name, block.attn) if kind == "attn" else mlp_of(f"{name}.mlp", block.mlp)
+        for name, block, kind in _branches(net)
+    ]
     return Structure(
         sites={site.name: site for sites, _, _ in found for site in sites},
         branches=tuple(
@@ -57,9 +64,9 @@ def _(net: VisionTransformer) -> Structure:
                 name=f"{name}.{kind}",
                 block=name,
                 modules=(
-                    f"{name}.norm{_PLACES[kind]}",
+                    f"{name}.norm{PLACES[kind]}",
                     f"{name}.{kind}",
-                    f"{name}.ls{_PLACES[kind]}",
+                    f"{name}.ls{PLACES[kind]}",
                 ),
                 ends=(f"{name}.attn.proj" if kind == "attn" else f"{name}.mlp.fc2",),
             )
@@ -75,7 +82,8 @@ def _(net: VisionTransformer, branch: str) -> None:
     name, _, kind = branch.rpartition(".")
     left = [other for at, _, other in _branches(net) if at == name and other != kind]
     block = net.get_submodule(name)
-    net.set_submodule(name, OneBranch(block, left[0]) if left else nn.Identity())
+    one = OneBranch(block, left[0]) if left else nn.Identity().train(block.training)
+    net.set_submodule(name, one)
 
 
 @stream.register
@@ -83,7 +91,7 @@ def _(net: VisionTransformer) -> Stream:
     reads_tokens = net.global_pool in ("token", "")
     return Stream(
         embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))),
-        branches=tuple(_branch(*branch) for branch in _branches(net)),
+        steps=tuple(_branch(*branch) for branch in _branches(net)),
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=min(net.num_prefix_tokens, 1 + hasattr(net, "head_dist")) if reads_tokens else 0,
@@ -91,14 +99,15 @@ def _(net: VisionTransformer) -> Stream:
 
 
 def _branch(name: str, block: nn.Module, kind: str) -> Branch:
-    before = f"norm{_PLACES[kind]}"
+    before = f"norm{PLACES[kind]}"
     norm, inner = block.get_submodule(before), block.get_submodule(kind)
-    scale = block.get_submodule(f"ls{_PLACES[kind]}")
+    scale = block.get_submodule(f"ls{PLACES[kind]}")
     return Branch(
         name=f"{name}.{kind}",
         before=f"{name}.{before}",
         apply=lambda x: scale(inner(norm(x))),
         scale=scale.gamma.detach() if isinstance(scale, LayerScale) else None,
+        tokens=lambda x: x,
     )
 
 
@@ -121,25 +130,26 @@ def _branches(net: VisionTransformer) -> Iterator[tuple[str, nn.Module, str]]:
         yield name, block, "mlp"
 
 
-_Found = tuple[tuple[Site, ...], tuple[Layer, ...], Attention | None]
+Found = tuple[tuple[Site, ...], tuple[Layer, ...], Attention | None]
+"""Sites and layers of a branch, and what it is as an attention."""
 
 
-def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the query-key and the value width of every head, each of shape (heads,)."""
-    if isinstance(attn, SlicedAttention):
-        return attn.qk_dims, attn.v_dims
-    heads: int = attn.num_heads  # type: ignore[assignment]
-    rows: int = attn.qkv.out_features  # type: ignore[union-attr, assignment]
-    dim = rows // (3 * heads)
-    return (dim,) * heads, (dim,) * heads
-
-
-def _attention(block_name: str, block: Block) -> _Found:
-    attn, name = block.attn, f"{block_name}.attn"
-    qk_dims, v_dims = head_dims(attn)
-    qk, v = f"{name}.qk", f"{name}.v"
+def _attention(block_name: str, attn: Any) -> Found:
     normed = "" if isinstance(attn.q_norm, nn.Identity) else "q and k are normalised over the head"
     scaled = "" if isinstance(attn.norm, nn.Identity) else "the attention output is normalised"
+    return attention_of(f"{block_name}.attn", attn, normed=normed, scaled=scaled)
+
+
+def attention_of(
+    name: str, attn: Any, *, normed: str = "", scaled: str = "", context: int | None = None
+) -> Found:
+    """Describe the attention at module path `name`, dense or cut.
+
+    `normed` and `scaled` say why query-key dims, and heads and value dims, cannot be cut exactly;
+    `context` is how many tokens each one attends to, as in `Attention`.
+    """
+    qk_dims, v_dims = head_dims(attn)
+    qk, v = f"{name}.qk", f"{name}.v"
     dim = attn.qkv.in_features
     sites = (
         Site(name=f"{name}.input", size=dim),
@@ -169,12 +179,14 @@ def _attention(block_name: str, block: Block) -> _Found:
         wide = full(attn.gate.in_features)
         gate = Layer(name=f"{name}.gate", branch=name, out=inner, inp=wide)
         layers = (*layers, *layers_of(attn.gate, gate))
-    attention = Attention(branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v)
+    attention = Attention(
+        branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v, context=context
+    )
     return sites, layers, attention
 
 
-def _mlp(block_name: str, block: Block) -> _Found:
-    mlp, name = block.mlp, f"{block_name}.mlp"
+def mlp_of(name: str, mlp: Any) -> Found:
+    """Describe the MLP at module path `name`, dense or cut."""
     openers: tuple[str, ...]
     match mlp:
         case SwiGLU():

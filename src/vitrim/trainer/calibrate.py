@@ -43,11 +43,11 @@ class Sampling:
         ):
             require("method.sampling", self, rule)
 
-    def index(self, x_BNC: Tensor, prefix: int, seen: int) -> Tensor:
+    def index(self, x: Tensor, prefix: int, seen: int) -> Tensor:
         """Return which tokens of x are sampled, (B, n); `seen` images came before these."""
-        patches = x_BNC.shape[1] - prefix
+        patches = x.shape[1:-1].numel() - prefix
         stride = 1 if self.tokens is None else max(1, patches // min(self.tokens, patches))
-        image = seen + torch.arange(len(x_BNC), device=x_BNC.device)
+        image = seen + torch.arange(len(x), device=x.device)
         spaced = torch.arange(patches // stride, device=image.device) * stride
         first = torch.arange(prefix, device=image.device).expand(len(image), -1)
         return torch.cat([first, prefix + spaced + (image % stride)[:, None]], dim=1)
@@ -61,8 +61,9 @@ class Sampling:
         return weights
 
 
-def take(x_BNC: Tensor, index_Bn: Tensor) -> Tensor:
-    """Return the indexed tokens, (B, n, C)."""
+def take(x: Tensor, index_Bn: Tensor) -> Tensor:
+    """Return the indexed tokens of x, (B, N, C) or (B, H, W, C), as (B, n, C)."""
+    x_BNC = x.flatten(1, -2)
     return x_BNC.gather(1, index_Bn.unsqueeze(-1).expand(-1, -1, x_BNC.shape[-1]))
 
 
@@ -152,33 +153,37 @@ class Calibrate(LightningModule):
 
     def _places(self) -> list[tuple[str, bool]]:
         """Return the modules to watch, and whether their output is meant or their input."""
-        norms = [branch.before for branch in self._stream.branches]
+        norms = [step.before for step in self._stream.steps]
         readers = [layer.name for layer in self._readers]
         wanted = [*norms, self._stream.after, *readers, *self._classifiers]
         return [*((name, False) for name in wanted), *((a.qkv, True) for a in self._attentions)]
 
     def _take_in(self, flows: Mapping[str, Tensor]) -> None:
-        prefix, readout = self._stream.prefix, self._stream.readout
-        index = self.sampling.index(flows[self._stream.after], prefix, self._seen)
         for layer in self._readers:
             branch = self._branches[layer.branch]
-            x = take(flows[branch.before], index)
-            weights = self.sampling.weights(x, prefix, readout)
-            rows = take(flows[layer.name], index)
+            index, weights = self._sampled(flows[branch.before])
+            rows = take(branch.tokens(flows[layer.name]), index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
             if layer.name in self._aimed:
                 after = take(flows[self._stream.following(branch)], index)
                 self._chunks.setdefault(f"{layer.name}.target", []).append(after.float().cpu())
         for attention in self._attentions:
-            x = take(flows[self._branches[attention.branch].before], index)
-            weights = self.sampling.weights(x, prefix, readout)
+            branch = self._branches[attention.branch]
+            index, weights = self._sampled(flows[branch.before])
             dims = self._dims[attention.qkv]
-            both = take(flows[attention.qkv], index).flatten(0, 1)[:, : 2 * sum(dims)]
+            outputs = take(branch.tokens(flows[attention.qkv]), index)
+            both = outputs.flatten(0, 1)[:, : 2 * sum(dims)]
             for part, rows in zip(("q", "k"), both.chunk(2, dim=1), strict=True):
                 self._moments(f"{attention.qk}.{part}").add(_by_head(rows, dims), weights.flatten())
         for name in self._classifiers:
             features = flows[name].float().cpu()
             self._chunks.setdefault(f"{name}.target", []).append(features)
+
+    def _sampled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which tokens of the stream x count, and how much, (B, n) each."""
+        index = self.sampling.index(x, self._stream.prefix, self._seen)
+        taken = take(x, index)
+        return index, self.sampling.weights(taken, self._stream.prefix, self._stream.readout)
 
     def _moments(self, name: str) -> Moments:
         found = self.moments[key_of(name)]
@@ -191,8 +196,10 @@ class Calibrate(LightningModule):
         names = [*(layer.name for layer in self._readers), *(a.qkv for a in self._attentions)]
         slopes = torch.autograd.grad(loss, [flows[name] for name in names])
         keys = [*(layer.name for layer in self._readers), *(a.qk for a in self._attentions)]
-        for name, key, slope in zip(names, keys, slopes, strict=True):
-            effect = (flows[name].detach() * slope).flatten(1, -2).sum(1).abs().sum(0)
+        inside = [layer.branch for layer in self._readers] + [a.branch for a in self._attentions]
+        for name, key, branch, slope in zip(names, keys, inside, slopes, strict=True):
+            effects = self._branches[branch].tokens(flows[name].detach() * slope)
+            effect = effects.sum(1).abs().sum(0)
             if name in self._dims:
                 effect = effect[: sum(self._dims[name])]
             add_to(self, f"{key}.taylor", effect)

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.lowrank import Metric
-from vitrim.model import stream
+from vitrim.model import stream, structure
 from vitrim.model.attention import GatheredLinear
 from vitrim.moments import Moments, MomentsError, add_to, key_of
 from vitrim.plan import Evidence
@@ -57,6 +57,10 @@ class Profile(LightningModule):
         }
         self._layers = list(layers)
         self._stream = stream(net)
+        branches = {branch.name: branch for branch in self._stream.branches}
+        self._tokens = {
+            layer.name: branches[layer.branch].tokens for layer in structure(net).layers
+        }
         self.moments = nn.ModuleDict()
         for name in layers:
             if metric in _MOMENTS:
@@ -82,7 +86,7 @@ class Profile(LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Take in one batch of images (B, C, H, W)."""
         images = batch[0]
-        places = [*((name, False) for name in self._layers), (self._stream.after, False)]
+        places = [(name, False) for name in self._layers]
         with torch.no_grad(), full_precision(images), watch(self.net, places) as flows:
             self.net(images)
             self._take_in(flows)
@@ -92,10 +96,10 @@ class Profile(LightningModule):
         self._seen += len(images)
 
     def _take_in(self, flows: Mapping[str, Tensor]) -> None:
-        index = self.sampling.index(flows[self._stream.after], self._stream.prefix, self._seen)
         for name in self._layers:
             linear = self.net.get_submodule(name)
-            x = flows[name]
+            x = self._tokens[name](flows[name])
+            index = self.sampling.index(x, self._stream.prefix, self._seen)
             if isinstance(linear, GatheredLinear):
                 x = x[..., linear.index]
             if self.metric == "mean_input":

@@ -103,10 +103,10 @@ class Refit(LightningModule):
     def conclude(self, epoch: int) -> None:
         """Do what `on_train_epoch_end` says."""
         if epoch == 0:
-            for branch in self._stream.branches:
-                if branch.name in self._readers:
-                    self._solve(branch, self._readers[branch.name])
-                self._streams = [x + branch.apply(x) for x in self._streams]
+            for step in self._stream.steps:
+                if isinstance(step, Branch) and step.name in self._readers:
+                    self._solve(step, self._readers[step.name])
+                self._streams = [step.advance(x) for x in self._streams]
             self._streams = []
             return
         for name, chunks in self._features.items():
@@ -127,7 +127,8 @@ class Refit(LightningModule):
             with watch(self.net, [(layer.name, False)]) as flows:
                 branch.apply(x)
             before = take(x, index)
-            rows = torch.cat([take(flows[layer.name], index), aim - before], dim=-1)
+            read = take(branch.tokens(flows[layer.name]), index)
+            rows = torch.cat([read, aim - before], dim=-1)
             weights = self.sampling.weights(aim, self._stream.prefix, self._stream.readout)
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()

@@ -64,12 +64,13 @@ class Regress(LightningModule):
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         """Walk through the branches and solve."""
-        pairs = zip(stream(self._teacher[0]).branches, self._stream.branches, strict=True)
+        pairs = zip(stream(self._teacher[0]).steps, self._stream.steps, strict=True)
         with full_precision(self._dense[0]):
             for dense, compact in pairs:
-                self._dense = [x + dense.apply(x) for x in self._dense]
-                self._solve(compact, self._ends[compact.name])
-                self._compact = [x + compact.apply(x) for x in self._compact]
+                self._dense = [dense.advance(x) for x in self._dense]
+                if isinstance(compact, Branch):
+                    self._solve(compact, self._ends[compact.name])
+                self._compact = [compact.advance(x) for x in self._compact]
         self._dense, self._compact = [], []
 
     def _solve(self, branch: Branch, name: str) -> None:
@@ -82,14 +83,14 @@ class Regress(LightningModule):
             index = self.sampling.index(x, self._stream.prefix, seen)
             seen += len(x)
             with watch(self.net, [(name, False)]) as flows:
-                after = x + branch.apply(x)
+                after = branch.advance(x)
             aim = take(dense, index)
             off = aim - take(after, index)
             if branch.scale is not None:
                 scale = branch.scale.to(off)
                 off = off / torch.where(scale == 0, torch.inf, scale)
             weights = self.sampling.weights(aim, self._stream.prefix, self._stream.readout)
-            rows = torch.cat([take(flows[name], index), off], dim=-1)
+            rows = torch.cat([take(branch.tokens(flows[name]), index), off], dim=-1)
             moments.add(rows.flatten(0, 1), weights.flatten())
         moments.finish()
         taken, offset = fitted(moments.tensors(), width, self.ridge, biased=bias is not None)

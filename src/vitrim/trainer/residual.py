@@ -42,7 +42,7 @@ class Residual(LightningModule):
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
         self._stream = stream(net)
         self._layers = {
-            name: (whole, start)
+            name: (whole, start, branch.tokens)
             for branch in self._stream.branches
             for name, whole, start in low_rank_layers(net, branch.name)
             if _outputs(net, whole) == _outputs(teacher, whole)
@@ -78,18 +78,18 @@ class Residual(LightningModule):
         self._merge()
         images = batch[0]
         inputs = [(f"{name}.down", False) for name in self._layers]
-        wholes = [(whole, True) for whole, _ in self._layers.values()]
+        wholes = [(whole, True) for whole, *_ in self._layers.values()]
         with torch.no_grad(), full_precision(images):
             with watch(self._teacher[0], [*dict.fromkeys(wholes)]) as dense:
                 self._teacher[0](images)
             with watch(self.net, inputs) as compact:
                 self.net(images)
         losses = []
-        for name, (whole, start) in self._layers.items():
-            x = compact[f"{name}.down"]
+        for name, (whole, start, tokens) in self._layers.items():
+            x = tokens(compact[f"{name}.down"])
             index = self.sampling.index(x, self._stream.prefix, 0)
             layer = self._layer(name)
-            aim = take(dense[whole], index)[..., start : start + layer.out_features]
+            aim = take(tokens(dense[whole]), index)[..., start : start + layer.out_features]
             off = aim - self._output(name, layer, take(x, index))
             losses.append((off.square().sum(-1) / aim.square().sum(-1).clamp_min(1e-12)).mean())
         loss = torch.stack(losses).sum()

@@ -128,21 +128,20 @@ class Trials(Calibrate):
 
     def _take_in(self, flows: Mapping[str, Tensor]) -> None:
         super()._take_in(flows)
-        prefix, readout = self._stream.prefix, self._stream.readout
         for block, (attention, mlp) in self.blocks.items():
-            before, after = self._branches[attention].before, self._branches[mlp]
-            x, y = flows[before], flows[self._stream.following(after)]
-            index = self.sampling.index(x, prefix, self._seen)
+            branch = self._branches[mlp]
+            x = flows[self._branches[attention].before]
+            y = flows[self._stream.following(branch)]
+            index, weights = self._sampled(y)
             x, y = take(x, index), take(y, index)
             end = self._ends[block]
             with watch(self.net, [(end, False)]) as inner:
-                after.apply(x)
+                branch.apply(x)
             off = y - x
-            if after.scale is not None:
-                scale = after.scale.to(off)
+            if branch.scale is not None:
+                scale = branch.scale.to(off)
                 off = off / torch.where(scale == 0, torch.inf, scale)
-            weights = self.sampling.weights(y, prefix, readout)
-            rows = torch.cat([inner[end], off], dim=-1)
+            rows = torch.cat([branch.tokens(inner[end]), off], dim=-1)
             self._moments_alone(end).add(rows.flatten(0, 1), weights.flatten())
 
     def _moments_alone(self, end: str) -> Moments:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from conftest import images, outputs, plan_of, plans, randomise, relative_error, silenced
 from test_store import LOAD
 from vitrim import Drop, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim.errors import ConfigError
 from vitrim.model import UnsupportedArchitecture, branches, sites, stream, structure
 from vitrim.model.attention import SlicedWindowAttention
 from vitrim.model.site import names_in
@@ -410,6 +411,21 @@ def test_a_checkpoint_builds_the_network_that_it_was_made_of(tmp_path: Path) -> 
     for file in ("new", "old"):
         built = source(tmp_path / f"{file}.safetensors").build()
         assert torch.equal(outputs(built, x), outputs(dense, x))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"depths": (2, 4)}, r"layers\.1\.blocks\.2\..* is not of this network"),
+        ({"num_heads": (3, 3)}, "relative_position_bias_table has shape"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    tmp_path: Path, args: dict[str, Any], said: str
+) -> None:
+    safetensors.torch.save_file(swin(**args).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=said):
+        source(tmp_path / "other.safetensors").build()
 
 
 def widths(plan: Plan, block: str, dim: int, n_heads: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Collection
@@ -18,12 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
 
+from command import Command
 from conftest import images, outputs, plans, randomise, relative_error, skeleton_net
-from vitrim import Drop, Keep, LowRank, Plan, compose, count, cut, masked, save
+from vitrim import Drop, Keep, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim.method.vtp import GateTraining
 from vitrim.model import UnsupportedArchitecture, branches, sites, stream, structure
 from vitrim.model.site import names_in
 from vitrim.plan import PlanError, dumps, loads
 from vitrim.target import Cost, Target, trim
+from vitrim.trainer.recipe import Recipe
 
 SMALL = {"layers": [2, 2, 1, 2], "channels": [6, 8, 8, 10], "num_classes": 7}
 MODELS: dict[str, dict[str, Any]] = {
@@ -329,3 +333,99 @@ def test_there_is_no_stream_of_tokens(kind: str) -> None:
 def test_the_numbers_of_the_real_networks(name: str, params: int, macs: int) -> None:
     found = Cost(skeleton_net(name), 224).plan(Plan(model={}, edits=()))
     assert found[:2] == (params, macs)
+
+
+@family
+def test_gates_multiply_the_channels_and_are_folded_in(kind: str) -> None:
+    recipe = Recipe(epochs=1, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+    phase = GateTraining(small_cnn(MODELS[kind]), recipe=recipe, l1=0.0, gate_lr=0.0).eval()
+    x = images()
+    with torch.no_grad():
+        dense = phase(x)
+        for gate in phase.gates:
+            gate.copy_(torch.linspace(-1, 2, len(gate)))
+        gated = phase(x)
+        assert phase.evidence().scores.keys() == sites(phase.net).keys()
+        assert relative_error(phase.net(x), gated) <= 1e-12
+    assert relative_error(gated, dense) > 1e-3
+
+
+DIGITS = (
+    "model=resnet34",
+    "model.name=resnet18",
+    "model.num_classes=10",
+    "model.image_size=8",
+    "+model.args.layers=[1,2,1,1]",
+    "+model.args.channels=[8,8,8,8]",
+    "+model.args.in_chans=1",
+    "model.mean=[0.5]",
+    "model.std=[0.5]",
+    "model.training.epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
+    "latency.repeats=1",
+    "tracking=none",
+    "progress=false",
+)
+BY_WEIGHT = (
+    "method=oneshot",
+    "method.sites=[channels]",
+    "method.criterion=magnitude",
+    "method.compensation=none",
+)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        (*BY_WEIGHT, "method.fine_tune=true", "method.tuning.training.epochs=1"),
+        ("method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
+    ],
+    ids=["oneshot", "vtp"],
+)
+def test_a_run_prunes_channels_from_yaml_to_report(command: Command, method: Any) -> None:
+    done = command(*DIGITS, *method, "strength=3")
+    assert done.code == 0, done.message
+    report = json.loads(done.report.read_text())
+    assert report["compact"]["params"] < report["dense"]["params"]
+    compact, plan = load(done.report.parent)
+    assert plan.edits
+    assert compact(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (("method=oneshot",), "method.sites=['mlp']: expected what this network has, channels"),
+        (("method=oneshot", "method.sites=[channels]"), "no residual stream of tokens"),
+        ((*BY_WEIGHT, "method.compensation=ridge"), "no residual stream of tokens"),
+        (("method=mixed_rank",), "this network has none that can be factorised"),
+    ],
+)
+def test_what_needs_tokens_is_refused_before_any_training(
+    command: Command, method: tuple[str, ...], said: str
+) -> None:
+    done = command(*DIGITS, *method, "strength=3")
+    assert done.code == 1
+    assert said in done.message
+    assert not (command.out / "phases").exists()
+
+
+@pytest.mark.parametrize("words", ["model.mean=[0.5,0.5]", "model.std=[0.0]", "model.std=[a]"])
+def test_pixels_that_cannot_be_normalised_are_refused(command: Command, words: str) -> None:
+    done = command(*DIGITS, *BY_WEIGHT, words)
+    assert done.code == 1
+    assert f"{words.split('=')[0]}=" in done.message
+    assert "expected 1 numbers" in done.message
+
+
+def test_a_checkpoint_may_lack_the_counters_of_its_norms(tmp_path: Path, command: Command) -> None:
+    args = {"layers": [1, 2, 1, 1], "channels": [8, 8, 8, 8], "in_chans": 1, "num_classes": 10}
+    dense = timm.create_model("resnet18", **args)
+    state = {n: t for n, t in dense.state_dict().items() if not n.endswith("num_batches_tracked")}
+    safetensors.torch.save_file(state, tmp_path / "dense.safetensors")
+    where = f"model.checkpoint={tmp_path / 'dense.safetensors'}"
+    done = command(*DIGITS, *BY_WEIGHT, where, "strength=0")
+    assert done.code == 0, done.message
+    found = load(done.report.parent)[0].state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in state.items())

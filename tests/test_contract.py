@@ -49,7 +49,16 @@ def lengths(node: DictConfig, where: str) -> Iterator[str]:
 
 
 def test_the_methods_are_found() -> None:
-    assert METHODS == ["aiminify", "dcvit", "mir", "mixed_rank", "oneshot", "practise", "vtp"]
+    assert METHODS == [
+        "aiminify",
+        "dcvit",
+        "fskd",
+        "mir",
+        "mixed_rank",
+        "oneshot",
+        "practise",
+        "vtp",
+    ]
 
 
 def run(command: Command, method: str, strength: float, *more: str) -> Done:

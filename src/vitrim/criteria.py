@@ -124,12 +124,14 @@ def _weights(net: nn.Module, described: Structure, site: str, *, columns: bool) 
     found = []
     for layer in described.layers:
         weight = net.get_parameter(f"{layer.name}.weight").detach()
+        if weight.ndim == 1:
+            continue  # a norm's: it scales what others make
         for part in layer.out:
             if part.site == site:
                 found.append(_run(weight, part))
         for part in layer.inp if columns else ():
             if part.site == site:
-                found.append(_run(weight.T, part))
+                found.append(_run(weight.movedim(1, 0), part))
     return found
 
 

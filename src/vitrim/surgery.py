@@ -7,7 +7,7 @@ memory. Slices come first; what is factorised is what they leave of a layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from vitrim.model.site import (
     Structure,
     Survivors,
     as_keeps,
+    axes_of,
     dropped_of,
     index_of,
     names_in,
@@ -68,7 +69,7 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
     slices = {
-        layer.name: (index_of(layer.out, survivors), index_of(layer.inp, survivors))
+        layer.name: axes_of(layer, survivors)
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
@@ -107,14 +108,14 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             columns[removed_of(len(columns), survivors[table.site])] = 0.0
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
-            weight[removed_of(weight.shape[0], index_of(layer.out, survivors))] = 0.0
-            weight[:, removed_of(weight.shape[1], index_of(layer.inp, survivors))] = 0.0
+            axes = axes_of(layer, survivors)
+            for axis, kept in enumerate(axes):
+                weight.movedim(axis, 0)[removed_of(weight.shape[axis], kept)] = 0.0
             if bias is not None:
-                bias[removed_of(len(bias), index_of(layer.out, survivors))] = 0.0
-            columns = index_of(layer.inp, survivors)
+                bias[removed_of(len(bias), axes[0])] = 0.0
             for name, out in runs_of(layer).items():
                 if name in ranks:
-                    rows = index_of(out, survivors)[:, None]
+                    rows, columns = index_of(out, survivors)[:, None], axes[1]
                     up, down = decompose(weight[rows, columns], None).factors(ranks[name])
                     weight[rows, columns] = up @ down
     return twin
@@ -172,21 +173,25 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
 
 
 def _slices(
-    net: nn.Module, sliced: Mapping[str, tuple[Tensor, Tensor]], tables: Mapping[str, Tensor]
+    net: nn.Module, sliced: Mapping[str, tuple[Tensor, ...]], tables: Mapping[str, Tensor]
 ) -> dict[int, object]:
     """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy.
 
     `sliced` holds the kept rows and columns of layers, `tables` the kept columns of tables.
+    Statistics of sliced BatchNorms are buffers, and among them, too.
     """
     index: dict[int, tuple[Tensor, ...]] = {}
-    for name, (rows, columns) in sliced.items():
+    held: dict[int, object] = {}
+    for name, axes in sliced.items():
         weight, bias = _tensors(net, name)
-        index[id(weight)] = (rows, columns)
-        index[id(bias)] = (rows,)
+        index[id(weight)] = axes
+        index[id(bias)] = axes[:1]
+        for tensor in _statistics(net.get_submodule(name)):
+            held[id(tensor)] = _slice(tensor, axes[:1])
     for name, columns in tables.items():
         table = net.get_parameter(name)
         index[id(table)] = (torch.arange(len(table)), columns)
-    return {
+    return held | {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
         )
@@ -194,10 +199,21 @@ def _slices(
     }
 
 
+def _statistics(module: nn.Module) -> Iterator[Tensor]:
+    """Iterate over the buffers that have one number per row."""
+    for name, tensor in module.named_buffers(recurse=False):
+        if name in ("running_mean", "running_var"):
+            yield tensor
+
+
 def _replace(net: nn.Module, sliced: Mapping[int, object]) -> nn.Module:
     for module in net.modules():
-        for name, tensor in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-            setattr(module, name, sliced[id(tensor)])
+        for name, tensor in [
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ]:
+            if id(tensor) in sliced:
+                setattr(module, name, sliced[id(tensor)])
     return net
 
 
@@ -210,10 +226,20 @@ def _slice(tensor: Tensor, index: Sequence[Tensor]) -> Tensor:
     return tensor.clone() if tensor is whole else tensor
 
 
-def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, Tensor]) -> None:
+def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, ...]) -> None:
     """Make the module at `layer` agree with its sliced tensors."""
-    linear, columns = compact.get_submodule(layer.name), index[1]
+    linear = compact.get_submodule(layer.name)
     weight, bias = _tensors(compact, layer.name)
+    match linear:
+        case nn.BatchNorm2d():
+            linear.num_features = len(weight)
+            return
+        case nn.Conv2d():
+            linear.out_channels = len(weight)
+            linear.in_channels = weight.shape[1] if layer.inp else len(weight)
+            linear.groups = 1 if layer.inp else len(weight)
+            return
+    columns = index[1]
     if not layer.gathers or len(columns) == linear.in_features:
         rows, width = weight.shape
         linear.out_features, linear.in_features = rows, width  # type: ignore[assignment]

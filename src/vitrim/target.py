@@ -164,9 +164,10 @@ class Cost:
     """The closed formula of one network: params and MACs from the widths that a plan leaves.
 
     Each Linear is rows x columns weights, or rank x (rows + columns) in two factors, applied at its
-    positions; each attention is its context times its query-key and value dims at every token;
-    whatever is never cut is a constant. Of a network that was cut before, `origin` is the cost of
-    the one that budgets count from.
+    positions. A Conv has a kernel in place of each weight, and of each row where it is depthwise;
+    norms make no MACs. Each attention is its context times its query-key and value dims at every
+    token; whatever is never cut is a constant. Of a network that was cut before, `origin` is the
+    cost of the one that budgets count from.
     """
 
     def __init__(self, net: nn.Module, input_size: InputSize, origin: Cost | None = None) -> None:
@@ -281,7 +282,10 @@ def _weights(term: _Term, survivors: Survivors, ranks: Mapping[str, int]) -> int
 def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:
     for layer in described.layers:
         name = layer.name
-        yield _Term(layer.branch, 1, positions[name], layer.out, layer)
+        weight = net.get_parameter(f"{name}.weight")
+        area = math.prod(weight.shape[2 if layer.inp else 1 :])
+        macs = area * positions[name] if weight.ndim > 1 else 0
+        yield _Term(layer.branch, area, macs, layer.out, layer if layer.inp else None)
         if net.get_submodule(name).bias is not None:
             yield _Term(layer.branch, 1, 0, layer.out)
     for table in described.tables:

@@ -391,6 +391,8 @@ def source(checkpoint: Path | str | None) -> Timm:
         num_classes=None,
         reset_head=False,
         image_size=None,
+        mean=None,
+        std=None,
         args=MODEL["args"],
         training=Recipe(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0),
     )

@@ -160,6 +160,10 @@ class MixedRank:
             name: [1.0] * min(piece.rows, piece.columns)
             for name, piece in self._pieces(cost.structure)
         }
+        if not energies:
+            raise TargetError(
+                f"method.layers={[*self.layers]}: this network has none that can be factorised"
+            )
         self._ranks(cost, energies, "uniform" if self.allocation == "uniform" else "loss")
 
     def scorer(self, net: nn.Module) -> Profile:

@@ -39,7 +39,13 @@ from vitrim.trainer.refit import Refit
 
 _log = logging.getLogger(__name__)
 
-SITES = {"mlp": "mlp.hidden", "heads": "attn.heads", "qk": "attn.qk", "v": "attn.v"}
+SITES = {
+    "mlp": "mlp.hidden",
+    "heads": "attn.heads",
+    "qk": "attn.qk",
+    "v": "attn.v",
+    "channels": ".channels",
+}
 Objective = Literal["labels", "mimic", "distill"]
 
 
@@ -154,8 +160,13 @@ class OneShot:
         return choose(self.strength, self.levels, self.target, metric="units")
 
     def check(self, cost: Cost) -> None:
-        """Raise TargetError if the chosen sites alone cannot meet the budget, or are of factors."""
+        """Raise TargetError if the chosen sites are not there, of factors, or too few."""
         sites = cost.structure.sites
+        there = [kind for kind, end in SITES.items() if any(name.endswith(end) for name in sites)]
+        if not set(self.sites) <= set(there):
+            raise TargetError(
+                f"method.sites={[*self.sites]}: expected what this network has, {', '.join(there)}"
+            )
         chosen = tuple(SITES[kind].rpartition(".")[0] for kind in self.sites)
         for layer in cost.structure.layers:
             if layer.factor and layer.branch.endswith(chosen):

@@ -134,12 +134,15 @@ class GateTraining(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, classes) through the gated weights."""
-        weights = {
-            name: self.net.get_parameter(name) * self.gates[self._sites[site]]
-            for name, site in self._gated.items()
-        }
+        weights = {name: self._scaled(name, site) for name, site in self._gated.items()}
         logits: Tensor = functional_call(self.net, weights, (images,))
         return logits
+
+    def _scaled(self, name: str, site: str) -> Tensor:
+        """Return a weight (out, in, ...) whose columns are multiplied by their gates (in,)."""
+        weight = self.net.get_parameter(name)
+        gates = self.gates[self._sites[site]].view(-1, *(1,) * (weight.ndim - 2))
+        return torch.mul(weight, gates)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss L_CE + l1 * sum |a|."""
@@ -160,7 +163,7 @@ class GateTraining(LightningModule):
         """Return |a| per site, and fold the gates into the weights once."""
         if not self.folded:
             for name, site in self._gated.items():
-                self.net.get_parameter(name).mul_(self.gates[self._sites[site]])
+                self.net.get_parameter(name).copy_(self._scaled(name, site))
             self.folded.fill_(True)
         scores = {
             site: self.gates[index].detach().abs().cpu() for site, index in self._sites.items()

@@ -41,7 +41,11 @@ def stream(net: nn.Module) -> Stream:
     Raises:
         UnsupportedArchitecture: naming the class.
     """
-    raise UnsupportedArchitecture(f"{type(net).__name__} has no residual stream to follow")
+    raise UnsupportedArchitecture(
+        f"{type(net).__name__} has no residual stream of tokens to follow, so that no statistics "
+        "of it can be gathered: choose what looks at weights alone (of method=oneshot and "
+        "aiminify: criterion magnitude, group_l2 or random, and compensation none)"
+    )
 
 
 @singledispatch
@@ -66,4 +70,4 @@ def branches(net: nn.Module) -> tuple[str, ...]:
     return tuple(branch.name for branch in structure(net).branches)
 
 
-from vitrim.model import dinov2_lc, swin, vit  # noqa: E402, F401  (registers the families)
+from vitrim.model import cnn, dinov2_lc, swin, vit  # noqa: E402, F401  (registers the families)

@@ -1,9 +1,9 @@
 """What can be cut in a network, said once: slicing, masking and counting all read it here.
 
-A `Layer` names one Linear (or Conv) and says which sites its output rows and input columns belong
-to. From that follow the slice (`index_of`), the mask (its complement) and the closed formula for
-params and MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing else
-knows its names.
+A `Layer` names one Linear, Conv or BatchNorm and says which sites its output rows and input columns
+belong to. From that follow the slice (`axes_of`), the mask (its complement) and the closed formula
+for params and MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing
+else knows its names.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ Dim = tuple[Part, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One Linear or Conv: rows by `out`, columns by `inp`; `gathers` if its input stays wide.
+    """A module with a weight: rows by `out`, columns by `inp`; `gathers` if its input stays wide.
 
+    `inp` is empty where every row is of its own channel: in a BatchNorm, and in a depthwise Conv.
     `pieces` names the parts of `out` where each could be a layer of its own. `factor` marks one of
-    the two that a low-rank layer consists of.
+    the two that a low-rank layer consists of; `locked` is empty, or the reason why there can be no
+    factors in this layer's place.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Layer:
     gathers: bool = False
     pieces: tuple[str, ...] = ()
     factor: bool = False
+    locked: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,12 +140,17 @@ def ranks_of(structure: Structure, plan: Plan) -> dict[str, int]:
     """Return the rank of every layer, or piece of a layer, that the plan factorises.
 
     Raises:
-        PlanError: no such layer, it is a factor already, it is named whole and in pieces, or the
-            rank is above what its dense size allows.
+        PlanError: no such layer, it is a factor already or none can stand in its place, it is named
+            whole and in pieces, or the rank is above what its dense size allows.
     """
     ranks = {edit.linear: edit.rank for edit in plan.low_ranks()}
+    if not ranks:
+        return ranks
+    locked = {layer.name: layer.locked for layer in structure.layers if layer.locked}
     most = {name: limit for layer in structure.layers for name, limit in _most(layer).items()}
     for name, rank in ranks.items():
+        if name in locked:
+            raise PlanError(f"linear {name!r} cannot be factorised: {locked[name]}")
         if name not in most:
             near = [other for other in most if other.split(".")[-1] == name.split(".")[-1]]
             raise PlanError(
@@ -197,7 +205,7 @@ def _place(edit: Keep | LowRank) -> str:
 
 def _most(layer: Layer) -> dict[str, int]:
     """Return the highest rank of a layer and of its pieces, by name."""
-    if layer.factor:
+    if layer.factor or layer.locked:
         return {}
     columns = sum(part.size for part in layer.inp)
     return {
@@ -277,6 +285,11 @@ def index_of(dim: Dim, survivors: Mapping[str, Tensor]) -> Tensor:
             for part in dim
         ]
     )
+
+
+def axes_of(layer: Layer, survivors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return the kept rows of a layer and, where it has any, its kept columns."""
+    return tuple(index_of(dim, survivors) for dim in (layer.out, layer.inp) if dim)
 
 
 def width_of(dim: Dim, survivors: Mapping[str, Tensor]) -> int:

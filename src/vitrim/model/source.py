@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,8 +38,10 @@ class Timm:
     """A dense network by timm's name; weights from timm's hub, a file, or training.
 
     `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved;
-    `sha256` pins its content. `reset_head` starts a new classifier on the loaded weights: the whole
-    is then trained by `training`, as a network without weights is. `args` go to timm.create_model.
+    `sha256` pins its content; `mean` and `std`, per channel, are what its images are normalised by
+    where that is not as timm says. `reset_head` starts a new classifier on the loaded weights: the
+    whole is then trained by `training`, as a network without weights is. `args` go to
+    timm.create_model.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Timm:
     num_classes: int | None
     reset_head: bool
     image_size: int | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
     args: Mapping[str, Any]
     training: Recipe
 
@@ -62,11 +67,25 @@ class Timm:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
         skeleton = self.skeleton()
         structure(skeleton)
+        self._check_pixels()
         for side, patch in zip(self.spec().size, _patch(skeleton), strict=True):
             if side % patch:
                 raise ConfigError(
                     f"model.image_size={side}: not divisible by the patch of {patch} pixels; "
                     f"{side // patch * patch} and {(side // patch + 1) * patch} are"
+                )
+
+    def _check_pixels(self) -> None:
+        channels = self.spec().channels
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            numbers = all(type(v) in (int, float) and least < v < math.inf for v in values)
+            if len(values) != channels or not numbers:
+                raise ConfigError(
+                    f"model.{name}={values}: expected {channels} numbers"
+                    f"{' above 0' if name == 'std' else ''}, or null"
                 )
 
     @property
@@ -84,20 +103,20 @@ class Timm:
         args = dict(self.args)
         if self.num_classes is not None:
             args["num_classes"] = self.num_classes
-        if self.image_size is not None:
+        if self.image_size is not None and not _takes_any_size(self.name):
             args["img_size"] = self.image_size
         return {"name": self.name, "args": args}
 
     def spec(self) -> ImageSpec:
-        """Return how images are prepared: timm's settings of this network, at `image_size`."""
+        """Return how images are prepared: timm's settings of this network, and what is set here."""
         config = resolve_model_data_config(self.skeleton())
         channels, height, width = config["input_size"]
         size = (height, width) if self.image_size is None else (self.image_size, self.image_size)
         return ImageSpec(
             channels=self.args.get("in_chans", channels),
             size=size,
-            mean=config["mean"],
-            std=config["std"],
+            mean=config["mean"] if self.mean is None else self.mean,
+            std=config["std"] if self.std is None else self.std,
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
         )
@@ -164,7 +183,7 @@ class Timm:
             state = read_tensors(path)
         except StoreError as error:
             raise ConfigError(f"model.checkpoint={self.checkpoint}: {error}") from None
-        state = _adapted(net, state)
+        state = _counters(net) | _adapted(net, state)
         if self.reset_head:
             state = _with_new_head(net, state)
         problems = misfits(net, state)
@@ -194,14 +213,31 @@ def _adapted(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def _takes_any_size(name: str) -> bool:
+    """Whether the network pools a map of any size, and is not told the size of its images."""
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and not config.fixed_input_size and config.pool_size is not None
+
+
 def _patch(net: nn.Module) -> tuple[int, int]:
-    patch: tuple[int, int] = net.patch_embed.patch_size  # type: ignore[union-attr, assignment]
-    return patch
+    """Return the sides, in pixels, of which an image's have to be multiples."""
+    embedding = getattr(net, "patch_embed", None)
+    return (1, 1) if embedding is None else embedding.patch_size
+
+
+def _counters(net: nn.Module) -> dict[str, Tensor]:
+    """Return zeros for the batch counters of norms, which older checkpoints do not have."""
+    return {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in net.named_buffers()
+        if name.endswith(".num_batches_tracked")
+    }
 
 
 def _with_new_head(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `state` with zero weights in place of the classifier's, for training to fill."""
-    heads = tuple(f"{name}." for name in ("head", "head_dist", "linear_head"))
+    names = ("head", "head_dist", "linear_head", "fc", "classifier")
+    heads = tuple(f"{name}." for name in names)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     fresh = {
         name: torch.zeros(tensor.shape)

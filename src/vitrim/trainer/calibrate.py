@@ -102,8 +102,9 @@ class Calibrate(LightningModule):
             "targets": targets,
         }
         described = structure(net)
-        self._stream = stream(net)
-        self._branches = {branch.name: branch for branch in self._stream.branches}
+        if sites:  # weights alone can be judged without a stream
+            self._stream = stream(net)
+            self._branches = {branch.name: branch for branch in self._stream.branches}
         self._readers, self._attentions = _watched(described, sites)
         self._dims = {a.qkv: described.sites[a.qk].head_dims for a in self._attentions}
         self.moments = nn.ModuleDict()

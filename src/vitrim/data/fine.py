@@ -69,7 +69,14 @@ def fine(
     chosen: _Joined | Few = train
     if samples is not None:
         names = [f"train/{place:05}" for place in range(len(train))]
-        chosen = few(train, labels=train.labels, names=names, samples=samples, seed=samples_seed)
+        chosen = few(
+            train,
+            classes=dict(enumerate(train.classes)),
+            labels=train.labels,
+            names=names,
+            samples=samples,
+            seed=samples_seed,
+        )
     return Images(
         train=chosen,
         val=val,

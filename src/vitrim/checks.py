@@ -23,16 +23,22 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the keys that stand outside the groups."""
     whole, latency = "a whole number from 1 on", cfg["latency"]
     seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
+    transfer, truth = cfg["transfer"], "true or false"
     rules = (
+        ("transfer", transfer, truth, isinstance(transfer, bool)),
         ("seed", seed, "a whole number from 0 on", seed == 0 or is_count(seed)),
         ("tracking", tracking, f"one of {', '.join(TRACKING)}", tracking in TRACKING),
-        ("progress", progress, "true or false", isinstance(progress, bool)),
+        ("progress", progress, truth, isinstance(progress, bool)),
         ("latency.batch", latency["batch"], whole, is_count(latency["batch"])),
         ("latency.repeats", latency["repeats"], whole, is_count(latency["repeats"])),
     )
     wrong = [
         f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits
     ]
+    if transfer is True and cfg["from_run"] is None:
+        wrong.append(
+            "transfer=true needs a network to begin with: from_run=FOLDER, the folder of its run"
+        )
     return [*wrong, *_of_quantize(cfg)]
 
 
@@ -48,13 +54,18 @@ def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def start(folder: str | None, model: Any) -> tuple[nn.Module, Plan] | None:
+def start(
+    folder: str | None, model: Any, *, transfer: bool, seed: int
+) -> tuple[nn.Module, Plan] | None:
     """Return the compact network to start from, and its plan; None where there is none.
+
+    With `transfer` its classifier is drawn anew by `seed`, for the model's classes.
 
     Raises:
         VitrimError: no folder of a run, damaged, or of another network.
     """
     from vitrim.store import load
+    from vitrim.transfer import but_classes, with_new_head
 
     if folder is None:
         return None
@@ -63,12 +74,14 @@ def start(folder: str | None, model: Any) -> tuple[nn.Module, Plan] | None:
             f"from_run={folder}: no folder of a finished run; it is the one that report.json is in"
         )
     net, plan = load(folder)
-    if plan.model != model.description():
+    dense = model.description()
+    alike = but_classes(plan.model) == but_classes(dense)
+    if not (alike if transfer else plan.model == dense):
         raise ConfigError(
-            f"from_run={folder} was cut from {plan.model}, this run's model is "
-            f"{model.description()}: choose the same model"
+            f"from_run={folder} was cut from {plan.model}, this run's model is {dense}: "
+            f"choose the same model{', or transfer=true for a new head' if alike else ''}"
         )
-    return net, plan
+    return with_new_head(net, plan, dense, model.n_classes, seed=seed) if transfer else (net, plan)
 
 
 def identity(folder: str | None) -> str | None:
@@ -97,8 +110,13 @@ def mismatches(
             method.scorer(model.skeleton())
     except VitrimError as error:
         problems.append(str(error))
+    if cfg["transfer"] and not method.budget.is_identity:
+        problems.append(
+            "transfer=true trains and removes nothing: set strength=0 and no target; a run with "
+            "from_run=FOLDER of the transferred network compresses it further"
+        )
     if data is None:
-        return problems
+        return [*problems, *(["transfer=true trains: data=none has no images"] * cfg["transfer"])]
     if data.n_classes != model.n_classes:
         problems.append(
             f"data={choices['data']} has {data.n_classes} classes, the head of "
@@ -106,7 +124,7 @@ def mismatches(
             f"model.num_classes={data.n_classes} (and model.reset_head=true "
             "with a checkpoint of other classes), or choose other data"
         )
-    trains = not model.trained or not method.budget.is_identity
+    trains = cfg["transfer"] or not model.trained or not method.budget.is_identity
     if trains and not data.trainable:
         problems.append(
             f"data.root={cfg['data'].get('root')} has no training images, and this run trains, or "

@@ -55,8 +55,10 @@ def run(cfg: DictConfig) -> Path:
     from vitrim.store import save
     from vitrim.surgery import compose, cut
     from vitrim.target import Cost
+    from vitrim.trainer.classify import Classify
     from vitrim.trainer.fit import lock
     from vitrim.trainer.prune import Prune
+    from vitrim.transfer import origin
 
     started = time.perf_counter()
     choices = _build(cfg)
@@ -72,12 +74,15 @@ def run(cfg: DictConfig) -> Path:
             (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
         phases = _phases(cfg, choices, recipe, folder)
         seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
-        dense, dense_accuracy = _dense(model, data, phases, recipe)
+        judged = phases if model.sourced or not cfg.transfer else None
+        dense, dense_accuracy = _dense(model, data, judged, recipe)
         cost = Cost(dense, model.spec().size)
         start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
         recovery: Iterable[Any] = ()
         if method.budget.is_identity:
             compact = cut(start, Plan(model={}, edits=()))
+            if cfg.transfer:
+                recovery = [Classify(compact, recipe=model.training, n_classes=data.n_classes)]
         else:
             prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
             _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
@@ -86,7 +91,7 @@ def run(cfg: DictConfig) -> Path:
             if prune.plan.edits and phases is not None:
                 recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
         stages = {"cut": dense_accuracy}
-        if plan.edits and phases is not None:
+        if (plan.edits or cfg.transfer) and phases is not None:
             stages["cut"] = phases.accuracy(compact, data.n_classes)
             for phase in recovery:
                 name = _title(phase, stages)
@@ -114,7 +119,8 @@ def run(cfg: DictConfig) -> Path:
         if cfg.quantize:
             judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
             report |= quantize.record(compact, cfg.quantize, judge)
-        report |= {**recipe["report"], "latency": OmegaConf.to_container(cfg.latency)}
+        report |= {**recipe["report"], "variant": origin(plan) if cfg.transfer else _variant()}
+        report |= {"latency": OmegaConf.to_container(cfg.latency)}
         report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
         return _finish(folder, report, phases)
 
@@ -183,7 +189,9 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     if not problems:
         built["start"] = None
         try:
-            built["start"] = checks.start(said["from_run"], built["model"])
+            built["start"] = checks.start(
+                said["from_run"], built["model"], transfer=cfg.transfer, seed=cfg.seed
+            )
         except VitrimError as error:
             problems.append(str(error))
     if not problems:
@@ -219,8 +227,9 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     recipe = {key: value for key, value in resolved.items() if key not in NOT_RECIPE}
-    if not recipe["quantize"]:  # folders of runs without it keep their names
-        del recipe["quantize"]
+    for key in ("quantize", "transfer"):  # folders of runs without them keep their names
+        if not recipe[key]:
+            del recipe[key]
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
@@ -236,6 +245,8 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     chosen = [name for name, keep in resolved["target"].items() if keep is not None]
     point = "-".join(f"{name}{resolved['target'][name]}" for name in chosen) or f"s{cfg.strength:g}"
     choices = {group: _choice(group) for group in (*GROUPS, "experiment")}
+    if cfg.transfer:
+        choices["method"] = "transfer"
     label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
     dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
     return {
@@ -247,7 +258,6 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
         "name": f"{point}-seed{cfg.seed}-{digest(recipe)}",
         "report": {
             "choices": choices,
-            "variant": _variant(),
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
             "recipe_hash": digest(recipe),

@@ -94,6 +94,7 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(root: Path) -> Non
     whole.samples = [whole.samples[row] for row in rows]
     mixed = few(
         whole,
+        classes=dict(enumerate("abcd")),
         labels=[whole.targets[row] for row in rows],
         names=[names[row] for row in rows],
         samples=6,
@@ -131,6 +132,20 @@ def test_what_cannot_be_drawn_is_refused(
         opened(root, samples, seed)
     for words in expected:
         assert words in str(caught.value)
+
+
+def test_of_imagenets_classes_those_with_a_folder_count(tmp_path: Path) -> None:
+    for split, names in (("train", ("n01440764", "n15075141")), ("val", ("n01440764",))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (16, 16)).save(tmp_path / split / name / f"{number}.png")
+    images = opened(tmp_path, 5)
+    assert images.n_classes == 1000
+    assert sorted(classes_of(images).values()) == [2, 3]
+    (tmp_path / "val" / "n01484850").mkdir()
+    with pytest.raises(ConfigError, match="class n01484850 are needed, and it has 0 training"):
+        opened(tmp_path, 5)
 
 
 def test_few_images_of_no_training_folder_are_refused(root: Path) -> None:

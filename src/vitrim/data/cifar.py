@@ -47,7 +47,14 @@ def cifar(
         ) from None
     if samples is not None:
         names = [f"train/{place:05}" for place in range(len(train))]
-        train = few(train, labels=train.targets, names=names, samples=samples, seed=samples_seed)
+        train = few(
+            train,
+            classes=dict(enumerate(train.classes)),
+            labels=train.targets,
+            names=names,
+            samples=samples,
+            seed=samples_seed,
+        )
     return Images(
         train=train,
         val=val,

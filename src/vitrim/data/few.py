@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -39,6 +39,7 @@ class Few(Dataset[tuple[Any, int]]):
 def few(
     whole: VisionDataset,
     *,
+    classes: Mapping[int, str],
     labels: Sequence[int],
     names: Sequence[str],
     samples: int,
@@ -47,8 +48,9 @@ def few(
     """Return `samples` images of `whole`: one each of so many classes, or as many of every class.
 
     Args:
-        whole: the training set, with `classes`, the names of all labels, and without a transform.
-        labels: of each image.
+        whole: the training set, without a transform.
+        classes: those to draw from, name by label.
+        labels: of each image, all among them.
         names: of each image; the draw depends on them and not on the images' order.
         samples: how many.
         seed: of the draw.
@@ -67,15 +69,15 @@ def few(
             f"data.samples={samples}: there are only {len(labels):,} training images; "
             "data.samples=null takes them all"
         )
-    members: list[list[int]] = [[] for _ in whole.classes]
+    members: dict[int, list[int]] = {label: [] for label in sorted(classes)}
     for place in sorted(range(len(names)), key=names.__getitem__):
         members[labels[place]].append(place)
     places = []
     generator = random.Random(seed)
-    for label, wanted in enumerate(shares(samples, len(members), generator)):
+    for label, wanted in zip(members, shares(samples, len(members), generator), strict=True):
         if wanted > len(members[label]):
             raise ConfigError(
-                f"data.samples={samples}: {wanted} of class {whole.classes[label]} are needed, and "
+                f"data.samples={samples}: {wanted} of class {classes[label]} are needed, and "
                 f"it has {len(members[label])} training images: add some, choose fewer samples or "
                 "another data.samples_seed, or list the classes to use in data.classes"
             )

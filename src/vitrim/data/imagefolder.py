@@ -40,7 +40,8 @@ def image_folder(
             of names takes these; a number draws that many, as ImageNet-100 is drawn. Labels are
             then ranks among the sorted names.
         class_seed: seed of that draw.
-        samples: how many training images are used, of all classes alike; None: all.
+        samples: how many training images are used, alike of all classes that have a folder; None:
+            all.
         samples_seed: seed of that draw.
         batch_size: images in a batch.
         workers: loading processes.
@@ -66,8 +67,14 @@ def image_folder(
         _relabel(images, index)
         if not images.samples:
             raise ConfigError(f"{Path(root) / name}: no image of the classes asked for")
+    drawn: ImageFolder | Few | None = splits.get(train)
+    if samples is not None:
+        if train not in splits:
+            raise ConfigError(f"data.samples={samples}: no folder {Path(root) / train} to draw of")
+        named = {index[name]: name for name in present if name in index}
+        drawn = _few(splits[train], Path(root), named, samples, samples_seed)
     return Images(
-        train=_drawn(splits.get(train), Path(root), train, samples, samples_seed),
+        train=drawn,
         val=splits[val],
         n_classes=n_classes,
         batch_size=batch_size,
@@ -77,15 +84,13 @@ def image_folder(
     )
 
 
-def _drawn(
-    images: ImageFolder | None, root: Path, train: str, samples: int | None, seed: int
-) -> ImageFolder | Few | None:
-    if samples is None:
-        return images
-    if images is None:
-        raise ConfigError(f"data.samples={samples}: no folder {root / train} to draw them from")
+def _few(
+    images: ImageFolder, root: Path, classes: Mapping[int, str], samples: int, seed: int
+) -> Few:
     names = [Path(path).relative_to(root).as_posix() for path, _ in images.samples]
-    return few(images, labels=images.targets, names=names, samples=samples, seed=seed)
+    return few(
+        images, classes=classes, labels=images.targets, names=names, samples=samples, seed=seed
+    )
 
 
 def label_index(

@@ -76,6 +76,14 @@ class LinearClassifier(nn.Module):
         """Return the classifier, as timm's networks do."""
         return self.linear_head
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Draw a new classifier, as timm's networks do."""
+        self.num_classes = num_classes
+        old = self.linear_head
+        self.linear_head = nn.Linear(
+            old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype
+        )
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to what the head reads, (B, 5 * D)."""
         tokens = self.backbone.patch_embed(x)

@@ -89,9 +89,14 @@ class Timm:
                 )
 
     @property
+    def sourced(self) -> bool:
+        """Whether there are weights to begin with."""
+        return self.pretrained or self.checkpoint is not None
+
+    @property
     def trained(self) -> bool:
         """Whether all weights come from somewhere, so that no dense training is needed."""
-        return (self.pretrained or self.checkpoint is not None) and not self.reset_head
+        return self.sourced and not self.reset_head
 
     @property
     def n_classes(self) -> int:

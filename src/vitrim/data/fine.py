@@ -1,0 +1,88 @@
+"""Flowers-102 (Nilsback and Zisserman, 2008) and Oxford-IIIT Pets (2012) through torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import ConcatDataset
+from torchvision.datasets import Flowers102, OxfordIIITPet, VisionDataset
+
+from vitrim.data.few import Few, few
+from vitrim.data.images import Images
+from vitrim.errors import ConfigError
+
+_SETS: Mapping[str, tuple[Callable[..., VisionDataset], tuple[str, ...]]] = {
+    "flowers102": (Flowers102, ("train", "val")),
+    "pets": (OxfordIIITPet, ("trainval",)),
+}
+"""How each is opened, and which splits are trained on; the one named test is for validation."""
+
+
+class _Joined(ConcatDataset[tuple[Any, int]]):
+    """Splits as one set, whose `transform` can be set later (that of Pets would go unheard)."""
+
+    def __init__(self, parts: Sequence[VisionDataset]) -> None:
+        super().__init__(parts)
+        self.classes: list[str] = parts[0].classes
+        self.labels = [label for part in parts for label in part._labels]  # opens no image
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(index)  # type: ignore[no-untyped-call]
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def fine(
+    *,
+    name: str,
+    root: str,
+    download: bool,
+    samples: int | None,
+    samples_seed: int,
+    batch_size: int,
+    workers: int,
+    augmentation: Mapping[str, Any],
+    mixing: Mapping[str, Any],
+) -> Images:
+    """Return the set `name` below `root`; `download: true` fetches it once.
+
+    Of the training images, `samples` drawn by `samples_seed`, of all classes alike; None: all.
+
+    Raises:
+        ConfigError: no set of that name, its files are missing or damaged, or there are not that
+            many images.
+    """
+    if name not in _SETS:
+        raise ConfigError(f"data.name={name}: expected {' or '.join(_SETS)}")
+    opens, splits = _SETS[name]
+    try:
+        train, val = (
+            _Joined([opens(root, split=split, download=download) for split in part])
+            for part in (splits, ("test",))
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"data.root={root}: {name} is not there ({error}); "
+            "put its files there, or let data.download=true fetch them"
+        ) from None
+    chosen: _Joined | Few = train
+    if samples is not None:
+        names = [f"train/{place:05}" for place in range(len(train))]
+        chosen = few(
+            train,
+            classes=dict(enumerate(train.classes)),
+            labels=train.labels,
+            names=names,
+            samples=samples,
+            seed=samples_seed,
+        )
+    return Images(
+        train=chosen,
+        val=val,
+        n_classes=len(train.classes),
+        batch_size=batch_size,
+        workers=workers,
+        augmentation=augmentation,
+        mixing=mixing,
+    )

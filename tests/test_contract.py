@@ -33,7 +33,7 @@ def recipes(node: DictConfig, where: str) -> Iterator[str]:
 
 
 def test_the_methods_are_found() -> None:
-    assert METHODS == ["aiminify", "fskd", "mixed_rank", "oneshot", "vtp"]
+    assert METHODS == ["aiminify", "cd", "fskd", "mixed_rank", "oneshot", "vtp"]
 
 
 def run(command: Command, method: str, strength: float) -> Done:

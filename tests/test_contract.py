@@ -51,6 +51,7 @@ def lengths(node: DictConfig, where: str) -> Iterator[str]:
 def test_the_methods_are_found() -> None:
     assert METHODS == [
         "aiminify",
+        "cd",
         "dcvit",
         "fskd",
         "mir",

@@ -19,7 +19,7 @@ from vitrim.model.site import blocks_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.run import CONF
 from vitrim.surgery import cut
-from vitrim.target import Cost, Target, TargetError
+from vitrim.target import Cost, Target
 
 
 def built(*overrides: str) -> DCViT:
@@ -127,6 +127,7 @@ def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
         (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
         (["method.spare=[1]"], r"method\.spare=\[1\]"),
         (["method.extra=-1"], "method.extra=-1"),
+        (["method.only=[]"], r"method\.only=\[\]"),
         (["method.trial.width=0"], r"method\.trial\.width=0"),
         (["method.trial.width=2"], r"method\.trial\.width=2"),
         (["method.metric_set.images=0"], r"method\.metric_set\.images=0"),
@@ -148,6 +149,7 @@ def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
     [
         (["target.macs=0.2"], "target.macs=0.2 cannot be reached: compressing all 4 candidate"),
         (["target.blocks=1", "method.extra=3"], "method.extra=3: 2 blocks and these are more than"),
+        (["method.only=[blocks.0]"], "method.only: blocks.0: expected some of blocks.1, blocks.2"),
         (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
         (
             ["target.blocks=4.5", "method.accounting=paper"],
@@ -158,7 +160,7 @@ def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
 def test_unreachable_targets_are_refused_before_any_training(
     overrides: list[str], said: str
 ) -> None:
-    with pytest.raises(TargetError, match=said.replace(".", r"\.")):
+    with pytest.raises(VitrimError, match=said.replace(".", r"\.")):
         built(*overrides).check(Cost(deep_net(), 32))
 
 
@@ -190,6 +192,32 @@ def test_progress_is_judged_after_every_block(command: Command) -> None:
     done = command("method=dcvit", "target.macs=0.6", *SHORT)
     report = json.loads(done.report.read_text())
     assert set(report["stages"]) == {"cut", "refit", "mimic", "refit-2", "mimic-2"}
+
+
+@pytest.mark.parametrize(
+    ("width", "stages"),
+    [
+        (0.3125, {"cut", "refit", "mimic"}),  # the 80 of 256 units that the budget leaves
+        (0.5, {"cut", "refit", "mimic", "refit-2", "mimic-2"}),
+    ],
+)
+def test_the_best_trial_is_the_first_step_if_it_fits(
+    command: Command, width: float, stages: set[str]
+) -> None:
+    trained = ("method.trial.training.epochs=1", f"method.trial.width={width}")
+    done = command("method=dcvit", "target.macs=0.6", *SHORT, *trained)
+    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    assert plan["widths"] == [80, 79]
+    assert set(json.loads(done.report.read_text())["stages"]) == stages
+
+
+def test_blocks_can_be_chosen_by_hand_and_share_the_trials(command: Command) -> None:
+    for block in ("blocks.1", "blocks.2"):
+        done = command("method=dcvit", "target.blocks=0.9", *SHORT, f"method.only=[{block}]")
+        plan = json.loads((done.report.parent / "plan.json").read_text())
+        assert plan["provenance"]["blocks"] == [block]
+        assert set(plan["provenance"]["trials"]) == {"blocks.1", "blocks.2"}
+    assert len([*(command.out / "phases").glob("score-*")]) == 1
 
 
 def test_compression_leaves_the_dense_network_alone() -> None:

@@ -26,10 +26,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.dream import Dream
-from vitrim.errors import is_count, is_positive, require
+from vitrim.errors import ConfigError, is_count, is_positive, require
 from vitrim.model import structure
 from vitrim.model.site import Structure, blocks_of, settle
 from vitrim.plan import Drop, Evidence, Keep, Plan
+from vitrim.surgery import cut
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
@@ -37,12 +38,14 @@ from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.refit import Refit
 from vitrim.trainer.trial import (
     BLOCKS,
+    CANDIDATE,
     Distance,
     Reuse,
     Trials,
     best_of,
     frozen,
     hidden_of,
+    plan_of_trial,
     solved,
 )
 
@@ -119,6 +122,7 @@ class DCViT:
     accounting: Accounting
     spare: Sequence[int]
     extra: int
+    only: Sequence[str] | None
     reuse: Reuse
     regression: bool
     progressive: bool
@@ -142,6 +146,11 @@ class DCViT:
                 "two whole numbers: of first and of last blocks that stay whole",
             ),
             ("extra", self.extra == 0 or is_count(self.extra), whole),
+            (
+                "only",
+                self.only is None or (bool(self.only) and not isinstance(self.only, str)),
+                "null or a list of blocks",
+            ),
             ("reuse", self.reuse in get_args(Reuse), f"one of {', '.join(get_args(Reuse))}"),
             ("regression", isinstance(self.regression, bool), "true or false"),
             ("progressive", isinstance(self.progressive, bool), "true or false"),
@@ -162,7 +171,7 @@ class DCViT:
     def check(self, cost: Cost) -> None:
         """Raise TargetError if the candidate blocks alone cannot meet the budget."""
         if not self.budget.is_identity:
-            self._widths(cost, [*self._candidates(cost.structure)])
+            self._widths(cost, self._eligible(self._candidates(cost.structure)))
 
     def scorer(self, net: nn.Module) -> Trials:
         """Return the pass over the few images, and the trials."""
@@ -189,7 +198,7 @@ class DCViT:
         else:
             _log.info("no images to try blocks on: they are taken in the network's order")
             found = {block: float(place) for place, block in enumerate(candidates)}
-        order = sorted(candidates, key=lambda block: found[block])
+        order = sorted(self._eligible(candidates), key=lambda block: found[block])
         edits: list[Drop | Keep] = []
         widths, dropped = self._widths(cost, order)
         for block, width in widths.items():
@@ -245,18 +254,29 @@ class DCViT:
         """
         candidates = self._candidates(structure(teacher))
         scores = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
-        done = [block for block in candidates if _differs(student, teacher, block)]
+        done = [
+            block
+            for block in candidates
+            if not _same_shapes(student.get_submodule(block), teacher.get_submodule(block))
+        ]
         done.sort(key=lambda block: scores[block])
         groups = [[block] for block in done] if self.progressive else [done]
         compressed = {block: student.get_submodule(block) for block in done}
+        tried = self._tried(teacher, evidence, candidates) if self.progressive else None
         for group in groups[1:]:
             for block in group:
-                student.set_submodule(block, copy.deepcopy(teacher.get_submodule(block)))
+                whole = (tried or teacher).get_submodule(block)
+                student.set_submodule(block, copy.deepcopy(whole))
+        taken = tried is not None and _same_shapes(student, tried)
+        if tried is not None and taken:  # the best trial is the first step, done already
+            student.load_state_dict(tried.state_dict())
         ready: list[str] = []
         for group in groups:
             for block in group:
                 student.set_submodule(block, compressed[block])
             ready += group
+            if taken and group is groups[0]:
+                continue
             if self.regression and self.reuse != "none":
                 yield Refit(
                     student,
@@ -276,6 +296,19 @@ class DCViT:
                     frozen=frozen(student, ready, front=self.tuning.front),
                 )
 
+    def _tried(
+        self, teacher: nn.Module, evidence: Evidence, candidates: Mapping[str, tuple[str, str]]
+    ) -> nn.Module | None:
+        """Return the network of the best trial, if trials were trained."""
+        found = evidence.moments.get(CANDIDATE)
+        if found is None:
+            return None
+        attention, mlp = [*candidates.values()][int(found["place"])]
+        plan = plan_of_trial(teacher, attention, mlp, evidence, self.trial.width)
+        net = cut(teacher, plan)
+        nn.utils.vector_to_parameters(found["parameters"], net.parameters())
+        return net
+
     def _candidates(self, described: Structure) -> dict[str, tuple[str, str]]:
         """Return the attention and the MLP branch of every block that may be compressed."""
         attentions = {attention.branch for attention in described.attentions}
@@ -288,6 +321,19 @@ class DCViT:
         order = [*blocks_of(described)]
         inner = set(order[first : len(order) - last])
         return {block: names for block, names in whole.items() if block in inner}
+
+    def _eligible(self, candidates: Mapping[str, tuple[str, str]]) -> list[str]:
+        """Return the candidates that may be chosen: all, or those that are asked for.
+
+        Raises:
+            ConfigError: one of these is none.
+        """
+        wrong = sorted(set(self.only or ()) - set(candidates))
+        if wrong:
+            raise ConfigError(
+                f"method.only: {', '.join(wrong[:3])}: expected some of {', '.join(candidates)}"
+            )
+        return [block for block in candidates if self.only is None or block in self.only]
 
     def _ends(self, described: Structure) -> dict[str, str]:
         ends = {branch.name: branch.ends[0] for branch in described.branches}
@@ -442,10 +488,9 @@ def _dim(cost: Cost, attention: str) -> int:
     return sum(part.size for part in layer.inp)
 
 
-def _differs(student: nn.Module, teacher: nn.Module, block: str) -> bool:
-    """Whether a block of the student is not the teacher's."""
-    shapes = [
-        [(name, tensor.shape) for name, tensor in net.get_submodule(block).named_parameters()]
-        for net in (student, teacher)
-    ]
-    return shapes[0] != shapes[1]
+def _same_shapes(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same parameters, but for their values."""
+    first, second = (
+        [(name, tensor.shape) for name, tensor in net.named_parameters()] for net in (one, other)
+    )
+    return first == second

@@ -32,6 +32,7 @@ Reuse = Literal["surgeon", "activation", "random", "none"]
 Distance = Literal["kl", "mse"]
 METRIC_SET = "metric_set"
 BLOCKS = "blocks"
+CANDIDATE = "candidate"
 
 
 class Trials(Calibrate):
@@ -43,7 +44,8 @@ class Trials(Calibrate):
     the attention and of what the whole block adds to the stream, (M + D,).
 
     Trials that train do so on the calibration images, in their order, towards the features that the
-    dense network had for them in the first epoch.
+    dense network had for them in the first epoch. Of the best one the parameters are kept, one
+    after another, (n,), under "candidate", with the place of its block.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Trials(Calibrate):
         for end in self._ends.values():
             rows, columns = net.get_submodule(end).get_parameter("weight").shape
             self._alone[key_of(end)] = Moments(end, rows + columns)
-        for name in ("scores", METRIC_SET, "labels"):
+        for name in ("scores", METRIC_SET, "labels", CANDIDATE, "place"):
             self.register_buffer(f"_{name}", torch.empty(0))
         self._order: dict[str, Tensor] = {}
         self._trial: list[nn.Module] = []  # in a list: not saved with this module
@@ -155,7 +157,11 @@ class Trials(Calibrate):
         if epoch == 0:
             self._conclude()
         elif epoch % each == 0:
-            self._judge(epoch // each - 1, self._trial.pop())
+            at, trial = epoch // each - 1, self._trial.pop()
+            self._judge(at, trial)
+            if at == int(self._scores[: at + 1].argmin()):
+                self._candidate = nn.utils.parameters_to_vector(trial.parameters()).detach()
+                self._place = torch.tensor(at)
 
     def on_train_epoch_start(self) -> None:
         """Begin the next trial."""
@@ -192,12 +198,8 @@ class Trials(Calibrate):
     def _compressed(self, block: str) -> nn.Module:
         """Return the network with one block compressed, its last layer solved if asked for."""
         evidence = self.evidence()
-        attention, _ = self.blocks[block]
-        site = self.hidden[block]
-        size = structure(self.net).sites[site].size
-        keep = best_of(evidence.scores[site], max(1, round(self.width * size)))
-        edits = (Drop(branch=attention), Keep(site=site, index=keep))
-        plan = Plan(model={}, edits=edits if len(keep) < size else edits[:1])
+        attention, mlp = self.blocks[block]
+        plan = plan_of_trial(self.net, attention, mlp, evidence, self.width)
         net = cut(self.net, plan)
         values = self.values(net, plan, evidence)
         with torch.no_grad():
@@ -264,6 +266,8 @@ class Trials(Calibrate):
             scores[self.hidden[block]] = self._order[end]
         scores[BLOCKS] = self._scores
         moments[METRIC_SET] = {"images": self._metric_set, "labels": self._labels}
+        if self._candidate.numel():
+            moments[CANDIDATE] = {"parameters": self._candidate, "place": self._place}
         return Evidence(scores=scores, moments=moments)
 
     def _ranked(self, end: str, alone: Mapping[str, Tensor]) -> Tensor:
@@ -280,6 +284,18 @@ class Trials(Calibrate):
                 place = [*self._ends.values()].index(end)
                 generator = torch.Generator().manual_seed(self.seed + place)
                 return torch.rand(units, generator=generator)
+
+
+def plan_of_trial(
+    net: nn.Module, attention: str, mlp: str, evidence: Evidence, width: float
+) -> Plan:
+    """Return the plan of one trial: the attention goes, the share `width` of the units stays."""
+    described = structure(net)
+    site = hidden_of(described, mlp)
+    size = described.sites[site].size
+    keep = best_of(evidence.scores[site], max(1, round(width * size)))
+    edits = (Drop(branch=attention), Keep(site=site, index=keep))
+    return Plan(model={}, edits=edits if len(keep) < size else edits[:1])
 
 
 def hidden_of(described: Structure, mlp: str) -> str:

@@ -106,7 +106,7 @@ def mismatches(
         else:
             problems += _nothing_left(cfg["from_run"], cost, built["start"][1], method.budget)
             method.check(Cost(built["start"][0], cost.input_size, cost))
-        if method.budget.keep != 1:
+        if not method.budget.is_identity:
             method.scorer(model.skeleton())
     except VitrimError as error:
         problems.append(str(error))

@@ -355,7 +355,7 @@ DIGITS = (
     "model.name=resnet18",
     "model.num_classes=10",
     "model.image_size=8",
-    "+model.args.layers=[1,2,1,1]",
+    "+model.args.layers=[1,2,2,1]",
     "+model.args.channels=[8,8,8,8]",
     "+model.args.in_chans=1",
     "model.mean=[0.5]",
@@ -380,10 +380,14 @@ BY_WEIGHT = (
     [
         (*BY_WEIGHT, "method.fine_tune=true", "method.tuning.training.epochs=1"),
         ("method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
+        ("method=fskd",),
+        ("method=cd", "method.fine_tuning.epochs=1"),
+        ("method=practise", "target.macs=0.99", "method.tuning.epochs=1"),
+        ("method=mir", "target.macs=0.99", "method.tuning.epochs=1"),
     ],
-    ids=["oneshot", "vtp"],
+    ids=["oneshot", "vtp", "fskd", "cd", "practise", "mir"],
 )
-def test_a_run_prunes_channels_from_yaml_to_report(command: Command, method: Any) -> None:
+def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
     done = command(*DIGITS, *method, "strength=3")
     assert done.code == 0, done.message
     report = json.loads(done.report.read_text())
@@ -398,8 +402,13 @@ def test_a_run_prunes_channels_from_yaml_to_report(command: Command, method: Any
     [
         (("method=oneshot",), "method.sites=['mlp']: expected what this network has, channels"),
         (("method=oneshot", "method.sites=[channels]"), "no residual stream of tokens"),
+        (
+            ("method=oneshot", "method.sites=[channels]", "target.blocks=1"),
+            "no residual stream of tokens",
+        ),
         ((*BY_WEIGHT, "method.compensation=ridge"), "no residual stream of tokens"),
         (("method=mixed_rank",), "this network has none that can be factorised"),
+        (("method=dcvit",), "all 0 candidate blocks"),
     ],
 )
 def test_what_needs_tokens_is_refused_before_any_training(
@@ -420,7 +429,7 @@ def test_pixels_that_cannot_be_normalised_are_refused(command: Command, words: s
 
 
 def test_a_checkpoint_may_lack_the_counters_of_its_norms(tmp_path: Path, command: Command) -> None:
-    args = {"layers": [1, 2, 1, 1], "channels": [8, 8, 8, 8], "in_chans": 1, "num_classes": 10}
+    args = {"layers": [1, 2, 2, 1], "channels": [8, 8, 8, 8], "in_chans": 1, "num_classes": 10}
     dense = timm.create_model("resnet18", **args)
     state = {n: t for n, t in dense.state_dict().items() if not n.endswith("num_batches_tracked")}
     safetensors.torch.save_file(state, tmp_path / "dense.safetensors")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vitrim.compensation import regress
 from vitrim.criteria import reader_of, score
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.model import structure
 from vitrim.model.site import Structure, index_of, removed_of, resolve
 from vitrim.plan import Evidence, Keep, Plan
@@ -63,7 +63,9 @@ class CD:
     fine_tuning: Recipe
 
     def __post_init__(self) -> None:
-        rules = (
+        require(
+            "method",
+            self,
             (
                 "sites",
                 bool(self.sites) and set(self.sites) <= SITES.keys(),
@@ -75,15 +77,8 @@ class CD:
             ("positions", is_count(self.positions), "a whole number from 1 on"),
             ("mu", is_rate(self.mu) and self.mu <= 1, "a number from 0 to 1"),
             ("steps", is_count(self.steps), "a whole number from 1 on"),
-            ("ridge", is_rate(self.ridge) and self.ridge > 0, "a number above 0"),
+            ("ridge", is_positive(self.ridge), "a number above 0"),
         )
-        problems = [
-            f"method.{name}={getattr(self, name)}: expected {allowed}"
-            for name, fits, allowed in rules
-            if not fits
-        ]
-        if problems:
-            raise ConfigError("; ".join(problems))
         check_strength(self.strength, self.levels, where="conf/method/cd.yaml")
         choose(self.strength, self.levels, self.target, metric="units")
 

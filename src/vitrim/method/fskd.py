@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vitrim.compensation import regress
 from vitrim.criteria import score
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.errors import is_count, is_positive, require
 from vitrim.model import structure
 from vitrim.model.site import Layer, Structure, index_of, resolve
 from vitrim.plan import Evidence, Keep, Plan
@@ -57,7 +57,9 @@ class FSKD:
     ridge: float
 
     def __post_init__(self) -> None:
-        rules = (
+        require(
+            "method",
+            self,
             (
                 "sites",
                 bool(self.sites) and set(self.sites) <= SITES.keys(),
@@ -67,15 +69,8 @@ class FSKD:
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("images", is_count(self.images), "a whole number from 1 on"),
             ("positions", is_count(self.positions), "a whole number from 1 on"),
-            ("ridge", is_rate(self.ridge) and self.ridge > 0, "a number above 0"),
+            ("ridge", is_positive(self.ridge), "a number above 0"),
         )
-        problems = [
-            f"method.{name}={getattr(self, name)}: expected {allowed}"
-            for name, fits, allowed in rules
-            if not fits
-        ]
-        if problems:
-            raise ConfigError("; ".join(problems))
         check_strength(self.strength, self.levels, where="conf/method/fskd.yaml")
         choose(self.strength, self.levels, self.target, metric="units")
 

@@ -42,9 +42,9 @@ def stream(net: nn.Module) -> Stream:
         UnsupportedArchitecture: naming the class.
     """
     raise UnsupportedArchitecture(
-        f"{type(net).__name__} has no residual stream of tokens to follow, so that no statistics "
-        "of it can be gathered: choose what looks at weights alone (of method=oneshot and "
-        "aiminify: criterion magnitude, group_l2 or random, and compensation none)"
+        f"{type(net).__name__} has no residual stream of tokens to follow: expected a method "
+        "that needs none, as fskd, cd, practise, mir and vtp, or oneshot by weights alone "
+        "(criterion magnitude, group_l2 or random, and compensation none)"
     )
 
 

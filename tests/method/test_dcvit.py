@@ -226,3 +226,9 @@ def test_compression_leaves_the_dense_network_alone() -> None:
     method = built("strength=4")
     cut(net, method.plan(net, Evidence(scores={}), Cost(net, 32)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_network_without_attention_is_refused_in_words() -> None:
+    cost = Cost(skeleton_net("resnet18"), 64)
+    with pytest.raises(ConfigError, match="no blocks of an attention and an MLP"):
+        built("strength=2").check(cost)

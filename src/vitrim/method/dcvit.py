@@ -328,6 +328,11 @@ class DCViT:
         Raises:
             ConfigError: one of these is none.
         """
+        if not candidates:
+            raise ConfigError(
+                f"method={self.name}: the network has no blocks of an attention and an MLP to "
+                "compress; method=practise and mir drop whole blocks, fskd and cd cut channels"
+            )
         wrong = sorted(set(self.only or ()) - set(candidates))
         if wrong:
             raise ConfigError(

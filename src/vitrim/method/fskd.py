@@ -8,7 +8,7 @@ what the dense network's gives for the same rows:
     Q = argmin || X_S Q - X_T ||^2
 
 Q is a linear map of channels, so it is absorbed into the layer before it: W <- Q^T W, b <- Q^T b.
-No gradient, no labels. The algorithm was read in the authors' code (LTH14/FSKD).
+No gradient, no labels. After a description of the authors' code (LTH14/FSKD), not the code itself.
 
 Where we differ from the paper, or where it does not reach:
   * Q is held near the identity by a ridge, where the authors' lstsq takes the smallest Q: with few

@@ -9,9 +9,9 @@ import torch
 from timm.layers import set_fused_attn
 from torch import nn
 
-from conftest import SIZE, plan_of, skeleton_net, small_net
-from vitrim import Plan, count, cut, measure
-from vitrim.measure import latency_ms, record
+from conftest import MODEL, SIZE, plan_of, skeleton_net, small_net
+from vitrim import Drop, Plan, count, cut, measure
+from vitrim.measure import Latency, latencies, record
 from vitrim.target import Cost, Target
 
 CUT = plan_of({"blocks.0.attn.qk": (0, 1, 9), "blocks.1.attn.v": (1, 2, 3, 20)})
@@ -99,9 +99,20 @@ def test_sizes_are_a_side_or_height_and_width_or_all_three() -> None:
 
 def test_latency_is_one_positive_number_per_network() -> None:
     nets = [small_net(dtype=torch.float32), cut(small_net(dtype=torch.float32), CUT)]
-    times = latency_ms(nets, SIZE, batch=2, repeats=2, device="cpu")
+    times = latencies(nets, SIZE, batch=2, repeats=2, device="cpu", blocks=False)
     assert len(times) == 2
-    assert all(0 < time < 10_000 for time in times)
+    assert all(0 < time.median < 10_000 and time.std >= 0 and not time.blocks for time in times)
+
+
+def test_blocks_are_timed_where_they_are() -> None:
+    drops = tuple(Drop(branch=f"blocks.1.{part}") for part in ("attn", "mlp"))
+    dense = small_net(dtype=torch.float32)
+    nets = [dense, cut(dense, Plan(model=MODEL, edits=drops))]
+    whole, less = latencies(nets, SIZE, batch=2, repeats=3, device="cpu", blocks=True)
+    assert set(whole.blocks) == {"blocks.0", "blocks.1"}
+    assert set(less.blocks) == {"blocks.0"}
+    assert all(0 < part.mean < 10_000 for part in whole.blocks.values())
+    assert not any(module._forward_hooks for module in dense.modules())
 
 
 def pair() -> tuple[nn.Module, nn.Module, Cost]:
@@ -114,13 +125,17 @@ def test_a_record_holds_both_sides_and_what_was_kept() -> None:
     dense_accuracy = {"top1": 90.0, "top5": 99.0}
     stages = {"cut": None, "refit": {"top1": 80.0, "top5": 98.0}}
     budget = Target(metric="macs", keep=0.9)
-    found = record((dense, compact), cost, CUT, (2.0, 1.0), dense_accuracy, stages, budget)
+    times = [Latency(2.0, 2.1, 0.1), Latency(1.0, 1.1, 0.1, {"blocks.0": Latency(0.4, 0.5, 0.2)})]
+    found = record((dense, compact), cost, CUT, times, dense_accuracy, stages, budget)
     for side, net, top1, latency in (
         ("dense", dense, 90.0, 2.0),
         ("compact", compact, 80.0, 1.0),
     ):
         size = count(net, SIZE)._asdict()
         assert found[side] == {**found[side], **size, "top1": top1, "latency_ms": latency}
+    assert "blocks_ms" not in found["dense"]
+    assert found["compact"]["blocks_ms"] == {"blocks.0": [0.5, 0.2]}
+    assert (found["dense"]["latency_mean_ms"], found["dense"]["latency_std_ms"]) == (2.1, 0.1)
     assert found["cut"] == {"top1": None, "top5": None}
     assert found["stages"] == {"cut": found["cut"], "refit": {"top1": 80.0, "top5": 98.0}}
     assert found["kept"]["macs"] == count(compact, SIZE).macs / count(dense, SIZE).macs

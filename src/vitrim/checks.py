@@ -31,6 +31,7 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
         ("progress", progress, truth, isinstance(progress, bool)),
         ("latency.batch", latency["batch"], whole, is_count(latency["batch"])),
         ("latency.repeats", latency["repeats"], whole, is_count(latency["repeats"])),
+        ("latency.blocks", latency["blocks"], "true or false", isinstance(latency["blocks"], bool)),
     )
     wrong = [
         f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits

@@ -6,7 +6,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitrim.model import structure
+from vitrim.model.site import blocks_of
 
 if TYPE_CHECKING:
     from vitrim.plan import Plan
@@ -96,27 +100,83 @@ def image_shape(net: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
     return channels, size[0], size[1]
 
 
-def latency_ms(
-    nets: Sequence[nn.Module], input_size: InputSize, *, batch: int, repeats: int, device: str
-) -> list[float]:
-    """Return each network's median milliseconds for one forward pass of `batch` images.
+class Latency(NamedTuple):
+    """Milliseconds of one forward pass over its repetitions, and of single modules by path."""
+
+    median: float
+    mean: float
+    std: float
+    blocks: Mapping[str, Latency] = {}
+
+
+def latencies(
+    nets: Sequence[nn.Module],
+    input_size: InputSize,
+    *,
+    batch: int,
+    repeats: int,
+    device: str,
+    blocks: bool,
+) -> list[Latency]:
+    """Return how long each network takes for one forward pass of `batch` images.
 
     The networks take turns, so that drift of the machine's speed hits all of them alike; one
-    untimed pass each comes first. Weights stay where they are moved to: pass networks you own.
+    untimed pass each comes first. With `blocks` every residual block is timed as well, in passes of
+    their own. Weights stay where they are moved to: pass networks you own.
     """
     nets = [net.to(device).eval() for net in nets]
     x = torch.zeros(batch, *image_shape(nets[0], input_size), device=device)
-    times: list[list[float]] = [[] for _ in nets]
+    whole: list[list[float]] = [[] for _ in nets]
+    parts: list[dict[str, list[float]]] = [{} for _ in nets]
     with torch.inference_mode():
         for turn in range(repeats + 1):
-            for net, seen in zip(nets, times, strict=True):
-                start = time.perf_counter()
+            for net, seen in zip(nets, whole, strict=True):
+                start = _now(x)
                 net(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
                 if turn:
-                    seen.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(seen) for seen in times]
+                    seen.append(_now(x) - start)
+        for _ in range(repeats):
+            for net, found in zip(nets if blocks else (), parts, strict=False):
+                with _timed(net, x, found):
+                    net(x)
+    return [
+        _latency(seen)._replace(blocks={name: _latency(part) for name, part in found.items()})
+        for seen, found in zip(whole, parts, strict=True)
+    ]
+
+
+def _latency(seen: Sequence[float]) -> Latency:
+    return Latency(statistics.median(seen), statistics.mean(seen), statistics.pstdev(seen))
+
+
+def _now(x: Tensor) -> float:
+    """Return milliseconds from some point in the past, once all work on `x` is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+@contextmanager
+def _timed(net: nn.Module, x: Tensor, found: dict[str, list[float]]) -> Iterator[None]:
+    """Note in `found` how long each residual block takes while the context lasts."""
+    begun: dict[str, float] = {}
+
+    def begin(name: str) -> Any:
+        return lambda module, args: begun.__setitem__(name, _now(x))
+
+    def end(name: str) -> Any:
+        return lambda module, args, output: found.setdefault(name, []).append(_now(x) - begun[name])
+
+    handles = []
+    for name in blocks_of(structure(net)):
+        module = net.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(begin(name)))
+        handles.append(module.register_forward_hook(end(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 Accuracy = Mapping[str, float] | None
@@ -127,7 +187,7 @@ def record(
     nets: tuple[nn.Module, nn.Module],
     cost: Cost,
     plan: Plan,
-    times: Sequence[float],
+    times: Sequence[Latency],
     dense_accuracy: Accuracy,
     stages: Mapping[str, Accuracy],
     budget: Target,
@@ -142,7 +202,7 @@ def record(
     if (formula.params, formula.macs) != sizes[1][:2]:
         raise AssertionError(f"the plan's formula gives {formula}, the counter {sizes[1]}")
     sides = [
-        {**size._asdict(), **_percent(accuracy), "latency_ms": latency}
+        {**size._asdict(), **_percent(accuracy), **_milliseconds(latency)}
         for size, accuracy, latency in zip(
             sizes, (dense_accuracy, [*stages.values()][-1]), times, strict=True
         )
@@ -156,6 +216,16 @@ def record(
         "target": {"metric": budget.metric, "keep": budget.keep},
         "kept": {name: sides[1][name] / sides[0][name] for name in ("params", "macs")},
     }
+
+
+def _milliseconds(latency: Latency) -> dict[str, Any]:
+    blocks = {name: [part.mean, part.std] for name, part in latency.blocks.items()}
+    found = {
+        "latency_ms": latency.median,
+        "latency_mean_ms": latency.mean,
+        "latency_std_ms": latency.std,
+    }
+    return found | ({"blocks_ms": blocks} if blocks else {})
 
 
 def _percent(accuracy: Accuracy) -> dict[str, float | None]:

@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> Path:
     from lightning import seed_everything
 
     from vitrim import quantize
-    from vitrim.measure import latency_ms, record
+    from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
     from vitrim.plan import Plan
     from vitrim.store import save
@@ -103,7 +103,7 @@ def run(cfg: DictConfig) -> Path:
             provenance={**plan.provenance, "seed": cfg.seed, "recipe_hash": recipe["hash"]},
         )
         save(folder, compact, plan)
-        times = latency_ms([dense, compact], model.spec().size, **cfg.latency)
+        times = latencies([dense, compact], model.spec().size, **cfg.latency)
         report = record(
             (dense, compact),
             cost,

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
+from vitrim.data import ImageSpec
 from vitrim.errors import is_count, is_positive, is_rate, require
+from vitrim.store import write
+
+METRIC_SET = "metric_set"
+"""Under which evidence has the images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +116,13 @@ class Dream:
     def _norm(self, pixels: Tensor) -> Tensor:
         norms: Tensor = pixels.flatten(1).norm(dim=1)
         return self.small * norms.mean()
+
+
+def sheet(images: Tensor, spec: ImageSpec, path: Path) -> None:
+    """Write images (n, C, H, W), prepared as `spec` says, side by side into one PNG."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1)
+    write(path, lambda at: save_image(pixels, at, nrow=10, format="png"))
 
 
 def variation(images: Tensor, power: float) -> Tensor:

@@ -49,6 +49,7 @@ def run(cfg: DictConfig) -> Path:
     from lightning import seed_everything
 
     from vitrim import quantize
+    from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
     from vitrim.plan import Plan
@@ -88,6 +89,9 @@ def run(cfg: DictConfig) -> Path:
             _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
             plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
             compact = prune.compact
+            if METRIC_SET in prune.evidence.moments:
+                images = prune.evidence.moments[METRIC_SET]["images"]
+                sheet(images, model.spec(), folder / "metric_set.png")
             if prune.plan.edits and phases is not None:
                 recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
         stages = {"cut": dense_accuracy}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from PIL import Image
 from torch import nn
 
 from command import QUICK, Command
@@ -186,6 +187,12 @@ SHORT = (
 def test_every_ablation_runs(command: Command, variant: tuple[str, ...]) -> None:
     done = command("method=dcvit", "strength=4", *SHORT, *variant)
     assert done.code == 0, done.output
+
+
+def test_the_metric_set_is_drawn(command: Command) -> None:
+    done = command("method=dcvit", "strength=4", *SHORT)
+    with Image.open(done.report.parent / "metric_set.png") as image:
+        assert image.size == (4 * 10 + 2, 12)  # four of 8 pixels, 2 pixels between them
 
 
 def test_progress_is_judged_after_every_block(command: Command) -> None:

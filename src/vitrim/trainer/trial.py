@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitrim.compensation import fitted
 from vitrim.criteria import surgeon
-from vitrim.dream import Dream
+from vitrim.dream import METRIC_SET, Dream
 from vitrim.model import structure
 from vitrim.model.site import Structure, blocks_of
 from vitrim.moments import Moments, key_of
@@ -30,7 +30,6 @@ from vitrim.trainer.recipe import Recipe, optimisation
 
 Reuse = Literal["surgeon", "activation", "random", "none"]
 Distance = Literal["kl", "mse"]
-METRIC_SET = "metric_set"
 BLOCKS = "blocks"
 CANDIDATE = "candidate"
 

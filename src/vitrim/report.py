@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from vitrim import foresight
 from vitrim.figure import Panel, draw, labelled, line_of
 from vitrim.paper import compare
 from vitrim.spectra import figures
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"vitrim-report: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     show(rows)
+    for line in foresight.lines(runs):
+        print(line)
     print(f"unfinished: {len(unfinished)}", *unfinished, sep="\n  ")
     print(*paths, sep="\n")
     for run in runs:
@@ -184,6 +187,7 @@ def write(
     contents = {
         "curve.png": draw(rows),
         **figures(runs, rows),
+        **foresight.figure(runs),
         "report.md": markdown(runs, rows, unfinished).encode(),
         "report.csv": csv_text(runs).encode(),
     }
@@ -221,6 +225,7 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path
     int8 = _markdown_grid(quantized(rows), left=5)
     parts = ["## In int8", "", *int8, "", INT8_NOTE, ""] if int8 else []
     parts += compare.markdown(compare.comparison(rows))
+    parts += [line for said in foresight.lines(runs) for line in (f"{said}.", "")]
     grid = _markdown_grid(table(rows), left=4)
     return "\n".join([*grid, "", *notes, "", *parts, "![curves](curve.png)", ""])
 

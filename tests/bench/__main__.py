@@ -7,7 +7,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, gates, load, lowrank, oneshot
+from . import attention, cut, gates, load, lowrank, oneshot, trials
 from .timing import table
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "attention": attention,
     "oneshot": oneshot,
     "lowrank": lowrank,
+    "trials": trials,
 }
 
 

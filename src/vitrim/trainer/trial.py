@@ -9,7 +9,7 @@ for all blocks at once, and with `epochs` 0 that is all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -238,17 +238,13 @@ class Trials(Calibrate):
         self._optimizer, self._schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
 
     def _train(self, images: Tensor, batch_index: int) -> None:
-        with torch.enable_grad():
-            (trial,) = self._trial
-            features = trial.forward_features(images)  # type: ignore[operator]
-            loss = F.mse_loss(features, self._aims[batch_index])
-            self._optimizer.zero_grad()
-            self.manual_backward(loss)
-            if self.recipe_of_trials.clip_norm:
-                nn.utils.clip_grad_norm_(trial.parameters(), self.recipe_of_trials.clip_norm)
-            self._optimizer.step()
+        (trial,) = self._trial
+        clip = self.recipe_of_trials.clip_norm
+        loss = step(
+            trial, images, self._aims[batch_index], self._optimizer, clip, self.manual_backward
+        )
         self._schedule.step()
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("loss", loss, prog_bar=True)
 
     def evidence(self) -> Evidence:
         """Return scores and moments; empty where no image was seen."""
@@ -283,6 +279,29 @@ class Trials(Calibrate):
                 place = [*self._ends.values()].index(end)
                 generator = torch.Generator().manual_seed(self.seed + place)
                 return torch.rand(units, generator=generator)
+
+
+@torch.enable_grad()
+def step(
+    net: nn.Module,
+    images: Tensor,
+    aim: Tensor,
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    backward: Callable[[Tensor], Any],
+) -> Tensor:
+    """Train `net` on one batch (B, C, H, W) towards features (B, N, D); return the loss, eq. 3.
+
+    Nothing is computed for parameters that need no gradient.
+    """
+    features = net.forward_features(images)  # type: ignore[operator]
+    loss = F.mse_loss(features, aim)
+    optimizer.zero_grad()
+    backward(loss)
+    if clip:
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
+    return loss.detach()
 
 
 def plan_of_trial(

@@ -82,10 +82,10 @@ def test_a_flat_image_has_no_variation_and_a_finite_slope() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"images": 0}, r"method\.metric_set\.images=0"),
-        ({"lr": -1}, r"method\.metric_set\.lr=-1"),
-        ({"power": 0}, r"method\.metric_set\.power=0"),
-        ({"jitter": 1.5}, r"method\.metric_set\.jitter=1\.5"),
+        ({"images": 0}, r"method\.dream\.images=0"),
+        ({"lr": -1}, r"method\.dream\.lr=-1"),
+        ({"power": 0}, r"method\.dream\.power=0"),
+        ({"jitter": 1.5}, r"method\.dream\.jitter=1\.5"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], said: str) -> None:

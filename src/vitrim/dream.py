@@ -44,7 +44,7 @@ class Dream:
     def __post_init__(self) -> None:
         whole, rate = "a whole number from 1 on", "a number from 0 on"
         require(
-            "method.metric_set",
+            "method.dream",
             self,
             ("images", is_count(self.images), whole),
             ("iterations", is_count(self.iterations), whole),

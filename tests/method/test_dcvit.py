@@ -131,8 +131,9 @@ def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
         (["method.only=[]"], r"method\.only=\[\]"),
         (["method.trial.width=0"], r"method\.trial\.width=0"),
         (["method.trial.width=2"], r"method\.trial\.width=2"),
-        (["method.metric_set.images=0"], r"method\.metric_set\.images=0"),
-        (["method.metric_set.lr=0"], r"method\.metric_set\.lr=0"),
+        (["method.dream.images=0"], r"method\.dream\.images=0"),
+        (["method.dream.lr=0"], r"method\.dream\.lr=0"),
+        (["method.metric_set=real"], "method.metric_set=real"),
         (["method.distance=cosine"], "method.distance=cosine"),
         (["method.tuning.mimic=patches"], r"method\.tuning\.mimic=patches"),
         (["method.ridges.fold=0"], r"method\.ridges\.fold=0"),
@@ -167,8 +168,9 @@ def test_unreachable_targets_are_refused_before_any_training(
 
 SHORT = (
     *QUICK,
-    "method.metric_set.iterations=2",
-    "method.metric_set.images=4",
+    "method.metric_set=dream",
+    "method.dream.iterations=2",
+    "method.dream.images=4",
     "method.tuning.training.epochs=1",
 )
 
@@ -180,7 +182,7 @@ SHORT = (
         ("method.reuse=none", "method.regression=false"),
         ("method.reuse=activation", "method.distance=mse", "method.tuning.mimic=class"),
         ("method.reuse=random", "method.tuning.front=false", "method.trial.training.epochs=1"),
-        ("method.metric_set=null", "target.params=0.7"),
+        ("method.metric_set=images", "target.params=0.7"),
         ("method.accounting=paper", "target.blocks=1"),
     ],
 )

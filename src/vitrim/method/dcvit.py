@@ -3,13 +3,17 @@
 A few blocks lose their attention and most of their MLP; so few of them, and so much, that the
 budget is met to within one hidden unit a block, where dropping whole blocks reaches a handful of
 sizes only. Which blocks: those whose trial (`vitrim.trainer.trial`) leaves the network nearest to
-what it said of a set of images that it dreamt up. Then the network mimics the dense one's features
-on a few unlabelled images, in the front part up to the neighbour of the last compressed block.
+what it said of a set of images. Then the network mimics the dense one's features on a few
+unlabelled images, in the front part up to the neighbour of the last compressed block.
 
-The paper's: eqs. 1-6, Algorithm 1, the ablations of its Table 6 (`reuse` random, activation or
-none, `distance` mse, `mimic` class, `front` false, `extra` blocks, `progressive` false). Ours: the
-count of MACs, which includes the attention's products (`accounting: paper` is the paper's own),
-units by greedy surgeon order, and least squares before any training (`regression`).
+The paper's: eqs. 1-6, Algorithm 1, that set dreamt up by the network (`metric_set: dream`), the
+ablations of its Table 6 (`reuse` random, activation or none, `distance` mse, `mimic` class, `front`
+false, `extra` blocks, `progressive` false). Ours: the count of MACs, which includes the attention's
+products (`accounting: paper` is the paper's own), units by greedy surgeon order, least squares
+before any training (`regression`), and the few images themselves to judge by. Of trials by least
+squares on ViT-Ti, 500 images, they foretell best what a block costs: rank correlation 0.69 with the
+top-1 lost, against -0.54 for 50 dreams of 100 iterations, on which early blocks look worse than
+they are.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ _log = logging.getLogger(__name__)
 
 Accounting = Literal["exact", "paper"]
 Tokens = Literal["all", "class"]
+MetricSet = Literal["images", "dream"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +132,8 @@ class DCViT:
     regression: bool
     progressive: bool
     trial: Trial
-    metric_set: Dream | None
+    metric_set: MetricSet
+    dream: Dream
     distance: Distance
     sampling: Sampling
     ridges: Ridges
@@ -154,6 +160,7 @@ class DCViT:
             ("reuse", self.reuse in get_args(Reuse), f"one of {', '.join(get_args(Reuse))}"),
             ("regression", isinstance(self.regression, bool), "true or false"),
             ("progressive", isinstance(self.progressive, bool), "true or false"),
+            ("metric_set", self.metric_set in get_args(MetricSet), "images or dream"),
             ("distance", self.distance in get_args(Distance), "kl or mse"),
         )
         check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
@@ -185,7 +192,7 @@ class DCViT:
             width=self.trial.width,
             recipe=self.trial.training,
             front=self.tuning.front,
-            metric_set=self.metric_set,
+            metric_set=self.dream if self.metric_set == "dream" else None,
             distance=self.distance,
             seed=self.seed,
         )

@@ -38,9 +38,9 @@ class Trials(Calibrate):
     """Calibrate all candidate blocks, then try each one, and score it (higher: harder to lose).
 
     Evidence has, beside what `Calibrate` finds for the candidates' MLPs, `scores` by hidden site
-    and, under "blocks", one a candidate in their order; `moments` of "metric_set", its images
-    (n, C, H, W) with their classes, and, by MLP, `trial.mean` and `trial.cov` of its units without
-    the attention and of what the whole block adds to the stream, (M + D,).
+    and, under "blocks", one a candidate in their order; `moments` of "metric_set", if it was dreamt
+    up, its images (n, C, H, W) with their classes, and, by MLP, `trial.mean` and `trial.cov` of its
+    units without the attention and of what the whole block adds to the stream, (M + D,).
 
     Trials that train do so on the calibration images, in their order, towards the features that the
     dense network had for them in the first epoch. Of the best one the parameters are kept, one
@@ -106,6 +106,8 @@ class Trials(Calibrate):
         self._order: dict[str, Tensor] = {}
         self._trial: list[nn.Module] = []  # in a list: not saved with this module
         self._images: list[Tensor] = []
+        self._judged: list[Tensor] = []
+        self._wanted: list[Tensor] = []
         self._aims: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_index: int) -> None:
@@ -177,10 +179,8 @@ class Trials(Calibrate):
         net = self.net.eval()
         logits = net(self._images[0])
         low, high = self._range
-        if self.metric_set is None:
-            self._metric_set = torch.cat(self._images)
-            self._labels = torch.cat([net(x).argmax(1) for x in self._images])
-        else:
+        self._judged = self._images
+        if self.metric_set is not None:
             with torch.enable_grad():
                 self._metric_set, self._labels = self.metric_set.run(
                     net,
@@ -189,6 +189,8 @@ class Trials(Calibrate):
                     high=high,
                     size=self._images[0].shape[2:],  # type: ignore[arg-type]
                 )
+            self._judged = [*torch.split(self._metric_set, 50)]
+        self._wanted = [self._said(net, x) for x in self._judged]
         self._scores = torch.zeros(len(self.blocks), device=low.device)
         for at, block in enumerate(self.blocks if not self.recipe_of_trials.epochs else ()):
             self._judge(at, self._compressed(block))
@@ -213,16 +215,22 @@ class Trials(Calibrate):
     @torch.no_grad()
     def _judge(self, at: int, net: nn.Module) -> None:
         """Score a trial on the metric set."""
-        net.eval()
         total = torch.zeros((), dtype=torch.float64)
-        for x in torch.split(self._metric_set, 50):
+        for x, wanted in zip(self._judged, self._wanted, strict=True):
+            found = self._said(net.eval(), x)
             if self.distance == "kl":
-                wanted, found = (n(x).log_softmax(-1) for n in (self.net, net))
                 total += F.kl_div(found, wanted, log_target=True, reduction="sum").cpu()
             else:
-                wanted, found = (n.forward_features(x) for n in (self.net, net))  # type: ignore[operator]
                 total += len(x) * F.mse_loss(found, wanted).cpu()
-        self._scores[at] = total / len(self._metric_set)
+        self._scores[at] = total / sum(map(len, self._judged))
+
+    def _said(self, net: nn.Module, images: Tensor) -> Tensor:
+        """Return what trials are judged by: log-probabilities (B, classes), or features."""
+        if self.distance == "kl":
+            logits: Tensor = net(images)
+            return logits.log_softmax(-1)
+        features: Tensor = net.forward_features(images)  # type: ignore[operator]
+        return features
 
     def _begin(self, at: int) -> None:
         block = [*self.blocks][at]
@@ -260,7 +268,8 @@ class Trials(Calibrate):
                 self._order[end] = self._ranked(end, alone)
             scores[self.hidden[block]] = self._order[end]
         scores[BLOCKS] = self._scores
-        moments[METRIC_SET] = {"images": self._metric_set, "labels": self._labels}
+        if self._metric_set.numel():
+            moments[METRIC_SET] = {"images": self._metric_set, "labels": self._labels}
         if self._candidate.numel():
             moments[CANDIDATE] = {"parameters": self._candidate, "place": self._place}
         return Evidence(scores=scores, moments=moments)

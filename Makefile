@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/vitrim-report outputs
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu'
 
 # The hooks of .pre-commit-config.yaml, over every file.
 lint: $(READY)

@@ -408,7 +408,7 @@ def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
         ),
         ((*BY_WEIGHT, "method.compensation=ridge"), "no residual stream of tokens"),
         (("method=mixed_rank",), "this network has none that can be factorised"),
-        (("method=dcvit",), "all 0 candidate blocks"),
+        (("method=dcvit",), "no blocks of an attention and an MLP"),
     ],
 )
 def test_what_needs_tokens_is_refused_before_any_training(

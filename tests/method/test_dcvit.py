@@ -128,6 +128,8 @@ def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
         (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
         (["method.spare=[1]"], r"method\.spare=\[1\]"),
         (["method.extra=-1"], "method.extra=-1"),
+        (["method.extra=1", "method.accounting=paper"], "method.extra=1: .* 0 with accounting"),
+        (["target.units=100"], r"target\.units: attentions go"),
         (["method.only=[]"], r"method\.only=\[\]"),
         (["method.trial.width=0"], r"method\.trial\.width=0"),
         (["method.trial.width=2"], r"method\.trial\.width=2"),

@@ -141,7 +141,6 @@ class DCViT:
     seed: int
 
     def __post_init__(self) -> None:
-        whole = "a whole number from 0 on"
         require(
             "method",
             self,
@@ -151,7 +150,11 @@ class DCViT:
                 len(self.spare) == 2 and all(n == 0 or is_count(n) for n in self.spare),
                 "two whole numbers: of first and of last blocks that stay whole",
             ),
-            ("extra", self.extra == 0 or is_count(self.extra), whole),
+            (
+                "extra",
+                self.extra == 0 or (is_count(self.extra) and self.accounting == "exact"),
+                "a whole number from 0 on; 0 with accounting=paper",
+            ),
             (
                 "only",
                 self.only is None or (bool(self.only) and not isinstance(self.only, str)),
@@ -164,7 +167,12 @@ class DCViT:
             ("distance", self.distance in get_args(Distance), "kl or mse"),
         )
         check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
-        if self.accounting == "paper" and self.budget.metric not in ("macs", "blocks"):
+        if self.budget.metric == "units":
+            raise TargetError(
+                "target.units: attentions go, too, which have no units here; set target.macs, "
+                "target.params or target.blocks"
+            )
+        if self.accounting == "paper" and self.budget.metric == "params":
             raise TargetError(
                 f"target.{self.budget.metric}: method.accounting=paper counts MACs; set "
                 "target.macs or target.blocks, or method.accounting=exact"
@@ -416,12 +424,20 @@ def dense_widths(
         for at, block in enumerate(chosen)
         for place in range(1, sizes[block])
     )
-    full = {block: sizes[block] for block in chosen}
-    attended: list[str] = []
-    for at in range(n, -1, -1):  # as many attentions go as still leave units to take
-        attended = list(chosen[at:])
-        if left(full, attended) >= limit:
-            break
+    ones, full = dict.fromkeys(chosen, 1), {block: sizes[block] for block in chosen}
+    attended = next(  # as many attentions go as still leave units to take
+        (
+            chosen[at:]
+            for at in range(n, -1, -1)
+            if left(ones, chosen[at:]) <= limit <= left(full, chosen[at:])
+        ),
+        None,
+    )
+    if attended is None:
+        raise TargetError(
+            f"target.{target.metric}={target.keep} lies between what {n} blocks with and without "
+            "an attention leave; set another target or method.extra"
+        )
     low, high = 0, len(units)
     while low < high:  # the most units within the limit
         middle = (low + high + 1) // 2

@@ -181,7 +181,7 @@ def test_a_site_is_edited_once_in_a_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), {1: 2}, object(), {"a": [b"bytes"]}, {1}], ids=repr
+    "value", [float("nan"), float("inf"), {1: 2}, object, {"a": [b"bytes"]}, {1}], ids=repr
 )
 def test_values_without_a_json_form_are_named(value: Any) -> None:
     with pytest.raises(PlanError, match="provenance"):

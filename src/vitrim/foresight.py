@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
-from vitrim.plan import MAX_BYTES, PlanError, loads
+from vitrim.spectra import provenance_of
 from vitrim.summary import ReportError, Run
 
 
@@ -56,17 +56,7 @@ def foreseen(runs: Sequence[Run]) -> list[Foreseen]:
 
 def _trials(run: Run) -> tuple[dict[str, float], list[str]]:
     """Return scores by block and the compressed blocks, as a plan has them; or nothing."""
-    path = run.folder / "plan.json"
-    if not path.is_file():
-        return {}, []
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if b'"trials"' not in content:  # most plans: nothing to parse
-        return {}, []
-    try:
-        provenance = loads(content.decode(errors="replace")).provenance
-    except PlanError as error:
-        raise ReportError(f"{path}: {error}; restore it or run again") from None
+    path, provenance = run.folder / "plan.json", provenance_of(run, "trials")
     trials, blocks = provenance.get("trials"), provenance.get("blocks")
     if not isinstance(trials, dict) or not isinstance(blocks, list):
         return {}, []

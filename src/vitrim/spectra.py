@@ -77,17 +77,7 @@ def read_curves(run: Run) -> Traced | None:
     Raises:
         ReportError: naming the file and what is wrong with it.
     """
-    path = run.folder / "plan.json"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if b'"curves"' not in content:  # most plans: nothing to parse
-        return None
-    try:
-        provenance = loads(content.decode(errors="replace")).provenance
-    except PlanError as error:
-        raise ReportError(f"{path}: {error}; restore it or run again") from None
+    path, provenance = run.folder / "plan.json", provenance_of(run, "curves")
     steps = provenance.get("steps")  # of a run that began with another one, the last with curves
     for step in steps if isinstance(steps, list) else ():
         if isinstance(step, dict) and "curves" in step:
@@ -103,6 +93,25 @@ def read_curves(run: Run) -> Traced | None:
             )
     decomposition = named if isinstance(named, str) and _NAME.fullmatch(named) else "decomposition"
     return Traced(run.record, decomposition, curves) if curves else None
+
+
+def provenance_of(run: Run, key: str) -> Mapping[str, Any]:
+    """Return the provenance in the plan of a run; nothing where the plan does not speak of `key`.
+
+    Raises:
+        ReportError: naming the file and what is wrong with it.
+    """
+    path = run.folder / "plan.json"
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if f'"{key}"'.encode() not in content:  # most plans: nothing to parse
+        return {}
+    try:
+        return loads(content.decode(errors="replace")).provenance
+    except PlanError as error:
+        raise ReportError(f"{path}: {error}; restore it or run again") from None
 
 
 def _fits(curve: Any) -> bool:

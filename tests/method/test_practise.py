@@ -21,7 +21,8 @@ from vitrim.plan import Drop, Evidence
 from vitrim.run import CONF
 from vitrim.target import Cost, TargetError
 from vitrim.trainer.calibrate import Sampling
-from vitrim.trainer.recover import BLOCKS, Recover
+from vitrim.trainer.recover import Recover
+from vitrim.trainer.trial import BLOCKS
 
 SAMPLING = Sampling(images=32, tokens=None, readout=1.0)
 

@@ -27,8 +27,8 @@ from vitrim.target import Cost, Target, TargetError, check_strength, choose
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.recipe import Recipe
-from vitrim.trainer.recover import BLOCKS, Recover
-from vitrim.trainer.trial import frozen
+from vitrim.trainer.recover import Recover
+from vitrim.trainer.trial import BLOCKS, frozen
 
 _log = logging.getLogger(__name__)
 

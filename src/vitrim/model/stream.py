@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,13 @@ class Branch:
     def advance(self, x: Tensor) -> Tensor:
         """Return the stream after the step."""
         return x + self.apply(x)
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        """Return x (..., D) before the layer scale; where that is zero, nothing gets through: 0."""
+        if self.scale is None:
+            return x
+        scale = self.scale.to(x)
+        return x / torch.where(scale == 0, torch.inf, scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

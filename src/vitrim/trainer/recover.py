@@ -20,8 +20,7 @@ from vitrim.compensation import fitted
 from vitrim.moments import Moments
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Sampling, full_precision
-
-BLOCKS = "blocks"
+from vitrim.trainer.trial import BLOCKS
 
 
 class Adaptor(nn.Module):

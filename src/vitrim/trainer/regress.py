@@ -86,9 +86,7 @@ class Regress(LightningModule):
                 after = branch.advance(x)
             aim = take(dense, index)
             off = aim - take(after, index)
-            if branch.scale is not None:
-                scale = branch.scale.to(off)
-                off = off / torch.where(scale == 0, torch.inf, scale)
+            off = branch.unscaled(off)
             weights = self.sampling.weights(aim, self._stream.prefix, self._stream.readout)
             rows = torch.cat([take(branch.tokens(flows[name]), index), off], dim=-1)
             moments.add(rows.flatten(0, 1), weights.flatten())

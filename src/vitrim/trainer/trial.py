@@ -25,7 +25,7 @@ from vitrim.model.site import Structure, blocks_of
 from vitrim.moments import Moments, key_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.surgery import cut
-from vitrim.trainer.calibrate import Calibrate, Sampling, take, watch
+from vitrim.trainer.calibrate import Calibrate, Sampling, classifiers, take, watch
 from vitrim.trainer.recipe import Recipe, optimisation
 
 Reuse = Literal["surgeon", "activation", "random", "none"]
@@ -140,10 +140,7 @@ class Trials(Calibrate):
             end = self._ends[block]
             with watch(self.net, [(end, False)]) as inner:
                 branch.apply(x)
-            off = y - x
-            if branch.scale is not None:
-                scale = branch.scale.to(off)
-                off = off / torch.where(scale == 0, torch.inf, scale)
+            off = branch.unscaled(y - x)
             rows = torch.cat([branch.tokens(inner[end]), off], dim=-1)
             self._moments_alone(end).add(rows.flatten(0, 1), weights.flatten())
 
@@ -379,16 +376,10 @@ def frozen(net: nn.Module, blocks: Sequence[str], *, front: bool) -> set[str]:
     With `front`, whatever comes after the neighbour of the last of `blocks`, the final norm
     excepted, stays as it is.
     """
-    found = net.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, tuple) else (found,)
-    names = {
-        name
-        for name, tensor in net.named_parameters()
-        if any(tensor is other for head in heads for other in head.parameters())
-    }
+    fixed = [name for name, _ in classifiers(net)]
     if front and blocks:
         order = [*blocks_of(structure(net))]
         last = max(order.index(block) for block in blocks) + 1
-        rear = tuple(f"{block}." for block in order[last + 1 :])
-        names |= {name for name, _ in net.named_parameters() if name.startswith(rear)}
-    return names
+        fixed += order[last + 1 :]
+    inside = tuple(f"{path}." for path in fixed)
+    return {name for name, _ in net.named_parameters() if name.startswith(inside)}

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test slurm lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,7 +18,11 @@ demo: $(READY)
 	$(BIN)/vitrim-report outputs
 
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu'
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu and not slurm'
+
+# Sweeps on a real SLURM of one node (Debian: apt-get install slurm-wlm munge).
+slurm: $(READY)
+	$(BIN)/python -m pytest -m slurm tests/test_cluster.py
 
 # The hooks of .pre-commit-config.yaml, over every file.
 lint: $(READY)

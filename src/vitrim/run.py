@@ -29,7 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim import checks
+from vitrim import checks, cluster
 from vitrim.errors import ConfigError, VitrimError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
 NOT_RECIPE = ("out", "tracking", "progress", "latency")  # change where and how, not what
+OmegaConf.register_new_resolver("gpus", cluster.gpus, replace=True)  # of hydra/launcher/slurm.yaml
 
 
 def run(cfg: DictConfig) -> Path:
@@ -337,6 +338,7 @@ def main() -> None:
     """Run the command; what a user can mend ends in one message and exit code 1."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        cluster.check(sys.argv[1:])
         _job()
     except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(f"vitrim: {_explain(error)}")

@@ -133,7 +133,7 @@ class Slurm:
             )
 
 
-def wait(what: str, done: Callable[[], bool], *, seconds: float = 120.0) -> None:
+def wait(what: str, done: Callable[[], bool], *, seconds: float = 300.0) -> None:
     """Return once `done` says so.
 
     Raises:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,8 @@ import pytest
 import slurm as cluster
 from command import QUICK, Command
 from slurm import Slurm, wait
-from vitrim.cluster import gpus
+from vitrim import signals
+from vitrim.cluster import gpus, job
 from vitrim.run import CONF
 
 VITRIM = str(Path(sys.executable).with_name("vitrim"))
@@ -126,16 +129,68 @@ def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [((), "add -m"), (("-m",), "sbatch and srun on PATH")]
+    ("words", "installed", "expected"),
+    [
+        ((), True, "add -m"),
+        (("-m",), False, "pip install 'vitrim[slurm]'"),
+        (("-m",), True, "sbatch and srun on PATH"),
+    ],
 )
 def test_the_launcher_is_refused_where_it_cannot_work(
-    command: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], expected: str
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    installed: bool,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
+    monkeypatch.setattr("vitrim.cluster.find_spec", lambda name: installed or None)
     done = command(*words, "hydra/launcher=slurm")
     assert done.code == 1
     assert expected in done.message
     assert not command.out.exists()
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH with an `sbatch` that takes any job."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    _pretend(tools / "sbatch", "echo Submitted batch job 7")
+    _pretend(tools / "srun", "exit 1")
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    return tools
+
+
+def _pretend(tool: Path, does: str) -> None:
+    tool.write_text(f"#!/bin/sh\n{does}\n")
+    tool.chmod(0o755)
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(command: Command, pretended: Path) -> None:
+    _pretend(pretended / "sbatch", "echo invalid partition specified >&2; exit 1")
+    done = command("-m", "hydra/launcher=slurm")
+    assert done.code == 1
+    assert done.message.splitlines()[-1] == "vitrim: invalid partition specified"
+
+
+def test_waiting_for_jobs_ends_at_once(command: Command, pretended: Path) -> None:
+    _pretend(pretended / "sacct", "kill -INT $PPID; sleep 5")  # asked while it waits
+    done = command("-m", "hydra/launcher=slurm")
+    assert done.code == 143
+    assert "jobs that were submitted go on" in done.message
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR2, 75), (signal.SIGTERM, 143)])
+def test_a_job_that_was_told_to_stop_leaves_with_a_code(signum: int, code: int) -> None:
+    def work() -> Path:
+        signal.raise_signal(signum)
+        signals.check()
+        return Path()
+
+    with pytest.raises(SystemExit) as left:
+        job(work)
+    assert left.value.code == code
 
 
 def test_a_gpu_is_asked_for_each_device_of_a_gpu_trainer() -> None:

@@ -76,6 +76,9 @@ def test_a_job_interrupted_three_times_ends_bit_identical(
             wait("another turn", lambda n=turn: _turn(slurm.jobs("interrupted")[0]) == n)
             logged = _metrics(out)
         assert launcher.wait(timeout=300) == 0
+    lines = [json.loads(line) for line in _metrics(out).splitlines()]
+    steps = [line["step"] for line in lines if line["phase"] == "dense" and "loss" in line]
+    assert steps == sorted(set(steps))  # it went on: nothing was done twice
     (report,) = out.glob("vit*/*/report.json")
     weights = "model.safetensors"
     assert (report.parent / weights).read_bytes() == (swept[3] / weights).read_bytes()

@@ -88,11 +88,13 @@ class Slurm:
 
     def stop(self) -> None:
         """Cancel every job, wait until none is left, and end the daemons."""
-        self.tell("scancel", f"--user={getpass.getuser()}")
-        wait("an empty queue", lambda: not self.tell("squeue", "--noheader"))
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            daemon.wait(timeout=20)
+        try:
+            self.tell("scancel", f"--user={getpass.getuser()}")
+            wait("an empty queue", lambda: not self.tell("squeue", "--noheader"))
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+                daemon.wait(timeout=20)
 
     def tell(self, *command: str) -> str:
         """Run a tool of SLURM and return what it prints, nothing where it fails."""

@@ -110,20 +110,21 @@ def _run_out_of_time(slurm: Slurm, job: str) -> None:
 def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         words = ["hydra/launcher=slurm", "hydra.launcher.max_num_timeout=1"]
-        (setup,) = hydra.compose("run", words, return_hydra_config=True).hydra.launcher.setup
+        setup = hydra.compose("run", words, return_hydra_config=True).hydra.launcher.setup
+    setup = "\n".join([*setup, "trap : TERM"])  # a batch script that outlives scancel, too
     endings = {
         "saved": ("exit 75", 1),
         "signalled": ("kill -USR2 $$", 1),
         "terminated": ("kill -TERM $$", 1),
         "finished": ("exit 0", 0),
         "failed": ("exit 1", 0),
-        "cancelled": ("sleep 60", 0),
+        "cancelled": (f'trap "exit 143" TERM; touch {tmp_path}/began; sleep 60 & wait', 0),
     }
     for name, (end, _) in endings.items():
         script = tmp_path / f"{name}.sh"
         script.write_text(f"#!/bin/bash\n{setup}\nsrun bash -c '{end}'\n")
         slurm.tell("sbatch", "--requeue", f"--job-name={name}", "--output=/dev/null", str(script))
-    wait("a job to cancel", lambda: slurm.jobs("cancelled")[0]["JobState"] == "RUNNING")
+    wait("a job to cancel", (tmp_path / "began").exists)
     slurm.tell("scancel", slurm.jobs("cancelled")[0]["JobId"])
     wait("an empty queue", lambda: not slurm.tell("squeue", "--noheader"))
     assert {name: int(slurm.jobs(name)[0]["Restarts"]) for name in endings} == {

@@ -24,7 +24,7 @@ from vitrim.run import CONF
 VITRIM = str(Path(sys.executable).with_name("vitrim"))
 SWEEP = (
     *("-m", "hydra/launcher=slurm", *QUICK, "model.training.epochs=100"),
-    *("method.gating.epochs=1", "method.fine_tuning.epochs=1", "progress=false"),
+    *("method.gating.epochs=1", "method.fine_tuning.epochs=1"),
 )
 
 

@@ -51,6 +51,18 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
     return [*wrong, *_of_quantize(cfg)]
 
 
+def one_process(trainer: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the jobs of a local sweep would be of several processes each."""
+    from vitrim.processes import wanted
+
+    if wanted(trainer) > 1 or trainer.get("num_nodes", 1) > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']} (strategy {trainer.get('strategy')}) in a local "
+            "sweep: run its jobs one by one without -m, each under torchrun if you like, submit "
+            "the sweep with hydra/launcher=slurm, or set trainer.devices=1"
+        )
+
+
 def same_recipe(path: Path, resolved: Mapping[str, Any], *, apart: Collection[str]) -> None:
     """Raise ConfigError if a run of another recipe has begun in the folder of `path`.
 

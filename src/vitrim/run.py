@@ -50,22 +50,25 @@ PHASES = "phases"
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
+    from vitrim import processes
     from vitrim.store import write
     from vitrim.trainer.fit import lock
 
     choices = _build(cfg)
     recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
     folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
-    with lock(_writable(folder)):
-        if (folder / "report.json").is_file():
+    with processes.joined(recipe["resolved"]["trainer"]), lock(_writable(folder)):
+        if processes.agreed((folder / "report.json").is_file()):
             _log.info("finished before; delete the folder to run it again")
             status.tell(folder, "DONE")
-        else:
+        elif processes.first():
             checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
             text = OmegaConf.to_yaml(cfg, resolve=True)
             with status.told(folder):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
                 _compress(cfg, choices, recipe, folder)
+        else:
+            _compress(cfg, choices, recipe, folder)
     return folder / "report.json"
 
 
@@ -75,7 +78,7 @@ def _compress(
     """Go from the network to the compact one and its report in `folder`."""
     from lightning import seed_everything
 
-    from vitrim import quantize
+    from vitrim import processes, quantize
     from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
@@ -89,7 +92,7 @@ def _compress(
 
     started = time.perf_counter()
     model, method, data = choices["model"], choices["method"], choices["data"]
-    if data is not None and data.chosen:
+    if data is not None and data.chosen and processes.first():
         (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
     phases = _phases(cfg, choices, recipe, folder)
     seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
@@ -107,7 +110,7 @@ def _compress(
         _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
         plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
         compact = prune.compact
-        if METRIC_SET in prune.evidence.moments:
+        if METRIC_SET in prune.evidence.moments and processes.first():
             images = prune.evidence.moments[METRIC_SET]["images"]
             sheet(images, model.spec(), folder / "metric_set.png")
         if prune.plan.edits and phases is not None:
@@ -119,6 +122,12 @@ def _compress(
             name = _title(phase, stages)
             phases.once(folder / PHASES / name, phase, name=name)
             stages[name] = phases.judged(folder / PHASES / name, compact, data.n_classes)
+    in_int8: dict[str, Any] = {}
+    if cfg.quantize:
+        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
+        in_int8 = quantize.record(compact, cfg.quantize, judge)
+    if not processes.first():
+        return
     plan = Plan(
         model=model.description(),
         edits=plan.edits,
@@ -138,10 +147,11 @@ def _compress(
     for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
         counted = flops_blog(model.name, cost, part)
         report[side] |= {} if counted is None else {"flops_blog": counted}
-    if cfg.quantize:
-        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
-        report |= quantize.record(compact, cfg.quantize, judge)
-    report |= {**recipe["report"], "variant": origin(plan) if cfg.transfer else _variant()}
+    report |= {
+        **in_int8,
+        **recipe["report"],
+        "variant": origin(plan) if cfg.transfer else _variant(),
+    }
     report |= {"latency": OmegaConf.to_container(cfg.latency)}
     report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     _finish(folder, report, phases)
@@ -221,6 +231,7 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
 def _phases(
     cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
 ) -> Phases | None:
+    from vitrim import processes
     from vitrim.trainer.fit import Phases
     from vitrim.trainer.tracking import Tracker
 
@@ -229,7 +240,12 @@ def _phases(
     return Phases(
         trainer=choices["trainer"],
         data=choices["data"].module(choices["model"].spec()),
-        tracker=Tracker(folder, cfg.tracking, group=recipe["series"], config=recipe["resolved"]),
+        tracker=Tracker(
+            folder,
+            cfg.tracking if processes.first() else "none",
+            group=recipe["series"],
+            config=recipe["resolved"],
+        ),
         folder=folder,
         shared=_writable(Path(cfg.out).absolute() / PHASES),
         seed=cfg.seed,
@@ -343,10 +359,12 @@ def _known_keys(parent: str) -> list[str]:
 def _job(cfg: DictConfig) -> str:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN and "submitit" not in hydra_cfg.launcher._target_:
+        checks.one_process(cfg.trainer)
         return sweep.job(_words(), out=Path(cfg.out).absolute(), minutes=cfg.sweep.minutes)
     path = run(cfg)
-    sys.stdout.write(f"{path}\n")
-    sys.stdout.flush()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+        sys.stdout.write(f"{path}\n")
+        sys.stdout.flush()
     return str(path)
 
 

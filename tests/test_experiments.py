@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
 from vitrim.paper import published
+from vitrim.paper.results import results
 from vitrim.run import CONF
 
 SOURCES = ("aiminify", "dcvit", "mixed_rank", "oneshot", "vtp")
@@ -32,12 +33,16 @@ def header(name: str) -> str:
 def commands(name: str) -> list[list[str]]:
     """Return the overrides of every `vitrim` command in a header; of a sweep, its first job's."""
     text = header(name).replace("\\\n", "")
-    lines = re.findall(r"^  vitrim (.*)$", text, re.MULTILINE)
-    return [[*_first(shlex.split(line))] for line in lines]
+    return [words(line) for line in re.findall(r"^  vitrim (.*)$", text, re.MULTILINE)]
 
 
-def _first(words: list[str]) -> Iterator[str]:
-    for override in OverridesParser.create().parse_overrides([w for w in words if w != "-m"]):
+def words(line: str) -> list[str]:
+    """Return the overrides of a command, of a sweep those of its first job."""
+    return [*_first(shlex.split(line))]
+
+
+def _first(given: list[str]) -> Iterator[str]:
+    for override in OverridesParser.create().parse_overrides([w for w in given if w != "-m"]):
         if override.is_sweep_override():
             yield f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         else:
@@ -66,16 +71,24 @@ def test_a_header_says_rows_command_time_and_expected_number(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_and_its_commands_compose(name: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for words in commands(name):
-            cfg = compose("run", overrides=words)
+        for said in commands(name):
+            cfg = compose("run", overrides=said)
             assert cfg.model.name == "dinov2_vits14_lc" or timm.is_model(cfg.model.name)
-            if "data=none" in words:
+            if "data=none" in said:
                 assert instantiate(cfg.data) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_selects_and_builds_nothing(name: str) -> None:
     assert "_target_" not in (ROOT / f"{name}.yaml").read_text()
+
+
+def test_commands_of_results_compose() -> None:
+    lines = [result.command.partition("vitrim ")[2] for result in results()]
+    assert any(lines)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for line in filter(None, lines):
+            compose("run", overrides=words(line))
 
 
 def test_published_rows_use_the_keys_of_their_overlays() -> None:

@@ -16,18 +16,19 @@ from command import QUICK
 from vitrim.run import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SWEEP = ("-m", "experiment=demo", "strength=0,3", *QUICK)
-SHORT = ("method.gating.epochs=1", "method.fine_tuning.epochs=1")
+SHORT = ("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder whose `outputs/` hold a dense and a compact network of the digits."""
     root = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vitrim", *SWEEP, *SHORT, f"out={root / 'outputs'}"])
-        GlobalHydra.instance().clear()
-        main()
+    for strength in (0, 3):  # in this process: jobs of a sweep start torch anew
+        said = [*SHORT, f"strength={strength}", f"out={root / 'outputs'}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["vitrim", *said])
+            GlobalHydra.instance().clear()
+            main()
     (root / "notebooks").mkdir()
     return root
 

@@ -105,7 +105,8 @@ def _agrees(word: str, record: Mapping[str, Any]) -> bool:
         case ["model" | "data" | "method"]:
             return bool(record.get(f"choices.{key}") == value)
         case ["data", "samples"]:
-            return bool(record.get("samples") == int(value))
+            images = record.get("choices.data") != "none"
+            return bool(images and record.get("samples") == int(value))
         case ["target", metric] if value != "null":
             found = (record.get("target.metric"), record.get("target.keep"))
             return found == (metric, float(value))

@@ -111,7 +111,7 @@ def _agrees(word: str, record: Mapping[str, Any]) -> bool:
             found = (record.get("target.metric"), record.get("target.keep"))
             return found == (metric, float(value))
         case ["from_run"]:
-            return bool(record.get("variant") == f"of {value}")
+            return bool(record.get("variant") == f"of {value.removesuffix('_RUN').lower()}")
         case _:
             return True
 

@@ -294,6 +294,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
             "choices": choices,
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
+            "samples": resolved["data"].get("samples"),
             "recipe_hash": digest(recipe),
             "series": f"{label}-{digest(series)}",
             **versions(*(("torchao",) if cfg.quantize else ())),

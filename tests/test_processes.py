@@ -36,7 +36,7 @@ def judged(folder: Path) -> float:
     net, _ = recipe
     digits = Digits(batch_size=360, held_out=0.2, shift=0.0, rotation=0.0, label_smoothing=0.0)
     spec = ImageSpec(
-        channels=1, size=(8, 8), mean=(0.305,), std=(0.376,), interpolation="bicubic", crop_pct=1.0
+        channels=1, size=(8, 8), mean=(0.5,), std=(0.5,), interpolation="bicubic", crop_pct=1.0
     )
     (batch,) = digits.module(spec).val_dataloader()
     with torch.no_grad():
@@ -53,10 +53,12 @@ def test_two_processes_of_one_command_count_every_image_once(tmp_path: Path) -> 
     assert json.loads((report.parent / "status.json").read_text())["status"] == "DONE"
 
 
-def test_under_torchrun_statistics_are_those_of_one_process(tmp_path: Path, vitrim: Command) -> None:
-    start = vitrim(*QUICK, "strength=0").report.parent
+def test_under_torchrun_statistics_are_those_of_one_process(
+    tmp_path: Path, command: Command
+) -> None:
+    start = command(*QUICK, "strength=0").report.parent
     words = (*QUICK, f"model.checkpoint={start}", "method=oneshot", "target.macs=0.7")
-    alone = vitrim(*words).report.parent
+    alone = command(*words).report.parent
     together = ran(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "vitrim.run", *words, "trainer.devices=2", "trainer.strategy=ddp",
@@ -68,8 +70,8 @@ def test_under_torchrun_statistics_are_those_of_one_process(tmp_path: Path, vitr
     assert one == two
 
 
-def test_sweeps_of_jobs_of_several_processes_are_refused(vitrim: Command) -> None:
-    done = vitrim("-m", *QUICK, *TWO)
+def test_sweeps_of_jobs_of_several_processes_are_refused(command: Command) -> None:
+    done = command("-m", *QUICK, *TWO)
     assert done.code == 1
     for way in ("without -m", "torchrun", "hydra/launcher=slurm"):
         assert way in done.message

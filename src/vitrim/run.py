@@ -49,6 +49,7 @@ def run(cfg: DictConfig) -> Path:
     from lightning import seed_everything
 
     from vitrim import quantize
+    from vitrim.data import quarantine
     from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
@@ -66,7 +67,7 @@ def run(cfg: DictConfig) -> Path:
     model, method, data = choices["model"], choices["method"], choices["data"]
     recipe = _recipe(cfg, model.fingerprint(), checks.identity(cfg.from_run))
     folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
-    with lock(_writable(folder)):
+    with lock(_writable(folder)), quarantine.listing(data, folder):
         if (folder / "report.json").is_file():
             _log.info("finished before; delete the folder to run it again")
             return folder / "report.json"
@@ -125,6 +126,7 @@ def run(cfg: DictConfig) -> Path:
             report |= quantize.record(compact, cfg.quantize, judge)
         report |= {**recipe["report"], "variant": origin(plan) if cfg.transfer else _variant()}
         report |= {"latency": OmegaConf.to_container(cfg.latency)}
+        report |= quarantine.counted(data)
         report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
         return _finish(folder, report, phases)
 
@@ -237,6 +239,8 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
+    if recipe["data"].get("bad_images", {}).get("evaluation") == "fail":  # judged on all, as ever
+        del recipe["data"]["bad_images"]
     recipe["checkpoint_sha256"] = fingerprint
     recipe["from_run"] = started_from
     if started_from is None:

@@ -16,12 +16,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -188,8 +189,9 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     built, problems = {}, checks.of_run(said)
     for group in GROUPS:
         try:
-            checks.targets(said[group], group)
-            built[group] = instantiate(cfg[group], _convert_="all")
+            chosen = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
+            checks.targets(chosen, group)
+            built[group] = instantiate(chosen, _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     if not problems:
@@ -327,6 +329,28 @@ def _known_keys(parent: str) -> list[str]:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         node = OmegaConf.select(hydra.compose("run", overrides=chosen), parent) if parent else None
         return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
+
+
+def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Return Hydra's way to a configuration, which refuses those that it would run code for.
+
+    Hydra acts on its own part (callbacks, logging, launchers) before a job of ours begins, in
+    every job of a sweep: this is the one place that all of them pass.
+    """
+
+    @wraps(compose)
+    def composed(loader: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        for source in loader.get_sources():
+            if source.provider == "command-line":
+                checks.of_files(Path(source.path))
+        cfg = compose(loader, *args, **kwargs)
+        checks.of_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+        return cfg
+
+    return composed
+
+
+ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)  # type: ignore[method-assign]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")

@@ -43,16 +43,17 @@ CLASSES: Mapping[str, tuple[str, ...] | None] = {
 }
 """Modules, with the classes there that a `_target_` may name; None: all of their own package."""
 BUILT_BY = {
-    "model": "vitrim.model.",
-    "method": "vitrim.method.",
-    "data": "vitrim.data.",
-    "trainer": "lightning.",
+    "model": ("vitrim.model.",),
+    "method": ("vitrim.method.",),
+    "data": ("vitrim.data.",),
+    "trainer": ("lightning.Trainer", "lightning.pytorch.Trainer"),
 }
 """What the `_target_` of a group begins with."""
 PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 LOG_FILES = "${hydra.runtime.output_dir}/"
-_MAX_YAML = 2**18
+_MAX_YAML, _MAX_DEPTH = 2**18, 64
+_PLAIN_TAGS = "tag:yaml.org,2002:"
 TRACKING = ("offline", "online", "tensorboard", "none")
 
 
@@ -209,7 +210,7 @@ def targets(node: Any, where: str) -> None:
         return
     if where in BUILT_BY and not str(node.get("_target_")).startswith(BUILT_BY[where]):
         raise ConfigError(
-            f"{where}._target_={node.get('_target_')}: expected one of {BUILT_BY[where]}"
+            f"{where}._target_={node.get('_target_')}: expected {' or '.join(BUILT_BY[where])}"
         )
     if "_target_" in node and not _is_allowed(node["_target_"]):
         raise ConfigError(
@@ -307,21 +308,38 @@ def of_files(folder: Path) -> None:
         with path.open("rb") as file:
             content = file.read(_MAX_YAML + 1)
         try:
-            root = yaml.compose(content, Loader=yaml.CSafeLoader)
-            size = 0 if root is None else _expanded(root, {})
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"{path}: no valid yaml ({error})") from None
-        if len(content) > _MAX_YAML or size > _MAX_YAML:
-            raise ConfigError(f"{path}: expected at most {_MAX_YAML:,} bytes, aliases written out")
+            if len(content) > _MAX_YAML or not _is_small(content):
+                raise ConfigError(
+                    f"{path}: expected up to {_MAX_YAML:,} bytes, values with all aliases written "
+                    f"out, and {_MAX_DEPTH} levels"
+                )
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: no plain yaml: {error}") from None
 
 
-def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes there are below `node` once every alias is written out."""
-    if id(node) not in known:
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise yaml.YAMLError(f"{node.tag}: a tag that may call something")
-        known[id(node)] = 2**63  # of one that contains itself
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        flat = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_expanded(part, known) for part in flat)
-    return known[id(node)]
+def _is_small(content: bytes) -> bool:
+    """Whether the values in a yaml file stay few once its aliases are written out."""
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(content, Loader=yaml.SafeLoader):
+        tag = getattr(event, "tag", None)
+        if tag is not None and (not tag.startswith(_PLAIN_TAGS) or "python" in tag):
+            raise yaml.YAMLError(f"the tag {tag} can run code")
+        match event:
+            case yaml.CollectionStartEvent():
+                open_nodes.append((event.anchor, 1))
+                continue
+            case yaml.CollectionEndEvent():
+                anchor, size = open_nodes.pop()
+                sizes[anchor] = size
+            case yaml.AliasEvent():
+                size = sizes.get(event.anchor, _MAX_YAML)  # of one that holds itself, no end
+            case yaml.ScalarEvent():
+                size = sizes[event.anchor] = 1
+            case _:
+                continue
+        around, before = open_nodes[-1]
+        open_nodes[-1] = (around, before + size)
+        if before + size > _MAX_YAML or len(open_nodes) > _MAX_DEPTH:
+            return False
+    return True

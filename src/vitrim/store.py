@@ -351,7 +351,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{path} is not a readable safetensors file: {error}") from None
+        reason = str(error).partition("\n")[0][:_MAX_TEXT]
+        raise StoreError(f"{path} is not a readable safetensors file: {reason}") from None
 
 
 def _aligned(tensor: Tensor) -> Tensor:

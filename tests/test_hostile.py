@@ -222,11 +222,11 @@ CONFIGS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "model.training._target_=os.system",
     ),
     "made by a resolver": (
-        overlay("model:\n  args: ${oc.create:'" + SYSTEM + "'}\n"),
+        overlay("model:\n  args: \"${oc.create:'" + SYSTEM + "'}\"\n"),
         "model.args._target_=os.system",
     ),
     "resolved twice": (
-        overlay("model:\n  args:\n    x: \\${oc.decode:'" + SYSTEM + "'}\n"),
+        overlay("model:\n  args:\n    x: \"\\\\${oc.decode:'" + SYSTEM + "'}\"\n"),
         "model.args.x=${oc.decode",
     ),
     "a tag of Python": (
@@ -241,7 +241,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "hydra.callbacks=",
     ),
     "a callback in one job of a sweep": (
-        overlay(f"hydra:\n  callbacks:\n    x: {SYSTEM}\n", "-m", "experiment=null,evil"),
+        overlay(f"hydra:\n  callbacks:\n    x: {SYSTEM}\n", "-m", "experiment=evil,demo"),
         "hydra.callbacks=",
     ),
     "a factory of log handlers": (

@@ -52,7 +52,7 @@ BUILT_BY = {
 PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 LOG_FILES = "${hydra.runtime.output_dir}/"
-_MAX_YAML, _MAX_DEPTH = 2**18, 64
+_MAX_YAML, _MAX_BRACKETS, _MAX_DEPTH = 2**16, 2000, 64
 _PLAIN_TAGS = "tag:yaml.org,2002:"
 TRACKING = ("offline", "online", "tensorboard", "none")
 
@@ -321,7 +321,9 @@ def _is_small(content: bytes) -> bool:
     """Whether the values in a yaml file stay few once its aliases are written out."""
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]
-    for event in yaml.parse(content, Loader=yaml.SafeLoader):
+    if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS:  # parsers take their square
+        return False
+    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
         tag = getattr(event, "tag", None)
         if tag is not None and (not tag.startswith(_PLAIN_TAGS) or "python" in tag):
             raise yaml.YAMLError(f"the tag {tag} can run code")

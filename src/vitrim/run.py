@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim import checks
 from vitrim.errors import ConfigError, VitrimError
@@ -304,6 +304,8 @@ def _reason(error: Exception, group: str) -> str:
     """Return the sentence that a user needs, out of Hydra's wrapping."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=???: expected a value, which has no default"
     text = str(error).split("\n    full_key:")[0].strip()
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 

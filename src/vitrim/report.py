@@ -19,7 +19,7 @@ from vitrim.figure import Panel, draw, labelled, line_of
 from vitrim.paper import compare
 from vitrim.paper import table as papers
 from vitrim.paper.results import results
-from vitrim.spectra import figures
+from vitrim.spectra import figures, read_curves
 from vitrim.summary import (
     LATENCY,
     NAMES,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             beside_papers(options.roots, options.to)
             return
         finished, unfinished = find(options.roots)
-        runs = sorted((read(folder) for folder in finished), key=order)
+        runs = _sound(finished)
         rows = summarise(runs)
         paths = write((options.to or options.roots[0]) / "report", runs, rows, unfinished)
     except (ReportError, OSError) as error:
@@ -67,6 +67,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{run.folder}  {_aim(run.record)} seed={run.record['seed']}", flush=True)
     if options.wandb != "disabled":
         log_wandb(rows, paths[0], mode=options.wandb)
+
+
+def _sound(folders: Sequence[Path]) -> list[Run]:
+    """Read what can be read, in order; say what cannot.
+
+    Raises:
+        ReportError: that is all of it.
+    """
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            run = read(folder)
+            read_curves(run)
+            foresight.trials_of(run)
+            runs.append(run)
+        except ReportError as error:
+            problems.append(str(error))
+    if not runs:
+        raise ReportError("; ".join(problems))
+    for problem in problems:
+        print(f"vitrim-report: left out: {problem}", file=sys.stderr)
+    return sorted(runs, key=order)
 
 
 def _parser() -> argparse.ArgumentParser:

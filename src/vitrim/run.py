@@ -17,19 +17,20 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim import checks, signals, status, sweep
 from vitrim.errors import ConfigError, VitrimError
@@ -51,6 +52,7 @@ PHASES = "phases"
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
     from vitrim import processes
+    from vitrim.data import quarantine
     from vitrim.store import write
     from vitrim.trainer.fit import lock
 
@@ -64,7 +66,7 @@ def run(cfg: DictConfig) -> Path:
         elif processes.first():
             checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
             text = OmegaConf.to_yaml(cfg, resolve=True)
-            with status.told(folder):
+            with status.told(folder), quarantine.listing(choices["data"], folder):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
                 _compress(cfg, choices, recipe, folder)
         else:
@@ -79,6 +81,7 @@ def _compress(
     from lightning import seed_everything
 
     from vitrim import processes, quantize
+    from vitrim.data import quarantine
     from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
@@ -152,7 +155,7 @@ def _compress(
         **recipe["report"],
         "variant": origin(plan) if cfg.transfer else _variant(),
     }
-    report |= {"latency": OmegaConf.to_container(cfg.latency)}
+    report |= {"latency": OmegaConf.to_container(cfg.latency), **quarantine.counted(data)}
     report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     _finish(folder, report, phases)
 
@@ -209,8 +212,9 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     built, problems = {}, checks.of_run(said)
     for group in GROUPS:
         try:
-            checks.targets(said[group], group)
-            built[group] = instantiate(cfg[group], _convert_="all")
+            chosen = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
+            checks.targets(chosen, group)
+            built[group] = instantiate(chosen, _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     if not problems:
@@ -267,6 +271,8 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
+    if recipe["data"].get("bad_images", {}).get("evaluation") == "fail":  # judged on all, as ever
+        del recipe["data"]["bad_images"]
     recipe["checkpoint_sha256"] = fingerprint
     recipe["from_run"] = started_from
     if started_from is None:
@@ -329,6 +335,8 @@ def _reason(error: Exception, group: str) -> str:
     """Return the sentence that a user needs, out of Hydra's wrapping."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=???: expected a value, which has no default"
     text = str(error).split("\n    full_key:")[0].strip()
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 
@@ -354,6 +362,28 @@ def _known_keys(parent: str) -> list[str]:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         node = OmegaConf.select(hydra.compose("run", overrides=chosen), parent) if parent else None
         return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
+
+
+def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Return Hydra's way to a configuration, which refuses those that it would run code for.
+
+    Hydra acts on its own part (callbacks, logging, launchers) before a job of ours begins, in
+    every job of a sweep: this is the one place that all of them pass.
+    """
+
+    @wraps(compose)
+    def composed(loader: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        for source in loader.get_sources():
+            if source.provider == "command-line":
+                checks.of_files(Path(source.path))
+        cfg = compose(loader, *args, **kwargs)
+        checks.of_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+        return cfg
+
+    return composed
+
+
+ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)  # type: ignore[method-assign]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")

@@ -423,6 +423,7 @@ def main() -> None:
             sys.stderr.write(f"vitrim: {error}\n")
             sys.exit(error.code)
         except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
+            status.refused(_explain(error))
             sys.exit(f"vitrim: {_explain(error)}")
 
 

@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test slurm lint bench clean
+N ?= 200
+
+.PHONY: demo test slurm lint bench faults clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +32,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench
+
+# Kills, signals, full disks, damage and hostile files, as a table; N kills of whole runs.
+faults: $(READY)
+	$(BIN)/python -m tests.faults --kills $(N)
 
 clean:
 	rm -rf $(VENV) outputs

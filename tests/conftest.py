@@ -20,6 +20,8 @@ from vitrim import Keep, Plan
 from vitrim.model import sites
 from vitrim.model.site import Site
 
+collect_ignore = ["faults/inject"]
+
 settings.register_profile(
     "vitrim",
     derandomize=True,

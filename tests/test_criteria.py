@@ -49,6 +49,32 @@ def test_the_greedy_order_is_that_of_removal_one_by_one(size: int) -> None:
     assert bool((found.sort().values.diff() > 0).all())
 
 
+def test_units_that_will_stay_come_last_and_those_that_go_keep_their_order() -> None:
+    cov, outgoing = covariance(150), weights(150, 20)
+    order = surgeon(cov, outgoing, ridge=RIDGE).argsort().tolist()
+    for most in (0, 1, 60, 149, 150, 151):
+        found = surgeon(cov, outgoing, ridge=RIDGE, most=most)
+        assert bool((found.sort().values.diff() > 0).all())
+        assert found.argsort()[:most].tolist() == order[:most]
+    assert int(surgeon(cov, outgoing, ridge=RIDGE, most=0).argmin()) == order[0]
+
+
+def test_float32_gives_up_no_more_than_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    cov, outgoing = covariance(400), weights(400, 60)
+    exact = surgeon(cov, outgoing, ridge=RIDGE).sort().values
+    monkeypatch.setattr("vitrim.criteria._EXACT", 0)
+    found = surgeon(cov.float(), outgoing.float(), ridge=RIDGE).sort().values
+    assert torch.allclose(found[:200].sum(), exact[:200].sum(), rtol=1e-4)
+
+
+def test_moments_and_weights_stay_as_they_are() -> None:
+    cov, outgoing = covariance(45), weights(45, 8)
+    given = cov.clone(), outgoing.clone()
+    surgeon(cov, outgoing, ridge=RIDGE)
+    assert torch.equal(cov, given[0])
+    assert torch.equal(outgoing, given[1])
+
+
 def test_of_two_equal_units_one_goes_first_and_the_other_stays_long() -> None:
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     doubled = torch.cat([x, x[:, :3]], dim=1)

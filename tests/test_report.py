@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitrim.figure import draw, labelled, panels, window
 from vitrim.paper.compare import comparison
+from vitrim.plan import Plan, dumps
 from vitrim.report import main, numbers, quantized
 from vitrim.summary import Row, Run, Spread, per_seed, read, spread, summarise
 
@@ -372,29 +373,64 @@ def test_no_such_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{tmp_path / 'absent'}: no such folder" in failure(capsys, str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "no valid JSON"),
-        ("[]", "format=None: expected 1"),
-        ('{"format": 2}', "format=2: expected 1"),
-        ('{"format": 1, "seed": NaN}', "NaN is no number"),
-        ('{"format": 1}', "missing or of a wrong type: choices.method, choices.model"),
-        (json.dumps({**document(), "seed": True}), "wrong type: seed"),
-        (json.dumps({**document(), "strength": "3"}), "wrong type: strength"),
-        (json.dumps({**document(), "cut": None}), "wrong type: cut.top1"),
-    ],
-)
-def test_malformed_report(
+BAD = [
+    ("{", "no valid JSON"),
+    ("[" * 100_000, "no valid JSON"),
+    (" " * 2**22 + json.dumps(document()), "no valid JSON"),
+    ("9" * 5000, "no valid JSON"),
+    ("[]", "format=None: expected 1"),
+    ('{"format": 2}', "format=2: expected 1"),
+    ('{"format": 1, "seed": NaN}', "NaN is no number"),
+    ('{"format": 1}', "missing or of a wrong type: choices.method, choices.model"),
+    (json.dumps({**document(), "seed": True}), "wrong type: seed"),
+    (json.dumps({**document(), "strength": "3"}), "wrong type: strength"),
+    (json.dumps({**document(), "cut": None}), "wrong type: cut.top1"),
+    (json.dumps({**document(), "latency": {"batch": [1]}}), "wrong type: latency.batch"),
+    (json.dumps(document()).replace('"seed": 0', '"seed": -1'), "out of range"),
+    (json.dumps(document()).replace('"seed": 0', f'"seed": 1{"0" * 400}'), "out of range"),
+    (json.dumps(document()).replace("98.0", "1e999"), "dense.top1"),
+    (json.dumps(document(top1=101.0)), "compact.top1"),
+    (json.dumps(document(strength=1e300)), "strength"),
+    (json.dumps(document(method="\x1b[2J")), "no plain text: choices.method"),
+    (json.dumps(document(model="x" * 501)), "no plain text: choices.model"),
+    (json.dumps({**document(), "\x1b[2J": 1}), r"no plain text: \x1b[2J"),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), BAD, ids=range(len(BAD)))
+def test_a_malformed_report_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
 ) -> None:
-    save(tmp_path / "good")
     save(tmp_path / "bad")
     (tmp_path / "bad" / "report.json").write_text(content)
     message = failure(capsys, str(tmp_path))
     assert str(tmp_path / "bad" / "report.json") in message
     assert said in message
     assert not (tmp_path / "report").exists()
+
+
+def test_what_is_malformed_is_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("bad", "good", "worse"):
+        save(tmp_path / name)
+    (tmp_path / "bad" / "report.json").write_text("{}")
+    curves = dumps(Plan(model={}, edits=(), provenance={"curves": "much"}))
+    (tmp_path / "worse" / "plan.json").write_text(curves)
+    main([str(tmp_path), *NO_WANDB])
+    out, err = capsys.readouterr()
+    said = [line.partition(": ")[2] for line in err.splitlines()]
+    assert said[0].startswith(f"left out: {tmp_path / 'bad' / 'report.json'}: format=None")
+    assert said[1].startswith(f"left out: {tmp_path / 'worse' / 'plan.json'}: provenance.curves")
+    assert len(said) == 2
+    assert out.count("strength=3 seed=0") == 1
+    assert len(markdown_table(tmp_path)) == 1
+
+
+def test_names_are_no_mathematics(tmp_path: Path) -> None:
+    names = ("$\\frac{$", "$x^$ & <b>")
+    rows = rows_of(*({"method": name} for name in names), tmp_path=tmp_path)
+    assert draw(rows).startswith(b"\x89PNG")
 
 
 def test_a_failing_wandb_does_not_hurt(

@@ -202,7 +202,6 @@ def test_nothing_is_drawn_without_curves(tmp_path: Path, found: object) -> None:
 def test_malformed_curves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], found: object
 ) -> None:
-    traced(tmp_path / "good")
     bad = traced(tmp_path / "bad", found)
     message = failure(capsys, str(tmp_path))
     assert str(bad / "plan.json") in message

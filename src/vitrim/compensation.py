@@ -97,7 +97,7 @@ def _folded(
     found = moments.get(layer.name)
     if found is None or not bool(torch.isfinite(found["mean"]).all()):
         raise MomentsError(f"{layer.name}: there are no finite moments of its inputs")
-    gone = removed_of(weight.shape[1], kept)
+    gone = removed_of(weight.shape[1], kept).nonzero()[:, 0]
     mean = found["mean"].double()
     removed = weight[:, gone]
     if not ridge:
@@ -105,7 +105,9 @@ def _folded(
     cov = found["cov"]
     if not biased:  # no constant: the regression goes through the origin
         cov = cov + torch.outer(mean, mean).to(cov)
-    taken = regress(cov[kept][:, kept].double(), cov[kept][:, gone].double() @ removed.T, ridge)
+    rows = cov.index_select(0, kept)
+    inputs, cross = (rows.index_select(1, units).double() for units in (kept, gone))
+    taken = regress(inputs, cross @ removed.T, ridge)
     return weight[:, kept] + taken.T, removed @ mean[gone] - taken.T @ mean[kept]
 
 
@@ -138,7 +140,8 @@ def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
     level = ridge * float(cov.diagonal().mean())
     if level <= 0.0:
         return torch.zeros_like(cross)
-    ridged = cov + level * torch.eye(len(cov), dtype=cov.dtype)
+    ridged = cov.clone()
+    ridged.diagonal().add_(level)
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if not int(failed):
         return torch.cholesky_solve(cross, factor)

@@ -51,6 +51,7 @@ def score(
     criterion: Criterion,
     ridge: float,
     seed: int,
+    most: int | None = None,
 ) -> Tensor:
     """Return the importance of every unit of `site`, higher is kept, float64, shape (size,).
 
@@ -62,6 +63,7 @@ def score(
         criterion: see above.
         ridge: added to the diagonal of C, relative to its mean, for obs and surgeon.
         seed: of the random criterion.
+        most: see `surgeon`.
     """
     heads = {attention.heads: attention for attention in described.attentions}
     if criterion == "random":
@@ -88,7 +90,7 @@ def score(
             inverse = _inverse(cov.double(), ridge)
             return outgoing.double().square().sum(1) / inverse.diagonal()
         case _:
-            return surgeon(cov, outgoing, ridge=ridge)
+            return surgeon(cov, outgoing, ridge=ridge, most=most)
 
 
 def reader_of(described: Structure, site: str) -> Layer:
@@ -243,40 +245,49 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * root, vectors.T / safe[:, None]
 
 
-def _ridged(cov: Tensor, ridge: float) -> Tensor:
-    """Return `cov` with `ridge` of its mean diagonal added; units that never vary get 1."""
-    mean = float(cov.diagonal().mean())
-    return cov + (ridge * mean if mean > 0 else 1.0) * torch.eye(len(cov), dtype=cov.dtype)
-
-
 def _inverse(cov: Tensor, ridge: float) -> Tensor:
-    """Return the inverse of the ridged covariance; float32 is left for float64 where it fails."""
-    found = _inverted(_ridged(cov, ridge))
-    if bool((found.diagonal() > 0).all()):
+    """Return the inverse of C with `ridge` of its mean diagonal added, of I where C is zero.
+
+    Float32 is left for float64 where it fails.
+    """
+    mean = float(cov.diagonal().mean())
+    found = cov.clone()
+    found.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    _invert(found)
+    if found.dtype == torch.float64 or bool((found.diagonal() > 0).all()):
         return found
-    return _inverted(_ridged(cov.double(), ridge)).to(cov.dtype)
+    return _inverse(cov.double(), ridge).to(cov.dtype)
 
 
-def _inverted(matrix: Tensor) -> Tensor:
-    """Return the inverse of a positive matrix by halves: matrix products, at full speed."""
+def _invert(matrix: Tensor) -> None:
+    """Invert a positive matrix in its place, by halves: matrix products, at full speed.
+
+    Only the upper triangle is read: what rounding does to the other cannot grow.
+    """
     size = len(matrix)
     if size <= 128:
-        small: Tensor = torch.linalg.inv(matrix)
-        return small
+        matrix.copy_(torch.linalg.inv(matrix.triu() + matrix.triu(1).mT))
+        return
     at = size // 2
-    first, across = _inverted(matrix[:at, :at]), matrix[:at, at:]
+    first, across, last = matrix[:at, :at], matrix[:at, at:], matrix[at:, at:]
+    _invert(first)
     takes = first @ across
-    last = _inverted(matrix[at:, at:] - across.T @ takes)
+    _subtract(last, across.mT, takes)
+    _invert(last)
     corner = takes @ last
-    return torch.cat(
-        [
-            torch.cat([first + corner @ takes.T, -corner], dim=1),
-            torch.cat([-corner.T, last], dim=1),
-        ]
-    )
+    first.addmm_(corner, takes.mT)
+    matrix[:at, at:] = -corner
+    matrix[at:, :at] = -corner.mT
 
 
-def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
+def _subtract(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract a symmetric product from the upper triangle of `matrix`; the lower is left alone."""
+    step = max(128, -(-len(matrix) // 8))
+    for at in range(0, len(matrix), step):
+        matrix[at : at + step, at:].addmm_(left[at : at + step], right[:, at:], alpha=-1)
+
+
+def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float, most: int | None = None) -> Tensor:
     """Return scores that rise in the order of greedy removal: cost of each removal, made monotone.
 
     Removing unit j costs ||W_j||^2 / [C^-1]_jj; then W and C^-1 are updated as if the kept units
@@ -290,37 +301,53 @@ def surgeon(cov: Tensor, outgoing: Tensor, *, ridge: float) -> Tensor:
         cov: covariance of the units, (M, M).
         outgoing: W, the weights by which they are read, (M, D).
         ridge: added to the diagonal of C, relative to its mean.
+        most: how many units will be removed; those left after as many are ranked by what each would
+            cost next. None: all.
     """
     dtype = torch.float64 if len(cov) <= _EXACT else torch.float32
-    inverse = _inverse(cov.to(dtype).flip(0, 1), ridge)
-    weights = outgoing.to(dtype).flip(0)
-    units = torch.arange(len(cov) - 1, -1, -1)
-    live = torch.ones(len(cov), dtype=torch.bool)
+    inverse = _inverse(cov.to(dtype), ridge)  # of which the upper triangle is kept up to date
+    weights = outgoing.to(dtype, copy=True).contiguous()
+    units, live = torch.arange(len(cov)), torch.ones(len(cov), dtype=torch.bool)
+    most = len(cov) if most is None else min(most, len(cov))
     order: list[int] = []
     costs: list[float] = []
-    while len(order) < len(cov):
+    while True:
         now = weights.square().sum(1) / inverse.diagonal()
         now[~live] = torch.inf
-        ranked = now.argsort(stable=True)[: len(cov) - len(order)]
-        pool, outside = ranked[:_POOL].sort().values, ranked[_POOL : _POOL + 1]
+        ranked = len(now) - 1 - now.flip(0).argsort(stable=True)[: len(cov) - len(order)]
+        if len(order) >= most:
+            rest = ranked.tolist()
+            return _rising(order + units[rest].tolist(), costs + now[rest].tolist())
+        pool, outside = ranked[:_POOL].sort(descending=True).values, ranked[_POOL : _POOL + 1]
         least = float(now[outside]) if len(outside) else torch.inf
-        picks, found = _round(inverse[pool][:, pool], weights[pool], least)
+        among = inverse.index_select(0, pool).index_select(1, pool)
+        among = among.tril() + among.tril(-1).mT  # as the pool falls, its lower triangle is valid
+        picks, found = _round(among, weights[pool], least, min(_ROUND, most - len(order)))
         gone = pool[picks]
         order += units[gone].tolist()
         costs += found
-        takes = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        weights.addmm_(takes.T, weights[gone], alpha=-1)
-        inverse.addmm_(inverse[:, gone], takes, alpha=-1)
+        rows = _rows(inverse, gone)
+        takes = torch.linalg.inv(rows.index_select(1, gone).double()).to(dtype) @ rows
+        weights.addmm_(takes.mT, weights[gone], alpha=-1)
+        _subtract(inverse, rows.mT, takes)
         live[gone] = False
         inverse.diagonal()[~live] = 1.0  # what is left there means nothing
         if int(live.sum()) < 0.8 * len(live):
-            inverse, weights, units = inverse[live][:, live], weights[live], units[live]
-            live = live[live]
-    return _rising(order, costs)
+            left = live.nonzero()[:, 0]
+            inverse = inverse.index_select(0, left).index_select(1, left)
+            weights, units, live = weights[left], units[left], live[left]
 
 
-def _round(inverse: Tensor, weights: Tensor, least: float) -> tuple[list[int], list[float]]:
-    """Remove up to 128 of the pool's units one by one; return which, and what each one cost.
+def _rows(upper: Tensor, index: Tensor) -> Tensor:
+    """Return rows of the symmetric matrix with that upper triangle."""
+    right = torch.arange(len(upper)) >= index[:, None]
+    return torch.where(right, upper.index_select(0, index), upper.index_select(1, index).mT)
+
+
+def _round(
+    inverse: Tensor, weights: Tensor, least: float, most: int
+) -> tuple[list[int], list[float]]:
+    """Remove up to `most` of the pool's units one by one; return which, and what each one cost.
 
     The round ends where the next would cost more than `least`, the cheapest unit outside. Of the
     two matrices (inverse, and products of weights) only the diagonals are kept up to date; a row is
@@ -328,7 +355,7 @@ def _round(inverse: Tensor, weights: Tensor, least: float) -> tuple[list[int], l
     """
     a = inverse.double().numpy()
     p = (weights @ weights.T).double().numpy()
-    most = min(_ROUND, len(a))
+    most = min(most, len(a))
     a_rows, takes, gains = (np.empty((most, len(a))) for _ in range(3))
     a_left, p_left, dead = a.diagonal().copy(), p.diagonal().copy(), np.zeros(len(a))
     picks: list[int] = []

@@ -100,7 +100,9 @@ def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
     """Return the figure as a PNG, its legend above it."""
     content = io.BytesIO()
     columns = _columns([str(handle.get_label()) for handle in handles])
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may have dollars in it
     figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
     return content.getvalue()
 

@@ -33,7 +33,7 @@ def foreseen(runs: Sequence[Run]) -> list[Foreseen]:
     """
     groups: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
     for run in runs:
-        trials, blocks = _trials(run)
+        trials, blocks = trials_of(run)
         dense, final = run.record.get("dense.top1"), run.record.get("compact.top1")
         if len(blocks) != 1 or blocks[0] not in trials or dense is None or final is None:
             continue
@@ -54,8 +54,12 @@ def foreseen(runs: Sequence[Run]) -> list[Foreseen]:
     ]
 
 
-def _trials(run: Run) -> tuple[dict[str, float], list[str]]:
-    """Return scores by block and the compressed blocks, as a plan has them; or nothing."""
+def trials_of(run: Run) -> tuple[dict[str, float], list[str]]:
+    """Return scores by block and the compressed blocks, as a plan has them; or nothing.
+
+    Raises:
+        ReportError: naming the file and what is wrong with it.
+    """
     path, provenance = run.folder / "plan.json", provenance_of(run, "trials")
     trials, blocks = provenance.get("trials"), provenance.get("blocks")
     if not isinstance(trials, dict) or not isinstance(blocks, list):

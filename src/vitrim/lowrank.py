@@ -95,27 +95,40 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
             inputs that never occurred.
     """
     rows, columns = weight.shape
-    if metric is not None:
-        level = float(metric.diagonal().double().mean())
-        metric = metric / level if level > 0 else torch.eye(columns).to(metric)
-        metric = metric + ridge * torch.eye(columns, dtype=metric.dtype, device=metric.device)
+    level = 1.0 if metric is None else float(metric.diagonal().double().mean())
+    if level <= 0.0:  # nothing ever came in, or always the same
+        found = decompose(weight, None)
+        return found._replace(energy=torch.zeros_like(found.energy))
     exact = min(rows, columns) <= _EXACT or weight.dtype == torch.float64
     wide = weight.double() if exact else weight.float()
     if rows <= columns:
-        met = wide if metric is None else wide @ metric.to(wide)
-        energy, u = _eigen(met @ wide.T)
-        found = u, u.T @ wide
+        half = wide / 2 if metric is None else _halved(wide, metric.to(wide), level, ridge)
+        energy, u = _eigen(half @ wide.mT)
+        up, down = u, u.mT @ wide
     elif metric is None:
-        energy, v = _eigen(wide.T @ wide)
-        found = wide @ v, v.T
+        energy, v = _eigen(wide.mT @ wide / 2)
+        up, down = wide @ v, v.mT
     else:
-        root, inverse = _root(metric.double(), ridge)
+        scaled = metric.double() / level
+        scaled.diagonal().add_(ridge)
+        root, inverse = _root(scaled, ridge)
         narrow = root.to(wide)
-        energy, v = _eigen(narrow.T @ (wide.T @ wide) @ narrow)
-        found = wide @ (narrow @ v), (v.double().T @ inverse).to(wide)
-    scale = 1.0 if metric is None else max(level, 0.0)
-    up, down = (factor.to(weight.dtype) for factor in found)
-    return Spectrum(up, down, energy.double().clamp_min(0.0) * scale)
+        energy, v = _eigen(narrow.mT @ (wide.mT @ wide) @ narrow / 2)
+        up, down = wide @ (narrow @ v), v.double().mT @ inverse
+    return Spectrum(
+        up.to(weight.dtype), down.to(weight.dtype), energy.double().clamp_min(0.0) * level
+    )
+
+
+def _halved(wide: Tensor, metric: Tensor, level: float, ridge: float) -> Tensor:
+    """Return W H with H triangular and H + H^T = C / level + ridge I: half of the products."""
+    scaled, found = wide / level, 0.5 * ridge * wide
+    step = max(128, -(-len(metric) // 8))
+    for at in range(0, len(metric), step):
+        block = slice(at, at + step)
+        found[:, block] += scaled[:, :at] @ metric[:at, block]
+        found[:, block] += 0.5 * scaled[:, block] @ metric[block, block]
+    return found
 
 
 def curves(
@@ -174,7 +187,7 @@ def _root(metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return vectors * scale, vectors.T / scale[:, None]
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, falling, and eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+def _eigen(half: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, falling, and eigenvectors as columns, of a matrix plus its transpose."""
+    values, vectors = torch.linalg.eigh(half + half.mT)
     return values.flip(0), vectors.flip(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
 
-_BLOCK = 768  # columns that are multiplied at once
+_BLOCK = 256  # columns that are multiplied at once
 
 
 class MomentsError(VitrimError):

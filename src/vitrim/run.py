@@ -17,19 +17,20 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim import checks, cluster, signals, status, sweep
 from vitrim.errors import ConfigError, VitrimError
@@ -51,22 +52,26 @@ OmegaConf.register_new_resolver("gpus", cluster.gpus, replace=True)  # of hydra/
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
+    from vitrim import processes
+    from vitrim.data import quarantine
     from vitrim.store import write
     from vitrim.trainer.fit import lock
 
     choices = _build(cfg)
     recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
     folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
-    with lock(_writable(folder)):
-        if (folder / "report.json").is_file():
+    with processes.joined(recipe["resolved"]["trainer"]), lock(_writable(folder)):
+        if processes.agreed((folder / "report.json").is_file()):
             _log.info("finished before; delete the folder to run it again")
             status.tell(folder, "DONE")
-        else:
+        elif processes.first():
             checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
             text = OmegaConf.to_yaml(cfg, resolve=True)
-            with status.told(folder):
+            with status.told(folder), quarantine.listing(choices["data"], folder):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
                 _compress(cfg, choices, recipe, folder)
+        else:
+            _compress(cfg, choices, recipe, folder)
     return folder / "report.json"
 
 
@@ -76,7 +81,8 @@ def _compress(
     """Go from the network to the compact one and its report in `folder`."""
     from lightning import seed_everything
 
-    from vitrim import quantize
+    from vitrim import processes, quantize
+    from vitrim.data import quarantine
     from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
@@ -90,7 +96,7 @@ def _compress(
 
     started = time.perf_counter()
     model, method, data = choices["model"], choices["method"], choices["data"]
-    if data is not None and data.chosen:
+    if data is not None and data.chosen and processes.first():
         (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
     phases = _phases(cfg, choices, recipe, folder)
     seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
@@ -108,7 +114,7 @@ def _compress(
         _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
         plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
         compact = prune.compact
-        if METRIC_SET in prune.evidence.moments:
+        if METRIC_SET in prune.evidence.moments and processes.first():
             images = prune.evidence.moments[METRIC_SET]["images"]
             sheet(images, model.spec(), folder / "metric_set.png")
         if prune.plan.edits and phases is not None:
@@ -120,6 +126,12 @@ def _compress(
             name = _title(phase, stages)
             phases.once(folder / PHASES / name, phase, name=name)
             stages[name] = phases.judged(folder / PHASES / name, compact, data.n_classes)
+    in_int8: dict[str, Any] = {}
+    if cfg.quantize:
+        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
+        in_int8 = quantize.record(compact, cfg.quantize, judge)
+    if not processes.first():
+        return
     plan = Plan(
         model=model.description(),
         edits=plan.edits,
@@ -139,11 +151,12 @@ def _compress(
     for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
         counted = flops_blog(model.name, cost, part)
         report[side] |= {} if counted is None else {"flops_blog": counted}
-    if cfg.quantize:
-        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
-        report |= quantize.record(compact, cfg.quantize, judge)
-    report |= {**recipe["report"], "variant": origin(plan) if cfg.transfer else _variant()}
-    report |= {"latency": OmegaConf.to_container(cfg.latency)}
+    report |= {
+        **in_int8,
+        **recipe["report"],
+        "variant": origin(plan) if cfg.transfer else _variant(),
+    }
+    report |= {"latency": OmegaConf.to_container(cfg.latency), **quarantine.counted(data)}
     report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     _finish(folder, report, phases)
 
@@ -200,8 +213,9 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     built, problems = {}, checks.of_run(said)
     for group in GROUPS:
         try:
-            checks.targets(said[group], group)
-            built[group] = instantiate(cfg[group], _convert_="all")
+            chosen = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
+            checks.targets(chosen, group)
+            built[group] = instantiate(chosen, _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     if not problems:
@@ -222,6 +236,7 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
 def _phases(
     cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
 ) -> Phases | None:
+    from vitrim import processes
     from vitrim.trainer.fit import Phases
     from vitrim.trainer.tracking import Tracker
 
@@ -230,7 +245,12 @@ def _phases(
     return Phases(
         trainer=choices["trainer"],
         data=choices["data"].module(choices["model"].spec()),
-        tracker=Tracker(folder, cfg.tracking, group=recipe["series"], config=recipe["resolved"]),
+        tracker=Tracker(
+            folder,
+            cfg.tracking if processes.first() else "none",
+            group=recipe["series"],
+            config=recipe["resolved"],
+        ),
         folder=folder,
         shared=_writable(Path(cfg.out).absolute() / PHASES),
         seed=cfg.seed,
@@ -252,6 +272,8 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
+    if recipe["data"].get("bad_images", {}).get("evaluation") == "fail":  # judged on all, as ever
+        del recipe["data"]["bad_images"]
     recipe["checkpoint_sha256"] = fingerprint
     recipe["from_run"] = started_from
     if started_from is None:
@@ -279,6 +301,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
             "choices": choices,
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
+            "samples": resolved["data"].get("samples"),
             "recipe_hash": digest(recipe),
             "series": f"{label}-{digest(series)}",
             **versions(*(("torchao",) if cfg.quantize else ())),
@@ -313,6 +336,8 @@ def _reason(error: Exception, group: str) -> str:
     """Return the sentence that a user needs, out of Hydra's wrapping."""
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}=???: expected a value, which has no default"
     text = str(error).split("\n    full_key:")[0].strip()
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 
@@ -345,15 +370,39 @@ def _known_keys(parent: str) -> list[str]:
         return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
 
 
+def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Return Hydra's way to a configuration, which refuses those that it would run code for.
+
+    Hydra acts on its own part (callbacks, logging, launchers) before a job of ours begins, in
+    every job of a sweep: this is the one place that all of them pass.
+    """
+
+    @wraps(compose)
+    def composed(loader: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        for source in loader.get_sources():
+            if source.provider == "command-line":
+                checks.of_files(Path(source.path))
+        cfg = compose(loader, *args, **kwargs)
+        checks.of_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))  # type: ignore[arg-type]
+        return cfg
+
+    return composed
+
+
+ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)  # type: ignore[method-assign]
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
 def _job(cfg: DictConfig) -> str:
     hydra_cfg = HydraConfig.get()
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
+        checks.one_process(cfg.trainer)
         return sweep.job(_words(), out=Path(cfg.out).absolute(), minutes=cfg.sweep.minutes)
     path = cluster.job(partial(run, cfg)) if submitted else run(cfg)
-    sys.stdout.write(f"{path}\n")
-    sys.stdout.flush()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+        sys.stdout.write(f"{path}\n")
+        sys.stdout.flush()
     return str(path)
 
 
@@ -382,6 +431,7 @@ def main() -> None:
             sys.stderr.write(f"vitrim: {error}\n")
             sys.exit(error.code)
         except _mendable() as error:
+            status.refused(_explain(error))
             sys.exit(f"vitrim: {_explain(error)}")
 
 

@@ -211,7 +211,7 @@ def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
         grid = [*figure.subplots(height, columns, squeeze=False, sharey=True).flat]
         for axes, chart in zip(grid, shown, strict=False):
             frame(axes, x_label, y_label)
-            axes.set_title(chart.title, fontsize=8)
+            axes.set_title(chart.title, fontsize=8, parse_math=False)
             for line in chart.lines:
                 look = looks[line.label] | (dashed if line.reference else {})
                 axes.plot(line.x, line.y, **look)

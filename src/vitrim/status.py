@@ -57,6 +57,13 @@ def tell(folder: Path, status: str, reason: str = "") -> None:
             _log.warning("%s: not written (%s)", path, error)
 
 
+def refused(reason: str) -> None:
+    """Tell the sweep, if there is one, why this job did not even begin."""
+    path = os.environ.get(COPY)
+    if path is not None and not read(Path(path)):
+        put(Path(path), {"status": "FAILED", "reason": reason})
+
+
 def put(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` by a JSON object in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -10,8 +10,11 @@ import hashlib
 import inspect
 import json
 import os
+import re
+import reprlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -22,16 +25,24 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from vitrim.errors import VitrimError
 from vitrim.model import computed
-from vitrim.plan import Plan, PlanError, check_json, dumps, loads
+from vitrim.plan import MAX_BYTES, Plan, PlanError, check_json, dumps, loads
 from vitrim.surgery import carve
 
 FORMAT = 1
 MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
-_MAX_MANIFEST = 2**20
+_MAX_MANIFEST = 2**20  # bytes
+_MAX_FILES = 16
+_MAX_HEADER = 2**20  # bytes of a safetensors header; that of ViT-g has 60,000
+_MAX_VALUES, _MAX_TEXT, _MAX_NUMBER, _MAX_REPEATS = 1000, 256, 2**16, 1000  # for timm to build
+_MAX_MODULES, _MAX_ELEMENTS = 5000, 2**33
+_FACTS = {"params", "name", "epochs"}
+_DIGITS = {"sha256": re.compile("[0-9a-f]{64}"), "xxh3_128": re.compile("[0-9a-f]{32}")}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ALIGNMENT = 64  # bytes; matrix kernels take other paths for data that starts elsewhere
 _LOADING = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
 """Arguments of timm's factory itself: where weights come from, which a plan must not say."""
@@ -72,7 +83,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     """
     folder = Path(folder)
     verify(folder, (PLAN, WEIGHTS))
-    plan = loads((folder / PLAN).read_bytes().decode(errors="replace"))
+    plan = loads(_text(folder / PLAN, MAX_BYTES))
     net = skeleton(plan)
     state = {name: _aligned(tensor) for name, tensor in read_tensors(folder / WEIGHTS).items()}
     _check_fit(net, state, where=str(folder / WEIGHTS))
@@ -104,7 +115,8 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
     """Return the dense network of timm.create_model's `name` and `args`, without weights.
 
     Raises:
-        PlanError: timm knows no such network, or `args` would load something or do not fit it.
+        PlanError: timm knows no such network, or `args` would load something, do not fit it, or
+            make a network beyond all sense.
     """
     if set(model) != {"name", "args"} or not isinstance(model["args"], dict):
         raise PlanError(f"plan.model has the keys {sorted(model)}: expected name and args")
@@ -114,8 +126,9 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
     loading = sorted(args.keys() & _LOADING)
     if loading:
         raise PlanError(f"plan.model.args: {', '.join(loading)} may not stand there")
+    _check_values(args)
     try:
-        with torch.device("meta"), _WithoutInit():
+        with torch.device("meta"), _WithoutInit(), _bounded():
             net: nn.Module = timm.create_model(name, pretrained=False, **args)
     except (
         TypeError,
@@ -123,10 +136,65 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
         AssertionError,
         AttributeError,
         ArithmeticError,
+        LookupError,
         RuntimeError,
     ) as e:
-        raise PlanError(f"{name} with args={args}: timm cannot build it ({e})") from None
+        reason = str(e).partition("\n")[0][:_MAX_TEXT]
+        raise PlanError(f"{name} with args={args}: timm cannot build it ({reason})") from None
     return net
+
+
+def _check_values(args: Mapping[str, Any]) -> None:
+    """Raise PlanError where an argument is larger than that of any network."""
+    values = [
+        (_MAX_REPEATS if "depth" in name or "layers" in name else _MAX_NUMBER, value)
+        for name, value in args.items()
+    ]
+    for most, value in values:  # which grows
+        match value:
+            case dict():
+                values += [(most, part) for pair in value.items() for part in pair]
+            case list() | tuple():
+                values += [(most, part) for part in value]
+            case str() if len(value) <= _MAX_TEXT:
+                pass
+            case None | bool():
+                pass
+            case int() | float() if abs(value) <= most:
+                pass
+            case _:
+                raise PlanError(
+                    f"plan.model.args: {reprlib.repr(value)}: expected numbers up to {most:,}, "
+                    f"words up to {_MAX_TEXT} characters, and lists of them"
+                )
+        if len(values) > _MAX_VALUES:
+            raise PlanError(f"plan.model.args: expected at most {_MAX_VALUES} values")
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop the building of a network with more modules or numbers than any has."""
+    modules = elements = 0
+
+    def count(owner: nn.Module, name: str, part: object) -> None:
+        nonlocal modules, elements
+        modules += isinstance(part, nn.Module)
+        elements += part.numel() if isinstance(part, Tensor) else 0
+        if modules > _MAX_MODULES or elements > _MAX_ELEMENTS:
+            raise ValueError(
+                f"it has more than {_MAX_MODULES:,} modules or {_MAX_ELEMENTS:,} numbers"
+            )
+
+    handles = [
+        hooks.register_module_module_registration_hook(count),
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -191,9 +259,9 @@ def verify(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     manifest = _manifest(folder)
     for name in names:
         entry = manifest["files"].get(name)
-        if not isinstance(entry, dict) or not (folder / name).is_file():
+        if entry is None or not (folder / name).is_file():
             raise StoreError(f"{folder / name} is missing: not a complete folder of vitrim")
-        if _xxh3(folder / name) != entry.get("xxh3_128"):
+        if _xxh3(folder / name) != entry["xxh3_128"]:
             raise StoreError(
                 f"{folder / name} differs from its checksum in {MANIFEST}: it is damaged or was "
                 "edited; restore it or run again into another folder"
@@ -205,7 +273,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"{path} is missing: expected a folder that vitrim saved")
-    text = path.read_bytes()[:_MAX_MANIFEST].decode(errors="replace")
+    text = _text(path, _MAX_MANIFEST)
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -213,9 +281,37 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path}: expected format {FORMAT}")
     manifest.pop("checksum", None)
-    if text != _signed(manifest) or not isinstance(manifest.get("files"), dict):
+    if text != _signed(manifest):
         raise StoreError(f"{path} is damaged or was edited: its own checksum differs")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise StoreError(f"{path}: files: expected the two checksums of each file, by name")
+    unknown = sorted(manifest.keys() - {"format", "files"} - _FACTS)
+    if unknown or len(files) > _MAX_FILES:
+        raise StoreError(
+            f"{path}: unknown keys {unknown[:3]} or more than {_MAX_FILES} files: not of vitrim"
+        )
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether `entry` holds two checksums in hex, and nothing else."""
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == _DIGITS.keys()
+        and all(
+            isinstance(entry[k], str) and form.fullmatch(entry[k]) for k, form in _DIGITS.items()
+        )
+    )
+
+
+def _text(path: Path, limit: int) -> str:
+    """Return what is in a file of up to `limit` bytes; what is no text there is replaced."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise StoreError(f"{path}: expected at most {limit:,} bytes")
+    return content.decode(errors="replace")
 
 
 def _signed(manifest: Mapping[str, Any]) -> str:
@@ -242,7 +338,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        StoreError: missing, a pickle or another kind, or damaged.
+        StoreError: missing, a pickle or another kind, damaged, or with an absurd header.
     """
     if not path.is_file():
         raise StoreError(f"{path}: no such file")
@@ -250,10 +346,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         start = file.read(8)
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise StoreError(f"{path} is a pickle, which can run code: expected a .safetensors file")
+    if _MAX_HEADER < int.from_bytes(start, "little") < path.stat().st_size:
+        raise StoreError(f"{path}: its header is larger than {_MAX_HEADER:,} bytes")
     try:
         return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise StoreError(f"{path} is not a readable safetensors file: {error}") from None
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:_MAX_TEXT]
+        raise StoreError(f"{path} is not a readable safetensors file: {reason}") from None
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -285,6 +384,6 @@ def misfits(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def _kind(tensor: Tensor) -> str:
     """Return what must agree between two tensors: the shape, and the kind of numbers."""
-    if tensor.is_floating_point():
+    if tensor.dtype in _FLOATS:
         return str(tuple(tensor.shape))
     return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

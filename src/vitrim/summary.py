@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -20,11 +21,17 @@ NAMES = ("label", "choices.model", "choices.data")
 _SCHEMA: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("choices.method", *NAMES[1:], "series", "target.metric"), _TEXT),
     **dict.fromkeys(("target.keep", "kept.params", "kept.macs"), _NUMBER),
-    **{"seed": _COUNT, **_MEASURED},
+    **{"seed": _COUNT, "compact.flops": _COUNT, **_MEASURED},
 }
 _QUANTIZED = ("float_mb", "quantized.")  # of runs that were asked for it
 LATENCY = ("dense.latency_ms", "compact.latency_ms")
 SETTINGS = ("latency.batch", "latency.device", "latency.precision", "latency.threads")
+_IF_THERE: Mapping[str, tuple[type, ...]] = {
+    **{"choices.experiment": (str, type(None)), "compact.flops_blog": _COUNT},
+    **dict.fromkeys(SETTINGS, (*_MAYBE, str)),
+}
+_MAX_BYTES, _MAX_KEYS, _MAX_TEXT, _MAX_NUMBER = 2**22, 10_000, 500, 2.0**63
+_MOST = {"top1": 100.0, "top5": 100.0, "strength": 5.0}
 
 
 class ReportError(ValueError):
@@ -58,11 +65,11 @@ class Row(NamedTuple):
         return None if found is None else found.mean
 
 
-def find(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+def find(roots: Sequence[Path], *, empty: bool = False) -> tuple[list[Path], list[Path]]:
     """Return the folders of the finished and of the unfinished runs below `roots`.
 
     Raises:
-        ReportError: a root is no folder, or no root holds a finished run.
+        ReportError: a root is no folder, or no root holds a finished run, unless it may be `empty`.
     """
     finished: dict[Path, Path] = {}
     unfinished: dict[Path, Path] = {}
@@ -74,7 +81,7 @@ def find(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
             if "report.json" in files or "recipe.yaml" in files:
                 found = finished if "report.json" in files else unfinished
                 found.setdefault(Path(name).resolve(), Path(name))
-    if not finished:
+    if not finished and not empty:
         names = ", ".join(map(str, roots))
         raise ReportError(
             f"{names}: no report.json below ({len(unfinished)} unfinished runs); "
@@ -91,18 +98,39 @@ def read(folder: Path) -> Run:
     """
     path = folder / "report.json"
     try:
-        record = dict(_flat(json.loads(path.read_text("utf-8"), parse_constant=_refuse)))
-    except ValueError as error:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES)  # of a larger one, a part: no valid JSON
+        record = dict(_flat(json.loads(content.decode("utf-8"), parse_constant=_refuse)))
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: no valid JSON ({error}); delete it and run again") from None
     if record.get("format") != 1:
-        raise ReportError(f"{path}: format={record.get('format')}: expected 1, from a `vitrim` run")
+        found = reprlib.repr(record.get("format"))
+        raise ReportError(f"{path}: format={found}: expected 1, from a `vitrim` run")
     named = (record.get("choices.method"), record.get("variant"))
     record["label"] = " ".join(filter(None, map(_text, named)))
     schema = {**_SCHEMA, **{key: _MAYBE for key in record if key.startswith(_QUANTIZED)}}
+    schema |= {key: kinds for key, kinds in _IF_THERE.items() if key in record}
     wrong = [key for key, kinds in schema.items() if type(record.get(key, ...)) not in kinds]
     if wrong:
         raise ReportError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
+    absurd = [ascii(key)[1:-1] for key, value in record.items() if not _is_sound(key, value)]
+    if absurd or len(record) > _MAX_KEYS:
+        raise ReportError(f"{path}: out of range, or no plain text: {', '.join(absurd[:5])}")
     return Run(folder, record)
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Whether an entry is one that a table can show."""
+    if len(key) > _MAX_TEXT or not key.isprintable():
+        return False
+    match value:
+        case str():
+            return len(value) <= _MAX_TEXT and value.isprintable()
+        case int() | float():
+            return 0 <= value <= _MOST.get(key.rpartition(".")[2], _MAX_NUMBER)
+    return True
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

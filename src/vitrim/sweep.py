@@ -21,7 +21,7 @@ from vitrim.status import COPY, STATUS, put, read
 
 _log = logging.getLogger(__name__)
 FOLDER = "sweeps"
-_GRACE = 60.0  # seconds to save in, once told to stop
+_GRACE = 60.0  # seconds to save in, once told to stop, if its time was not shorter
 
 
 class JobError(VitrimError):
@@ -83,7 +83,7 @@ def _finished(words: Sequence[str], told: Path, minutes: float | None) -> tuple[
             signum = signal.SIGTERM if late else signals.noted()
             if signum is not None:
                 child.send_signal(signum)
-                kill_at = now + _GRACE if late else float("inf")
+                kill_at = now + min(_GRACE, 60 * (minutes or 1)) if late else float("inf")
         elif now > kill_at:
             child.kill()
     return child.returncode, late

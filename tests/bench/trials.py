@@ -1,62 +1,143 @@
-"""Trials of dense compression: a step towards kept features against the naive loop."""
+"""Trials of dense compression: a step towards kept features against the naive loop; quick trials.
+
+With the real ViT-Ti and images where they are at hand (tests/test_real.py), else with random ones,
+on which the two kinds of trials need not agree. About five minutes on one core.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
+import logging
+import tarfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from lightning import Trainer
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, TensorDataset
 
+from vitrim.method.dcvit import DCViT
 from vitrim.plan import Drop, Keep, Plan
 from vitrim.surgery import cut
+from vitrim.trainer.trial import BLOCKS as SCORED
 from vitrim.trainer.trial import frozen, step
 
-from .scoring import net_of
+from .scoring import method_of, net_of
 from .timing import Row, Side, take_turns
 
+DATA = Path(__file__).parents[3] / "shared" / "data"
 NET = "vit_tiny_patch16_224"
-BATCH = 32
-STEPS = 3
+BATCH = 16
+STEPS = 2
+EPOCHS = 20  # of a full trial; the paper's have 2000
+CHOSEN = 3  # blocks, for the MACs of two
 BLOCKS = (1, 5, 10)
 """The first, a middle and the last block of those that are tried."""
 
 
 def rows(repeats: int) -> list[Row]:
-    """Return the steps of trials in float32, with equal losses, and in bfloat16."""
-    teacher = net_of(NET)
-    batches = [torch.randn(BATCH, 3, 224, 224) for _ in range(STEPS)]
+    """Return the steps of trials in float32, with equal losses, and in bfloat16; quick trials."""
+    teacher, images = _real()
+    batches = [*images.split(BATCH)]
     with torch.no_grad():
         aims = [teacher.forward_features(x) for x in batches]  # type: ignore[operator]
     naive = {at: _naive(teacher, at, batches) for at in BLOCKS}
     ours = {at: _ours(teacher, at, batches, aims, nullcontext) for at in BLOCKS}
+    half = {at: _ours(_plain(teacher), at, batches, aims, _bfloat16) for at in BLOCKS}
     for at in BLOCKS:
         for mine, theirs in zip(ours[at](), naive[at](), strict=True):
             assert abs(mine - theirs) <= 1e-6 * abs(theirs), (at, mine, theirs)
-    half = {at: _ours(teacher, at, batches, aims, _bfloat16) for at in BLOCKS}
+    turns = max(1, repeats // 2)
+    sides = {
+        name: Side(work=lambda _, loops=loops: [loop() for loop in loops.values()])
+        for name, loops in (("naive", naive), ("float32", ours), ("bfloat16", half))
+    }
+    seconds = take_turns(sides, turns)
     return [
-        _row("float32, losses equal to 1e-6", ours, naive, 1.5, repeats),
-        _row("bfloat16", half, naive, 2.8, repeats),
+        _row("float32, losses equal to 1e-6", seconds["float32"], seconds["naive"], 1.5),
+        _row("bfloat16", seconds["bfloat16"], seconds["naive"], 2.8),
+        _quick(teacher, batches[0][:8]),
     ]
 
 
-Loops = dict[int, Callable[[], list[float]]]
+def _real() -> tuple[nn.Module, Tensor]:
+    """Return ViT-Ti with real weights, and real images; random ones where those are not."""
+    net, number = net_of(NET), BATCH * STEPS
+    tar, weights = DATA / "imagenet_mini.tar", DATA / f"{NET}.safetensors"
+    if not (tar.is_file() and weights.is_file()):
+        return net, torch.randn(number, 3, 224, 224)
+    net.load_state_dict(safetensors.torch.load_file(weights))
+    prepare = create_transform(**resolve_data_config({}, model=net))
+    with tarfile.open(tar) as archive:
+        names = sorted(name for name in archive.getnames() if name.endswith((".jpg", ".JPEG")))
+        files = [archive.extractfile(name) for name in names[:: len(names) // number][:number]]
+        found = [prepare(Image.open(io.BytesIO(f.read())).convert("RGB")) for f in files if f]
+    return net, torch.stack(found)
 
 
-def _row(what: str, ours: Loops, naive: Loops, limit: float, repeats: int) -> Row:
-    sides = {
-        "ours": Side(work=lambda _: [loop() for loop in ours.values()]),
-        "peer": Side(work=lambda _: [loop() for loop in naive.values()]),
-    }
-    seconds = take_turns(sides, repeats)
+def _plain(net: nn.Module) -> nn.Module:
+    """Return a copy whose attentions are plain products, which are faster in bfloat16 here."""
+    found = copy.deepcopy(net)
+    for block in found.blocks:  # type: ignore[union-attr]
+        block.attn.fused_attn = False  # type: ignore[union-attr]
+    return found
+
+
+def _quick(net: nn.Module, images: Tensor) -> Row:
+    """Return the ranking by least squares against that by trials that train, and its choice."""
+    method: DCViT = method_of("dcvit", NET)
+    long = replace(method.trial, training=replace(method.trial.training, epochs=EPOCHS))
+    for chatty in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    data = TensorDataset(images, torch.zeros(len(images)))
+    scores: dict[str, Tensor] = {}
+
+    def ranked(name: str, how: DCViT) -> None:
+        phase = how.scorer(net)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=phase.epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        trainer.fit(phase.train(), DataLoader(data, batch_size=len(images)))
+        scores[name] = phase.evidence().scores[SCORED]
+
+    quick = take_turns({"ours": Side(work=lambda _: ranked("quick", method))}, 1)["ours"]
+    start = time.perf_counter()
+    ranked("full", replace(method, trial=long))
+    full = time.perf_counter() - start
+    chosen = [{*found.argsort(stable=True)[:CHOSEN].tolist()} for found in scores.values()]
+    return Row(
+        name=f"rank {len(scores['full'])} blocks by least squares: {len(chosen[0] & chosen[1])} of "
+        f"the {CHOSEN} chosen are the trials'",
+        peer=f"trials of {EPOCHS} epochs, {len(images)} images",
+        ours_s=quick,
+        peer_s=[full],
+        kind="faster",
+        limit=30.0,
+    )
+
+
+def _row(what: str, ours_s: list[float], naive_s: list[float], limit: float) -> Row:
     return Row(
         name=f"trials of blocks 1, 5 and 10 of ViT-Ti, {what}",
         peer="teacher in every step, full backward, float32",
-        ours_s=seconds["ours"],
-        peer_s=seconds["peer"],
+        ours_s=ours_s,
+        peer_s=naive_s,
         kind="faster",
         limit=limit,
     )

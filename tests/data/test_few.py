@@ -54,6 +54,7 @@ def opened(root: Path, samples: int | None, seed: int = 0, **changes: Any) -> Im
         "samples_seed": seed,
         "batch_size": 8,
         "workers": 0,
+        "bad_images": {"limit": 0, "evaluation": "fail"},
         "augmentation": {"auto_augment": None, "color_jitter": 0.0},
         "mixing": MIXING,
     }
@@ -88,7 +89,7 @@ def test_shares_add_up_and_differ_by_one(samples: int) -> None:
 def test_the_seed_decides_and_the_order_of_the_files_does_not(root: Path) -> None:
     assert opened(root, 6).chosen == opened(root, 6).chosen
     assert len({tuple(opened(root, 6, seed).chosen) for seed in range(5)}) == 5
-    whole = opened(root, None).train
+    whole = opened(root, None).train.whole
     names = [Path(path).relative_to(root).as_posix() for path, _ in whole.samples]
     rows = random.Random(1).sample(range(len(names)), len(names))
     whole.samples = [whole.samples[row] for row in rows]
@@ -157,8 +158,9 @@ def test_every_image_is_decoded_once_for_training_and_calibration(root: Path) ->
     images = opened(root, 4)
     assert isinstance(images.train, Few)
     loaded: list[str] = []
-    load = images.train.whole.loader
-    images.train.whole.loader = lambda path: loaded.append(path) or load(path)
+    folder = images.train.whole.whole
+    load = folder.loader
+    folder.loader = lambda path: loaded.append(path) or load(path)
     module = images.module(SPEC)
     for _ in range(3):
         assert len(list(module.train_dataloader())) == 1

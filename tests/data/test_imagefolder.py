@@ -55,6 +55,7 @@ def opened(root: Path, mixing: dict[str, Any] = PLAIN, **changes: Any) -> Images
         "samples_seed": 0,
         "batch_size": 4,
         "workers": 0,
+        "bad_images": {"limit": 0, "evaluation": "fail"},
         "augmentation": {"auto_augment": None, "color_jitter": 0.0},
         "mixing": mixing,
     }
@@ -66,8 +67,8 @@ def test_wnid_folders_get_imagenets_index_whatever_folders_are_missing(tmp_path:
     root = make(tmp_path, train={first: 1, last: 1}, val={third: 2, last: 1})
     images = opened(root)
     assert images.n_classes == 1000
-    assert sorted({label for _, label in images.val.samples}) == [2, 999]
-    assert sorted({label for _, label in images.train.samples}) == [0, 999]
+    assert sorted(set(images.val.labels)) == [2, 999]
+    assert sorted(set(images.train.labels)) == [0, 999]
 
 
 def test_calibration_images_are_training_images_prepared_like_validation(tmp_path: Path) -> None:
@@ -88,13 +89,13 @@ def test_calibration_images_are_training_images_prepared_like_validation(tmp_pat
 def test_other_names_are_ranked_over_both_splits(tmp_path: Path) -> None:
     images = opened(make(tmp_path, train={"a": 1, "c": 1}, val={"b": 1, "c": 1}))
     assert images.n_classes == 3
-    assert [label for _, label in images.val.samples] == [1, 2]
+    assert images.val.labels == [1, 2]
 
 
 def test_a_list_of_classes_takes_these_and_ranks_them(tmp_path: Path) -> None:
     images = opened(make(tmp_path, val={"a": 1, "b": 2, "c": 1}), classes=["c", "a"])
     assert images.n_classes == 2
-    assert [label for _, label in images.val.samples] == [0, 1]
+    assert images.val.labels == [0, 1]
     assert not images.trainable
 
 

@@ -209,3 +209,18 @@ def test_units_in_another_order_are_the_same_units_in_the_plan(criterion: str) -
     )
     assert len(kept) == 30
     assert sorted(order[list(its_kept)].tolist()) == list(kept)
+
+
+@pytest.mark.parametrize("overrides", [("strength=3",), ("target.macs=0.9", "method.round_to=8")])
+def test_ranking_only_what_goes_changes_no_plan(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = small_net()
+    method, cost = built("oneshot", *overrides), Cost(net, SIZE)
+    evidence = calibrated(net, ["blocks.0.mlp.hidden", "blocks.1.mlp.hidden"])
+    plan = method.plan(net, evidence, cost)
+    removed = method._removed(cost)
+    assert all(len(edit.index) + removed[edit.site] == 48 for edit in plan.keeps())
+    monkeypatch.setattr(OneShot, "_removed", lambda self, cost: {})
+    assert method.plan(net, evidence, cost) == plan
+    assert plan.edits

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,39 @@ def test_a_service_that_fails_does_not_hurt(
     tracker.close(SUMMARY)
     assert "no space left" in caplog.text
     assert (tmp_path / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), TimeoutError("no answer")])
+def test_an_unreachable_service_is_given_up_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    asked = []
+
+    def refuse(*, settings: wandb.Settings, **_: object) -> None:
+        asked.append((sys.stdin.isatty(), sys.stdin.read(), settings.init_timeout))
+        raise error
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    terminal = sys.stdin
+    Tracker(tmp_path, "online", group="g", config={}).close(SUMMARY)
+    assert asked == [(False, "", 10.0)]
+    assert sys.stdin is terminal
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    tracker = Tracker(tmp_path, "none", group="g", config={})
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.5}, step=step)
+    assert caplog.text.count("No space left on device") == 1
+    path.unlink()
+    path.write_text('{"half')
+    for step in (3, 4):
+        tracker.log_metrics({"loss": 1.5}, step=step)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()[1:]] == [3, 4]
 
 
 def test_tensorboard_gets_the_metrics_and_the_point(tmp_path: Path) -> None:

@@ -97,5 +97,8 @@ class Data(Protocol):
         ...
 
 
-def none() -> None:
-    """Return no data: the run then shows structure and skips every step that needs images."""
+def none(**settings: Any) -> None:
+    """Return no data: the run then shows structure and skips every step that needs images.
+
+    `settings` are what an experiment says of its images, and go unused here.
+    """

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchvision.datasets import VisionDataset
 
 from vitrim.errors import ConfigError, is_count
 
@@ -19,7 +18,7 @@ class Few(Dataset[tuple[Any, int]]):
     thousand images of ImageNet take about 0.6 GB.
     """
 
-    def __init__(self, whole: VisionDataset, places: Sequence[int], names: Sequence[str]) -> None:
+    def __init__(self, whole: Dataset[Any], places: Sequence[int], names: Sequence[str]) -> None:
         self.whole = whole
         self.places = places
         self.names = names
@@ -37,7 +36,7 @@ class Few(Dataset[tuple[Any, int]]):
 
 
 def few(
-    whole: VisionDataset,
+    whole: Dataset[Any],
     *,
     classes: Mapping[int, str],
     labels: Sequence[int],

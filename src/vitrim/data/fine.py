@@ -10,6 +10,7 @@ from torchvision.datasets import Flowers102, OxfordIIITPet, VisionDataset
 
 from vitrim.data.few import Few, few
 from vitrim.data.images import Images
+from vitrim.data.quarantine import Replacing, strict
 from vitrim.errors import ConfigError
 
 _SETS: Mapping[str, tuple[Callable[..., VisionDataset], tuple[str, ...]]] = {
@@ -20,17 +21,14 @@ _SETS: Mapping[str, tuple[Callable[..., VisionDataset], tuple[str, ...]]] = {
 
 
 class _Joined(ConcatDataset[tuple[Any, int]]):
-    """Splits as one set, whose `transform` can be set later (that of Pets would go unheard)."""
+    """Splits as one set, with the labels and files of all their images."""
 
     def __init__(self, parts: Sequence[VisionDataset]) -> None:
         super().__init__(parts)
         self.classes: list[str] = parts[0].classes
         self.labels = [label for part in parts for label in part._labels]  # opens no image
-        self.transform: Callable[[Any], Any] | None = None
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = super().__getitem__(index)  # type: ignore[no-untyped-call]
-        return (image if self.transform is None else self.transform(image)), label
+        kept = "_image_files" if isinstance(parts[0], Flowers102) else "_images"
+        self.names = [str(path) for part in parts for path in getattr(part, kept)]
 
 
 def fine(
@@ -42,6 +40,7 @@ def fine(
     samples_seed: int,
     batch_size: int,
     workers: int,
+    bad_images: Mapping[str, Any],
     augmentation: Mapping[str, Any],
     mixing: Mapping[str, Any],
 ) -> Images:
@@ -66,11 +65,13 @@ def fine(
             f"data.root={root}: {name} is not there ({error}); "
             "put its files there, or let data.download=true fetch them"
         ) from None
-    chosen: _Joined | Few = train
+    labelled = {"labels": train.labels, "names": train.names}
+    tolerant = Replacing(train, **labelled, limit=bad_images["limit"])
+    chosen: Replacing | Few = tolerant
     if samples is not None:
         names = [f"train/{place:05}" for place in range(len(train))]
         chosen = few(
-            train,
+            tolerant,
             classes=dict(enumerate(train.classes)),
             labels=train.labels,
             names=names,
@@ -79,7 +80,7 @@ def fine(
         )
     return Images(
         train=chosen,
-        val=val,
+        val=strict(val, labels=val.labels, names=val.names, evaluation=bad_images["evaluation"]),
         n_classes=len(train.classes),
         batch_size=batch_size,
         workers=workers,

@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from vitrim.data.few import Few, few
 from vitrim.data.images import Images
+from vitrim.data.quarantine import WNID, Replacing, strict
 from vitrim.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ def image_folder(
     samples_seed: int,
     batch_size: int,
     workers: int,
+    bad_images: Mapping[str, Any],
     augmentation: Mapping[str, Any],
     mixing: Mapping[str, Any],
 ) -> Images:
@@ -45,11 +47,14 @@ def image_folder(
         samples_seed: seed of that draw.
         batch_size: images in a batch.
         workers: loading processes.
+        bad_images: `limit` and `evaluation` of vitrim.data.quarantine.
         augmentation: training options of timm.data.create_transform.
         mixing: options of timm.data.Mixup.
 
     Raises:
-        ConfigError: a folder is missing, empty or unreadable, or a class does not exist.
+        ConfigError: a folder is missing, empty or unreadable, a class does not exist, or the name
+            of some folders, but not of all, is a wnid.
+        BadImages: too many training images, or one to evaluate on, are named after other classes.
     """
     if not Path(root).is_dir():
         raise ConfigError(
@@ -67,15 +72,18 @@ def image_folder(
         _relabel(images, index)
         if not images.samples:
             raise ConfigError(f"{Path(root) / name}: no image of the classes asked for")
-    drawn: ImageFolder | Few | None = splits.get(train)
+    tolerated: Replacing | None = None
+    if train in splits:
+        tolerated = Replacing(splits[train], **_named(splits[train]), limit=bad_images["limit"])
+    drawn: Replacing | Few | None = tolerated
     if samples is not None:
-        if train not in splits:
+        if tolerated is None:
             raise ConfigError(f"data.samples={samples}: no folder {Path(root) / train} to draw of")
         named = {index[name]: name for name in present if name in index}
-        drawn = _few(splits[train], Path(root), named, samples, samples_seed)
+        drawn = _few(tolerated, Path(root), named, samples, samples_seed)
     return Images(
         train=drawn,
-        val=splits[val],
+        val=strict(splits[val], **_named(splits[val]), evaluation=bad_images["evaluation"]),
         n_classes=n_classes,
         batch_size=batch_size,
         workers=workers,
@@ -84,13 +92,15 @@ def image_folder(
     )
 
 
-def _few(
-    images: ImageFolder, root: Path, classes: Mapping[int, str], samples: int, seed: int
-) -> Few:
-    names = [Path(path).relative_to(root).as_posix() for path, _ in images.samples]
+def _few(images: Replacing, root: Path, classes: Mapping[int, str], samples: int, seed: int) -> Few:
+    names = [Path(path).relative_to(root).as_posix() for path in images.names]
     return few(
-        images, classes=classes, labels=images.targets, names=names, samples=samples, seed=seed
+        images, classes=classes, labels=images.labels, names=names, samples=samples, seed=seed
     )
+
+
+def _named(images: ImageFolder) -> dict[str, Any]:
+    return {"labels": images.targets, "names": [path for path, _ in images.samples]}
 
 
 def label_index(
@@ -100,6 +110,12 @@ def label_index(
     if classes is None:
         wnids = ImageNetInfo("imagenet-1k").label_names()
         chosen = wnids if set(present) <= set(wnids) else present
+        others = [name for name in present if not WNID.fullmatch(name)]
+        if 0 < len(others) < len(present):
+            raise ConfigError(
+                f"data.root: these folders among others are no wnids: {others[:3]}; remove them, "
+                "or list the classes to use in data.classes"
+            )
     elif isinstance(classes, int):
         if not 1 <= classes <= len(present):
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
@@ -18,6 +18,9 @@ from vitrim.data.few import Few
 from vitrim.data.loader import alike
 from vitrim.errors import ConfigError, is_count
 
+if TYPE_CHECKING:
+    from vitrim.data.quarantine import Replacing, Strict
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
@@ -26,8 +29,8 @@ class Images:
     `augmentation` is passed on to `timm.data.create_transform`; `mixing` to `timm.data.Mixup`.
     """
 
-    train: VisionDataset | Few | None
-    val: VisionDataset
+    train: VisionDataset | Replacing | Few | None
+    val: VisionDataset | Strict
     n_classes: int
     batch_size: int
     workers: int

@@ -196,6 +196,7 @@ class OneShot:
             _log.info("no calibration images: units are ranked by group_l2, not %s", criterion)
             criterion = "group_l2"
         described = cost.structure
+        removed = self._removed(cost)
         scores = {
             name: score(
                 net,
@@ -205,6 +206,7 @@ class OneShot:
                 criterion=criterion,
                 ridge=self.ridges.order,
                 seed=self.seed,
+                most=removed.get(name),
             )
             for name in self._of(described)
         }
@@ -272,6 +274,18 @@ class OneShot:
         """Return the names of the chosen sites, in network order."""
         endings = tuple(SITES[kind] for kind in self.sites)
         return [name for name in described.sites if name.endswith(endings)]
+
+    def _removed(self, cost: Cost) -> dict[str, int]:
+        """Return how many units each site will lose, where scores cannot change that."""
+        sites = cost.structure.sites
+        names = self._of(cost.structure)
+        if self.scope == "global" or any(sites[name].head_dims for name in names):
+            return {}
+        kept = {
+            keep.site: len(keep.index)
+            for keep in self._trim(cost, {name: torch.ones(sites[name].size) for name in names})
+        }
+        return {name: sites[name].size - kept.get(name, sites[name].size) for name in names}
 
     def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
         return trim(

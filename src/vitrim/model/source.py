@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -31,6 +32,9 @@ from vitrim.store import (
     verify,
 )
 from vitrim.trainer.recipe import Recipe
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # a scheme; one letter is a drive
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".tar", ".zip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,7 @@ class Timm:
             )
         if self.pretrained and self.checkpoint is not None:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
+        _check_kind(self.checkpoint)
         skeleton = self.skeleton()
         structure(skeleton)
         self._check_pixels()
@@ -204,6 +209,21 @@ class Timm:
                     f"model.checkpoint={self.checkpoint}: {name} is not finite, the file is damaged"
                 )
         return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _check_kind(checkpoint: str | None) -> None:
+    """Refuse what names an address, or a kind of file that can run code when it is read."""
+    named = str(checkpoint or "")
+    if _ADDRESS.match(named):
+        raise ConfigError(
+            f"model.checkpoint={named}: an address; fetch the file yourself, give its path, and "
+            "pin what it is with model.sha256"
+        )
+    if named.lower().endswith(_PICKLES):
+        raise ConfigError(
+            f"model.checkpoint={named}: a kind of file that can hold a pickle, which can run code: "
+            "expected a .safetensors file, or a run folder"
+        )
 
 
 def _adapted(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

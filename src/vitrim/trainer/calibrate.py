@@ -64,7 +64,9 @@ class Sampling:
 def take(x: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the indexed tokens of x, (B, N, C) or (B, H, W, C), as (B, n, C)."""
     x_BNC = x.flatten(1, -2)
-    return x_BNC.gather(1, index_Bn.unsqueeze(-1).expand(-1, -1, x_BNC.shape[-1]))
+    starts = torch.arange(len(x), device=x.device)[:, None] * x_BNC.shape[1]
+    rows = x_BNC.flatten(0, 1).index_select(0, (starts + index_Bn).flatten())
+    return rows.view(*index_Bn.shape, -1)
 
 
 class Calibrate(LightningModule):

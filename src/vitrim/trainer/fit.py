@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
-from vitrim import signals
+from vitrim import processes, signals
 from vitrim.data import Loaders
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
 from vitrim.trainer.classify import Classify
@@ -34,6 +34,7 @@ for _chatty in ("lightning.pytorch", "lightning.fabric"):
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
 warnings.filterwarnings("ignore", ".*no `validation_step`.*")  # scorers have none
 warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # nor optimisers
+warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified.*")
 warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
 warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a run may be outside SLURM
 _STATE = "state.safetensors"
@@ -47,7 +48,13 @@ def digest(value: Any) -> str:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, made if missing: one process at a time works in it."""
+    """Hold the lock of a folder, made if missing: one run at a time works in it.
+
+    Of several processes of one run the first holds it.
+    """
+    if not processes.first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / ".lock")
     while True:
@@ -97,7 +104,7 @@ class Phases:
         """
         signals.check()
         with lock(folder):
-            if (folder / "manifest.json").is_file():
+            if processes.agreed((folder / "manifest.json").is_file()):
                 _log.info("%s: finished before, taken from %s", name, folder)
                 _restore(folder, phase)
                 self._fit(name, phase, epochs=0, callbacks=callbacks, folder=None)
@@ -110,10 +117,11 @@ class Phases:
                 callbacks=callbacks,
                 folder=None if getattr(phase, "resumes_at", "batch") == "never" else checkpoints,
             )
-            state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
-            write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
-            seal(folder, (_STATE,), name=name, epochs=phase.epochs)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            if processes.first():
+                state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
+                write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
+                seal(folder, (_STATE,), name=name, epochs=phase.epochs)
+                shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _fit(
         self,
@@ -144,7 +152,7 @@ class Phases:
             phase,
             None if samples is None else self.data.calibration_dataloader(samples, self.seed),
             datamodule=self.data if samples is None else None,
-            ckpt_path=folder and newest(folder),
+            ckpt_path=folder and processes.agreed(newest(folder) if processes.first() else None),
             weights_only=True,
         )
 
@@ -152,10 +160,13 @@ class Phases:
         """Return the `accuracy` of `net`, or what is known of it in `folder`."""
         known = folder / "accuracy.json"
         with lock(folder):
-            if not known.is_file():
+            if not processes.agreed(known.is_file()):
                 text = json.dumps(self.accuracy(net, n_classes))
-                write(known, lambda path: path.write_text(text))
-            accuracy: dict[str, float] = json.loads(known.read_text())
+                if processes.first():
+                    write(known, lambda path: path.write_text(text))
+            accuracy: dict[str, float] = processes.agreed(
+                json.loads(known.read_text()) if processes.first() else None
+            )
         return accuracy
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
@@ -171,6 +182,9 @@ class Phases:
 
     def _trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
         environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        several: dict[str, Any] = getattr(self.trainer, "keywords", {})
+        if several.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
+            options["strategy"] = "ddp_find_unused_parameters_true"
         return self.trainer(
             default_root_dir=self.folder,
             callbacks=[*([RichProgressBar(leave=False)] if self.progress else []), *callbacks],

@@ -1,0 +1,70 @@
+"""Jobs of a sweep: what became of each is told, and a request to stop is passed on."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from command import QUICK
+from vitrim import signals, status
+from vitrim.signals import Preempted
+from vitrim.sweep import JobError, job
+
+RUN = (*QUICK, "strength=3", "method.gating.epochs=1", "method.fine_tuning.epochs=1")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    with signals.taken():
+        yield
+
+
+def told(out: Path) -> dict[str, str]:
+    (record,) = (out / "sweeps").glob("*.json")
+    found: dict[str, str] = json.loads(record.read_text())
+    return found
+
+
+def test_a_job_ends_with_its_report_and_is_told(tmp_path: Path) -> None:
+    report = Path(job([*RUN, f"out={tmp_path}"], out=tmp_path, minutes=None))
+    assert report.is_file()
+    assert told(tmp_path)["status"] == "DONE"
+    assert status.read(report.parent / status.STATUS)["status"] == "DONE"
+
+
+def test_a_job_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"not finished after 0.02 minutes"):
+        job([*RUN, f"out={tmp_path}"], out=tmp_path, minutes=0.02)
+    assert told(tmp_path)["status"] == "FAILED"
+
+
+def test_why_a_job_failed_is_told(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="strength=9"):
+        job([*RUN, "strength=9", f"out={tmp_path}"], out=tmp_path, minutes=None)
+    assert told(tmp_path)["status"] == "FAILED"
+
+
+def test_a_request_to_stop_reaches_the_job(tmp_path: Path) -> None:
+    def stop() -> None:
+        while not [*tmp_path.glob("*/*/status.json")]:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGUSR1)
+
+    threading.Thread(target=stop, daemon=True).start()
+    words = [*RUN, "model.training.epochs=500", "trainer.limit_train_batches=1.0"]
+    with pytest.raises(Preempted, match="SIGUSR1") as caught:
+        job([*words, f"out={tmp_path}"], out=tmp_path, minutes=None)
+    assert caught.value.code == 75
+    assert told(tmp_path)["status"] == "PREEMPTED"
+    (file,) = tmp_path.glob("*/*/status.json")
+    assert status.read(file)["status"] == "PREEMPTED"
+
+
+def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{")
+    assert status.read(tmp_path / "status.json") == {}
+    assert status.read(tmp_path / "missing.json") == {}

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vitrim import checks
@@ -183,13 +183,8 @@ def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path
 def _build(cfg: DictConfig) -> dict[str, Any]:
     """Build what the four groups choose; all that is wrong with them is told at once."""
     said: Any = OmegaConf.to_container(cfg, resolve=False)
-    built, problems = {}, checks.of_run(said)
-    for group in GROUPS:
-        try:
-            checks.targets(said[group], group)
-            built[group] = instantiate(cfg[group], _convert_="all")
-        except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
-            problems.append(_reason(error, group))
+    built, wrong = _groups(cfg, GROUPS)
+    problems = [*checks.of_run(said), *wrong]
     if not problems:
         built["start"] = None
         try:
@@ -203,6 +198,46 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     if problems:
         raise ConfigError("\n".join(problems))
     return built
+
+
+def _groups(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Build what these groups choose; return it by group, and what is wrong with the others."""
+    built, problems = {}, []
+    for group in groups:
+        try:
+            checks.targets(OmegaConf.to_container(cfg[group], resolve=False), group)
+            built[group] = instantiate(cfg[group], _convert_="all")
+        except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
+            problems.append(_reason(error, group))
+    return built, problems
+
+
+def chosen(
+    config: str, arguments: Sequence[str], recipe: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compose conf/`config`.yaml for a command that judges the finished run of `recipe`.
+
+    Return it as plain data, with the name of the data under `choices`, and what its groups data
+    and trainer build, beside the model of that run.
+
+    Raises:
+        ConfigError: what is wrong with the choices.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = hydra.compose(config, overrides=[*arguments], return_hydra_config=True)
+        choices = {group: cfg.hydra.runtime.choices[group] for group in ("data", "trainer")}
+        with open_dict(cfg):
+            del cfg.hydra
+            cfg.model = OmegaConf.load(recipe).model
+        said: Any = OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, arguments, config)) from None
+    built, problems = _groups(cfg, ("data", "trainer", "model"))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {**said, "choices": choices}, built
 
 
 def _phases(
@@ -302,13 +337,14 @@ def _reason(error: Exception, group: str) -> str:
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
     """Return the message of an error in composing or running, with the way out."""
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown is not None:
         parent, _, _ = unknown[1].rpartition(".")
-        return f"unknown key {unknown[1]}: expected one of {', '.join(_known_keys(parent))}"
+        known = ", ".join(_known_keys(parent, arguments, config))
+        return f"unknown key {unknown[1]}: expected one of {known}"
     if "Config search path" in text:
         return text.split("Config search path")[0].strip()
     if isinstance(error, OSError) and error.filename is not None:
@@ -316,13 +352,13 @@ def _explain(error: Exception) -> str:
     return text
 
 
-def _known_keys(parent: str) -> list[str]:
+def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
     """Return the keys that stand below `parent` in the configuration that was asked for."""
-    chosen = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in GROUPS and "," not in arg]
+    groups = [arg for arg in arguments if arg.partition("=")[0] in GROUPS and "," not in arg]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        node = OmegaConf.select(hydra.compose("run", overrides=chosen), parent) if parent else None
-        return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
+        cfg = hydra.compose(config, overrides=groups)
+        return [str(key) for key in (OmegaConf.select(cfg, parent) if parent else None) or cfg]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
@@ -339,7 +375,7 @@ def main() -> None:
     try:
         _job()
     except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
-        sys.exit(f"vitrim: {_explain(error)}")
+        sys.exit(f"vitrim: {_explain(error, sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Phases:
             max_epochs=epochs,
             logger=self.tracker,
             default_root_dir=self.folder,
-            callbacks=[*self._bars(), *callbacks],
+            callbacks=[*_bars(progress=self.progress), *callbacks],
             enable_progress_bar=self.progress,
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
         )
@@ -111,20 +111,41 @@ class Phases:
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
         """Return top-1 and top-5 of `net` in percent over the whole validation set."""
-        recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
-        trainer = self.trainer(
-            logger=False,
-            default_root_dir=self.folder,
-            callbacks=self._bars(),
-            enable_progress_bar=self.progress,
+        return accuracy(
+            net,
+            n_classes,
+            trainer=self.trainer,
+            data=self.data,
+            folder=self.folder,
+            progress=self.progress,
         )
-        found: Sequence[Mapping[str, float]] = trainer.validate(
-            Classify(net, recipe=recipe, n_classes=n_classes), datamodule=self.data, verbose=False
-        )
-        return {name: found[0][name] for name in ("top1", "top5")}
 
-    def _bars(self) -> list[Callback]:
-        return [RichProgressBar(leave=False)] if self.progress else []
+
+def accuracy(
+    net: nn.Module,
+    n_classes: int,
+    *,
+    trainer: Callable[..., Trainer],
+    data: Loaders,
+    folder: Path,
+    progress: bool,
+) -> dict[str, float]:
+    """Return top-1 and top-5 of `net` in percent over the whole validation set of `data`."""
+    recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+    judge = trainer(
+        logger=False,
+        default_root_dir=folder,
+        callbacks=_bars(progress=progress),
+        enable_progress_bar=progress,
+    )
+    found: Sequence[Mapping[str, float]] = judge.validate(
+        Classify(net, recipe=recipe, n_classes=n_classes), datamodule=data, verbose=False
+    )
+    return {name: found[0][name] for name in ("top1", "top5")}
+
+
+def _bars(*, progress: bool) -> list[Callback]:
+    return [RichProgressBar(leave=False)] if progress else []
 
 
 def _restore(folder: Path, phase: LightningModule) -> None:

@@ -9,7 +9,8 @@ import torch
 import vitrim
 from conftest import plan_of, small_net
 from vitrim import engine
-from vitrim.bench import advice, in_turns, main
+from vitrim.bench import advice, main
+from vitrim.measure import in_turns
 
 KEPT = {"blocks.0.mlp.hidden": range(13), "blocks.1.attn.qk": [0, 1, 2, 8, 9, 10, 16, 17]}
 

@@ -14,7 +14,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ import yaml
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from vitrim.engine import ENGINES, PRECISIONS, Call, Setting, prepared
+from vitrim.engine import ENGINES, PRECISIONS, Setting, prepared
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.measure import InputSize, count, image_shape, versions
+from vitrim.measure import InputSize, count, image_shape, in_turns, versions
 from vitrim.model import structure
 from vitrim.plan import Plan
 from vitrim.store import load, write
@@ -155,18 +154,6 @@ def _row(
         **dict(zip(("dense", "compact"), sides, strict=True)),
         "latency_ratio": statistics.median(ratios),
     }
-
-
-def in_turns(calls: Sequence[Call], repeats: int) -> list[list[float]]:
-    """Return milliseconds of every call, `repeats` of each by turns, after one untimed round."""
-    seen: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for call, times in zip(calls, seen, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:
-                times.append(1e3 * (time.perf_counter() - start))
-    return seen
 
 
 def _quartiles(seen: Sequence[float]) -> dict[str, float]:

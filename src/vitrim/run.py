@@ -35,12 +35,14 @@ from vitrim.errors import ConfigError, VitrimError
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitrim.timing import Timing
     from vitrim.trainer.fit import Phases
 
 _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
+TIMES = ("latency", "latency_ms")  # budgets that hang on where they were measured
 NOT_RECIPE = ("out", "tracking", "progress", "latency")  # change where and how, not what
 
 
@@ -77,7 +79,7 @@ def run(cfg: DictConfig) -> Path:
         seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
         judged = phases if model.sourced or not cfg.transfer else None
         dense, dense_accuracy = _dense(model, data, judged, recipe)
-        cost = Cost(dense, model.spec().size)
+        cost = Cost(dense, model.spec().size, timing=choices["timing"])
         start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
         recovery: Iterable[Any] = ()
         if method.budget.is_identity:
@@ -120,6 +122,8 @@ def run(cfg: DictConfig) -> Path:
         for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
             counted = flops_blog(model.name, cost, part)
             report[side] |= {} if counted is None else {"flops_blog": counted}
+        if choices["timing"] is not None:
+            report["foretold"] = choices["timing"].foretold(cost.structure, plan)
         if cfg.quantize:
             judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
             report |= quantize.record(compact, cfg.quantize, judge)
@@ -186,11 +190,13 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     built, wrong = _groups(cfg, GROUPS)
     problems = [*checks.of_run(said), *wrong]
     if not problems:
-        built["start"] = None
+        built |= {"start": None, "timing": None}
         try:
             built["start"] = checks.start(
                 said["from_run"], built["model"], transfer=cfg.transfer, seed=cfg.seed
             )
+            if built["method"].budget.is_time:
+                built["timing"] = _timing(cfg, built["model"])
         except VitrimError as error:
             problems.append(str(error))
     if not problems:
@@ -198,6 +204,15 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     if problems:
         raise ConfigError("\n".join(problems))
     return built
+
+
+def _timing(cfg: DictConfig, model: Any) -> Timing:
+    """Return how long parts of the dense network take on this device, measured once."""
+    from vitrim.timing import once
+
+    shared = _writable(Path(cfg.out).absolute() / "phases")
+    how = {key: cfg.latency[key] for key in ("batch", "repeats", "device")}
+    return once(shared, model.build(fetch=False), model.description(), model.spec().size, **how)
 
 
 def _groups(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -269,6 +284,11 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     for key in ("quantize", "transfer"):  # folders of runs without them keep their names
         if not recipe[key]:
             del recipe[key]
+    for part in (recipe, recipe["method"]):
+        if "target" in part:
+            part["target"] = {k: v for k, v in part["target"].items() if k not in TIMES or v}
+    if any(map(recipe["target"].get, TIMES)):
+        recipe["latency"] = {key: resolved["latency"][key] for key in ("batch", "device")}
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}

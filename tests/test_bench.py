@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import vitrim
-from conftest import plan_of, small_net
+from conftest import images, plan_of, relative_error, small_net
 from vitrim import engine
 from vitrim.bench import advice, main
+from vitrim.engine import Setting, prepared
 from vitrim.measure import in_turns
 
 KEPT = {"blocks.0.mlp.hidden": range(13), "blocks.1.attn.qk": [0, 1, 2, 8, 9, 10, 16, 17]}
@@ -56,12 +58,18 @@ def test_calls_take_turns_after_an_untimed_round() -> None:
     assert [len(part) for part in times] == [3, 3]
 
 
-def test_engines_of_onnx_files(run: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_of_onnx_files_compute_what_the_network_does(tmp_path: Path, name: str) -> None:
+    for package in ("onnx", "onnxscript", name):
         pytest.importorskip(package)
-    main([str(run), "--engine", "onnxruntime,openvino", "--repeats", "2", "--threads", "1"])
-    rows = json.loads((run / "bench.json").read_text())["rows"]
-    assert [row["engine"] for row in rows] == ["onnxruntime", "openvino"]
+    net, x = small_net(dtype=torch.float32, depth=1), images(dtype=torch.float32)
+    setting = Setting(engine=name, precision="fp32", batch=2, device="cpu")
+    with torch.inference_mode():
+        call, memory = prepared(net, x, setting, tmp_path / "net")
+        expected = net(x)
+    found: Any = call()
+    assert relative_error(torch.from_numpy(found[0]), expected) < 1e-5
+    assert memory is None or memory >= 0
 
 
 @pytest.mark.parametrize(

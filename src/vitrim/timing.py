@@ -3,8 +3,9 @@
 The model: each branch saves time by its own widths alone, and the rest of the network takes what it
 took. What a width saves is measured in place: all branches of one shape are cut to it at once, and
 the network takes turns with the dense one; the ratio of their times, spread over those branches, is
-a point of the table. MLPs have four widths below the dense one, attentions eight pairs of query-key
-and value widths and two numbers of heads; between points the table is linear.
+a point of the table (at least what the wider ones save). MLPs have four widths below the dense one,
+attentions eight pairs of query-key and value widths and two numbers of heads; between points the
+table is linear.
 
 Its error: the points' own noise (a few percent on a busy machine), steps between the points (widths
 that are no multiple of 8), what neighbouring branches do to each other's caches, and heads of
@@ -13,11 +14,13 @@ unequal width, which run one after another: those are refused.
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +142,7 @@ def timed(
             f"target.latency: nothing in {type(net).__name__} has a width whose time can be "
             "foretold (of convolutional networks, none): choose target.macs"
         )
-    net = net.to(device).eval()
+    whole = copy.deepcopy(net).to(device).eval()
     x = torch.zeros(batch, *image_shape(net, input_size), device=device)
     saved: dict[str, list[tuple[Sequence[float], float]]] = {}
     dense: list[float] = []
@@ -147,13 +150,29 @@ def timed(
         for at, keeps in kept:
             gone = 0.0
             if keeps:
-                smaller = cut(net, Plan(model={}, edits=keeps))
-                times = _by_turns([net, smaller], x, repeats)
+                smaller = cut(net, Plan(model={}, edits=keeps)).to(device).eval()
+                times = _by_turns([whole, smaller], x, repeats)
                 dense += times[0]
                 gone = 1 - statistics.median(b / a for a, b in zip(*times, strict=True))
             for name in names:
                 saved.setdefault(name, []).append((at, max(0.0, gone) / len(names)))
-    return Timing(dense_ms=statistics.median(dense), saved=saved)
+    return Timing(
+        dense_ms=statistics.median(dense),
+        saved={name: monotone(points) for name, points in saved.items()},
+    )
+
+
+def monotone(
+    points: Sequence[tuple[Sequence[float], float]],
+) -> list[tuple[Sequence[float], float]]:
+    """Return the points with at least the savings of every wider one: the rest is noise.
+
+    >>> monotone([((0.25,), 0.1), ((0.5,), 0.2), ((1.0,), 0.0)])
+    [((0.25,), 0.2), ((0.5,), 0.2), ((1.0,), 0.0)]
+    """
+    return [
+        (at, max(gone for wider, gone in points if all(map(ge, wider, at)))) for at, _ in points
+    ]
 
 
 def _by_turns(nets: Sequence[nn.Module], x: torch.Tensor, repeats: int) -> list[list[float]]:

@@ -25,7 +25,7 @@ import yaml
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from vitrim.engine import ENGINES, PRECISIONS, Setting, prepared
+from vitrim.engine import ENGINES, Setting, prepared
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.measure import InputSize, count, image_shape, in_turns, versions
 from vitrim.model import structure
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     add("--batch", default="1", help="images in a pass: 1,16 (default: 1)")
-    add("--precision", default="fp32", help=f"any of {','.join(PRECISIONS)} (default: fp32)")
+    add("--precision", default="fp32", help="fp32, bf16 (default: fp32; onnxruntime: fp32 only)")
     add("--engine", default="eager", help=f"any of {','.join(ENGINES)} (default: eager)")
     add("--threads", type=_positive, help="of PyTorch and the other engines (default: PyTorch's)")
     add("--repeats", type=_positive, default=20, help="timed passes of each network (default: 20)")

@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ def run(cfg: DictConfig) -> Path:
             counted = flops_blog(model.name, cost, part)
             report[side] |= {} if counted is None else {"flops_blog": counted}
         if choices["timing"] is not None:
-            report["foretold"] = choices["timing"].foretold(cost.structure, plan)
+            report["foretold"] = choices["timing"]().foretold(cost.structure, plan)
         if cfg.quantize:
             judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
             report |= quantize.record(compact, cfg.quantize, judge)
@@ -196,7 +196,7 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
                 said["from_run"], built["model"], transfer=cfg.transfer, seed=cfg.seed
             )
             if built["method"].budget.is_time:
-                built["timing"] = _timing(cfg, built["model"])
+                built["timing"] = cache(partial(_timing, cfg, built["model"]))
         except VitrimError as error:
             problems.append(str(error))
     if not problems:

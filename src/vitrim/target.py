@@ -195,7 +195,8 @@ class Cost:
     positions. A Conv has a kernel in place of each weight, and of each row where it is depthwise;
     norms make no MACs. Each attention is its context times its query-key and value dims at every
     token; whatever is never cut is a constant. Of a network that was cut before, `origin` is the
-    cost of the one that budgets count from. `timing` foretells times on this device.
+    cost of the one that budgets count from. `timing` gives the
+    table of times on this device, and measures it when first asked.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class Cost:
         net: nn.Module,
         input_size: InputSize,
         origin: Cost | None = None,
-        timing: Timing | None = None,
+        timing: Callable[[], Timing] | None = None,
     ) -> None:
         self.timing = timing
         self.structure: Structure = structure(net)
@@ -401,15 +402,16 @@ def _scale(
             cost.whole(unit, scored),
             lambda left: int(getattr(cost.of(left, scored), unit)),
         )
-    timing, described = cost.timing, cost.structure
-    if timing is None:
-        raise TargetError(f"target.{target.metric}: nothing was measured on this device")
-    timing.check(described, scored)
+    described = cost.structure
     if not even_heads and any(described.sites[name].head_dims for name in scored):
         raise TargetError(
             f"target.{target.metric}: heads of unequal width take longer than can be foretold: set "
             "method.even_heads=true, or choose other sites"
         )
+    if cost.timing is None:
+        raise TargetError(f"target.{target.metric}: nothing was measured on this device")
+    timing = cost.timing()
+    timing.check(described, scored)
     share = target.keep if target.metric == "latency" else target.keep / timing.dense_ms
     limit = min(math.floor(1e6 * share), 10**6)
     return limit, 10**6, lambda left: math.ceil(1e6 * timing.ratio(described, left))

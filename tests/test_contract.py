@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,12 +98,3 @@ def test_no_method_grows_with_strength(command: Command, method: str) -> None:
     sizes = [params(strength) for strength in (0, 1, 2, 3, 4, 5)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes) or method in COARSE
-
-
-def test_every_experiment_composes() -> None:
-    found = sorted((CONF / "experiment").rglob("*.yaml"))
-    assert found
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for path in found:
-            name = Path(path).relative_to(CONF / "experiment").with_suffix("")
-            assert compose("run", overrides=[f"experiment={name}"]).method

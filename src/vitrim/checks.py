@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import ConfigError, VitrimError, is_count
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,11 +39,66 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
     wrong = [
         f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits
     ]
+    every, limit = cfg["checkpoint"]["minutes"], cfg["sweep"]["minutes"]
+    if not is_rate(every):
+        wrong.append(f"checkpoint.minutes={every}: expected a number from 0 on")
+    if limit is not None and not is_positive(limit):
+        wrong.append(f"sweep.minutes={limit}: expected null or a number above 0")
     if transfer is True and cfg["from_run"] is None:
         wrong.append(
             "transfer=true needs a network to begin with: from_run=FOLDER, the folder of its run"
         )
     return [*wrong, *_of_quantize(cfg)]
+
+
+def one_process(trainer: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the jobs of a local sweep would be of several processes each."""
+    from vitrim.processes import wanted
+
+    if wanted(trainer) > 1 or trainer.get("num_nodes", 1) > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']} (strategy {trainer.get('strategy')}) in a local "
+            "sweep: run its jobs one by one without -m, each under torchrun if you like, submit "
+            "the sweep with hydra/launcher=slurm, or set trainer.devices=1"
+        )
+
+
+def same_recipe(path: Path, resolved: Mapping[str, Any], *, apart: Collection[str]) -> None:
+    """Raise ConfigError if a run of another recipe has begun in the folder of `path`.
+
+    Args:
+        path: its recipe.yaml, if there is one.
+        resolved: the recipe of this run.
+        apart: top-level keys that may differ.
+    """
+    if not path.is_file():
+        return
+    try:
+        known: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError):
+        known = None
+    if not isinstance(known, dict):
+        raise ConfigError(f"{path} cannot be read: move its folder away, or run with out=DIR")
+    old, new = _flat(known), _flat(resolved)
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    differing = [
+        f"{key} ({old.get(key)}, now {new.get(key)})"
+        for key in keys
+        if key.split(".")[0] not in apart
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} was begun with another recipe: {', '.join(differing)}; move the folder "
+            "away, or run with out=DIR"
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested recipe by dotted name."""
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    parts = [_flat(child, f"{name}.{key}" if name else str(key)) for key, child in value.items()]
+    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:

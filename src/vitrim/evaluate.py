@@ -43,15 +43,16 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     from vitrim.measure import versions
     from vitrim.run import chosen
     from vitrim.store import load, write
-    from vitrim.trainer.fit import accuracy, digest
+    from vitrim.trainer.classify import Classify
+    from vitrim.trainer.fit import digest
+    from vitrim.trainer.recipe import Recipe
 
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
+    if not (folder / "recipe.yaml").is_file():
         raise ConfigError(
             f"{folder}: no recipe.yaml: expected the folder of a run, in which report.json is"
         )
     net, _ = load(folder)
-    said, built = chosen("eval", arguments, recipe)
+    said, built = chosen("eval", arguments, folder / "recipe.yaml")
     data, model, where = built["data"], built["model"], f"data={said['choices']['data']}"
     if data is None:
         raise ConfigError(f"{where} has no images to judge by")
@@ -67,17 +68,18 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     name = said["name"] or f"{said['choices']['data']}-{digest(judged)}"
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ConfigError(f"name={name}: expected letters, digits, dots and dashes, of a file name")
-    found = accuracy(
-        net,
-        data.n_classes,
-        trainer=built["trainer"],
-        data=loaders,
-        folder=folder,
-        progress=said["progress"],
+    recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+    judge = built["trainer"](
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=said["progress"],
     )
+    classify = Classify(net, recipe=recipe, n_classes=data.n_classes)
+    (found,) = judge.validate(classify, datamodule=loaders, verbose=False)
     result = {
         "format": 1,
-        **found,
+        **{name: found[name] for name in ("top1", "top5")},
         "images": len(loaders.val_dataloader().dataset),
         "network": checks.identity(str(folder)),
         "choices": said["choices"],

@@ -10,13 +10,15 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from vitrim import foresight
 from vitrim.figure import Panel, draw, labelled, line_of
 from vitrim.paper import compare
+from vitrim.paper import table as papers
+from vitrim.paper.results import results
 from vitrim.spectra import figures
 from vitrim.summary import (
     LATENCY,
@@ -35,6 +37,7 @@ from vitrim.summary import (
     summarise,
 )
 
+OUTPUTS = [Path("outputs")]
 INT8_NOTE = (
     "Accuracies of the compact nets with every Linear in int8 and no further training; *delta* is "
     "int8 minus float. MB are 1e6 bytes of parameters and buffers."
@@ -45,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the `vitrim-report` command; exit with 1 and one line on stderr where it cannot."""
     options = _parser().parse_args(argv)
     try:
+        if options.paper:
+            beside_papers(options.roots, options.to)
+            return
         finished, unfinished = find(options.roots)
         runs = sorted((read(folder) for folder in finished), key=order)
         rows = summarise(runs)
@@ -66,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vitrim-report", description=__doc__)
-    add, outputs, modes = parser.add_argument, [Path("outputs")], ("offline", "online", "disabled")
-    add("roots", nargs="*", type=Path, default=outputs, help="folders of runs (default: outputs)")
+    add, modes = parser.add_argument, ("offline", "online", "disabled")
+    add("roots", nargs="*", type=Path, default=OUTPUTS, help="folders of runs (default: outputs)")
+    add("--paper", action="store_true", help="every published row, ours beside it where it was run")
     add("--to", type=Path, metavar="DIR", help="write DIR/report/ (default: below the first root)")
     add("--html", action="store_true", help="write report.html, too: one page, with heat maps")
     add("--wandb", choices=modes, default="offline", help="log it there, too (default: offline)")
@@ -166,6 +173,38 @@ def show(rows: Sequence[Row]) -> None:
         console.print("beside the published numbers", grid, "", sep="\n")
 
 
+def beside_papers(roots: Sequence[Path], to: Path | None) -> None:
+    """Print every published row with ours beside it; write it as report/paper.md, too.
+
+    Without runs, and without a folder for them, nothing is written and every row says so.
+    """
+    from rich.console import Console
+
+    there = [root for root in roots if root.is_dir() or roots != OUTPUTS]
+    finished, _ = find(there, empty=True)
+    rows = summarise(sorted((read(folder) for folder in finished), key=order))
+    found = papers.sections(rows, results())
+    console = Console(width=165, markup=False, highlight=False)
+    for part in found:
+        lines = [part.head, *part.lines]
+        grid = _grid(lines, left=("table", "network", "what", "known from"))
+        console.print(part.title, grid, part.note, "", sep="\n")
+    console.print(papers.NOTE)
+    place = to or next(iter(there), None)
+    if place is not None:
+        content = "\n".join(_paper_markdown(found)).encode()
+        print(*_write(place / "report", {"paper.md": content}), sep="\n")
+
+
+def _paper_markdown(found: Sequence[papers.Section]) -> Iterator[str]:
+    for part in found:
+        grid = _markdown_grid([part.head, *part.lines], left=3 if part.head == papers.HEAD else 1)
+        yield from (f"## {part.title}", "", *grid, "", part.note, "")
+    yield from (papers.NOTE, "", "## Commands of the published rows", "")
+    yield from (f"- {name}: `{command}`" for name, command in papers.commands())
+    yield ""
+
+
 def _grid(lines: Sequence[Sequence[str]], *, left: Sequence[str]) -> Any:
     """Return a table whose columns named `left` are aligned to the left, and may wrap."""
     from rich import box
@@ -202,6 +241,10 @@ def write(
     }
     if page:
         contents["report.html"] = _page(folder, runs, rows, unfinished, pictures).encode()
+    return _write(folder, contents)
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         part = folder / f".{name}.{os.getpid()}"

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +26,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim import checks
+from vitrim import checks, signals, status, sweep
 from vitrim.errors import ConfigError, VitrimError
 
 if TYPE_CHECKING:
@@ -43,14 +45,42 @@ _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
 TIMES = ("latency", "latency_ms")  # budgets that hang on where they were measured
-NOT_RECIPE = ("out", "tracking", "progress", "latency")  # change where and how, not what
+NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
+"""Keys that change where and how, not what."""
+PHASES = "phases"
 
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
+    from vitrim import processes
+    from vitrim.store import write
+    from vitrim.trainer.fit import lock
+
+    choices = _build(cfg)
+    recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
+    folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    with processes.joined(recipe["resolved"]["trainer"]), lock(_writable(folder)):
+        if processes.agreed((folder / "report.json").is_file()):
+            _log.info("finished before; delete the folder to run it again")
+            status.tell(folder, "DONE")
+        elif processes.first():
+            checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
+            text = OmegaConf.to_yaml(cfg, resolve=True)
+            with status.told(folder):
+                write(folder / "recipe.yaml", lambda path: path.write_text(text))
+                _compress(cfg, choices, recipe, folder)
+        else:
+            _compress(cfg, choices, recipe, folder)
+    return folder / "report.json"
+
+
+def _compress(
+    cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
+) -> None:
+    """Go from the network to the compact one and its report in `folder`."""
     from lightning import seed_everything
 
-    from vitrim import quantize
+    from vitrim import processes, quantize
     from vitrim.dream import METRIC_SET, sheet
     from vitrim.measure import latencies, record
     from vitrim.paper import flops_blog
@@ -59,100 +89,92 @@ def run(cfg: DictConfig) -> Path:
     from vitrim.surgery import compose, cut
     from vitrim.target import Cost
     from vitrim.trainer.classify import Classify
-    from vitrim.trainer.fit import lock
     from vitrim.trainer.prune import Prune
     from vitrim.transfer import origin
 
     started = time.perf_counter()
-    choices = _build(cfg)
     model, method, data = choices["model"], choices["method"], choices["data"]
-    recipe = _recipe(cfg, model.fingerprint(), checks.identity(cfg.from_run))
-    folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
-    with lock(_writable(folder)):
-        if (folder / "report.json").is_file():
-            _log.info("finished before; delete the folder to run it again")
-            return folder / "report.json"
-        (folder / "recipe.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        if data is not None and data.chosen:
-            (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
-        phases = _phases(cfg, choices, recipe, folder)
-        seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
-        judged = phases if model.sourced or not cfg.transfer else None
-        dense, dense_accuracy = _dense(model, data, judged, recipe)
-        cost = Cost(dense, model.spec().size, timing=choices["timing"])
-        start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
-        recovery: Iterable[Any] = ()
-        if method.budget.is_identity:
-            compact = cut(start, Plan(model={}, edits=()))
-            if cfg.transfer:
-                recovery = [Classify(compact, recipe=model.training, n_classes=data.n_classes)]
-        else:
-            prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
-            _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
-            plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
-            compact = prune.compact
-            if METRIC_SET in prune.evidence.moments:
-                images = prune.evidence.moments[METRIC_SET]["images"]
-                sheet(images, model.spec(), folder / "metric_set.png")
-            if prune.plan.edits and phases is not None:
-                recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
-        stages = {"cut": dense_accuracy}
-        if (plan.edits or cfg.transfer) and phases is not None:
-            stages["cut"] = phases.accuracy(compact, data.n_classes)
-            for phase in recovery:
-                name = _title(phase, stages)
-                phases.fit(name, phase, epochs=phase.epochs)
-                stages[name] = phases.accuracy(compact, data.n_classes)
-        plan = Plan(
-            model=model.description(),
-            edits=plan.edits,
-            provenance={**plan.provenance, "seed": cfg.seed, "recipe_hash": recipe["hash"]},
-        )
-        save(folder, compact, plan)
-        times = latencies([dense, compact], model.spec().size, **cfg.latency)
-        report = record(
-            (dense, compact),
-            cost,
-            plan,
-            times,
-            dense_accuracy,
-            stages,
-            method.budget,
-        )
-        for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
-            counted = flops_blog(model.name, cost, part)
-            report[side] |= {} if counted is None else {"flops_blog": counted}
-        if choices["timing"] is not None:
-            report["foretold"] = choices["timing"]().foretold(cost.structure, plan)
-        if cfg.quantize:
-            judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
-            report |= quantize.record(compact, cfg.quantize, judge)
-        report |= {**recipe["report"], "variant": origin(plan) if cfg.transfer else _variant()}
-        report |= {"latency": OmegaConf.to_container(cfg.latency)}
-        report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-        return _finish(folder, report, phases)
+    if data is not None and data.chosen and processes.first():
+        (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
+    phases = _phases(cfg, choices, recipe, folder)
+    seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
+    judged = phases if model.sourced or not cfg.transfer else None
+    dense, dense_accuracy = _dense(model, data, judged, recipe)
+    cost = Cost(dense, model.spec().size, timing=choices["timing"])
+    start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
+    recovery: Iterable[Any] = ()
+    if method.budget.is_identity:
+        compact = cut(start, Plan(model={}, edits=()))
+        if cfg.transfer:
+            recovery = [Classify(compact, recipe=model.training, n_classes=data.n_classes)]
+    else:
+        prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
+        _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
+        plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
+        compact = prune.compact
+        if METRIC_SET in prune.evidence.moments and processes.first():
+            images = prune.evidence.moments[METRIC_SET]["images"]
+            sheet(images, model.spec(), folder / "metric_set.png")
+        if prune.plan.edits and phases is not None:
+            recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
+    stages = {"cut": dense_accuracy}
+    if (plan.edits or cfg.transfer) and phases is not None:
+        stages["cut"] = phases.judged(folder / PHASES / "cut", compact, data.n_classes)
+        for phase in recovery:
+            name = _title(phase, stages)
+            phases.once(folder / PHASES / name, phase, name=name)
+            stages[name] = phases.judged(folder / PHASES / name, compact, data.n_classes)
+    in_int8: dict[str, Any] = {}
+    if cfg.quantize:
+        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
+        in_int8 = quantize.record(compact, cfg.quantize, judge)
+    if not processes.first():
+        return
+    plan = Plan(
+        model=model.description(),
+        edits=plan.edits,
+        provenance={**plan.provenance, "seed": cfg.seed, "recipe_hash": recipe["hash"]},
+    )
+    save(folder, compact, plan)
+    times = latencies([dense, compact], model.spec().size, **cfg.latency)
+    report = record(
+        (dense, compact),
+        cost,
+        plan,
+        times,
+        dense_accuracy,
+        stages,
+        method.budget,
+    )
+    for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
+        counted = flops_blog(model.name, cost, part)
+        report[side] |= {} if counted is None else {"flops_blog": counted}
+    if choices["timing"] is not None:
+        report["foretold"] = choices["timing"]().foretold(cost.structure, plan)
+    report |= {
+        **in_int8,
+        **recipe["report"],
+        "variant": origin(plan) if cfg.transfer else _variant(),
+    }
+    report |= {"latency": OmegaConf.to_container(cfg.latency)}
+    report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
+    _finish(folder, report, phases)
 
 
 def _dense(
     model: Any, data: Any, phases: Phases | None, recipe: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, float] | None]:
     """Return the dense network, trained here if its weights come from nowhere, and its accuracy."""
-    from vitrim.store import write
     from vitrim.trainer.classify import Classify
-    from vitrim.trainer.fit import lock
 
     if phases is None:  # structure only: no download for weights that nobody looks at
         return model.build(fetch=False), None
     net = model.build()
+    folder = phases.shared / f"dense-{recipe['dense_key']}"
     if not model.trained:
         phase = Classify(net, recipe=model.training, n_classes=data.n_classes)
-        phases.once("dense", recipe["dense_key"], phase, epochs=phase.epochs)
-    known = phases.shared / f"dense-{recipe['dense_key']}" / "accuracy.json"
-    with lock(known.parent):
-        if not known.is_file():
-            text = json.dumps(phases.accuracy(net, data.n_classes))
-            write(known, lambda path: path.write_text(text))
-        accuracy: dict[str, float] = json.loads(known.read_text())
+        phases.once(folder, phase, name="dense")
+    accuracy = phases.judged(folder, net, data.n_classes)
     return net.eval(), accuracy
 
 
@@ -171,17 +193,18 @@ def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, 
         prune.apply(scorer)
         return
     key = digest([recipe["start_key"], type(scorer).__qualname__, scorer.settings])
-    phases.once("score", key, scorer, epochs=scorer.epochs, callbacks=[prune])
+    phases.once(phases.shared / f"score-{key}", scorer, name="score", callbacks=[prune])
 
 
-def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> Path:
+def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> None:
+    """Write the report; what was kept to go on from is not needed any more."""
     from vitrim.store import write
 
     if phases is not None:
         phases.tracker.close(report)
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
     write(folder / "report.json", lambda path: path.write_text(text))
-    return folder / "report.json"
+    shutil.rmtree(folder / PHASES, ignore_errors=True)
 
 
 def _build(cfg: DictConfig) -> dict[str, Any]:
@@ -210,7 +233,7 @@ def _timing(cfg: DictConfig, model: Any) -> Timing:
     """Return how long parts of the dense network take on this device, measured once."""
     from vitrim.timing import once
 
-    shared = _writable(Path(cfg.out).absolute() / "phases")
+    shared = _writable(Path(cfg.out).absolute() / PHASES)
     how = {key: cfg.latency[key] for key in ("batch", "repeats", "device")}
     return once(shared, model.build(fetch=False), model.description(), model.spec().size, **how)
 
@@ -258,6 +281,7 @@ def chosen(
 def _phases(
     cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
 ) -> Phases | None:
+    from vitrim import processes
     from vitrim.trainer.fit import Phases
     from vitrim.trainer.tracking import Tracker
 
@@ -266,11 +290,17 @@ def _phases(
     return Phases(
         trainer=choices["trainer"],
         data=choices["data"].module(choices["model"].spec()),
-        tracker=Tracker(folder, cfg.tracking, group=recipe["series"], config=recipe["resolved"]),
+        tracker=Tracker(
+            folder,
+            cfg.tracking if processes.first() else "none",
+            group=recipe["series"],
+            config=recipe["resolved"],
+        ),
         folder=folder,
-        shared=_writable(Path(cfg.out).absolute() / "phases"),
+        shared=_writable(Path(cfg.out).absolute() / PHASES),
         seed=cfg.seed,
         progress=cfg.progress,
+        checkpoint_minutes=cfg.checkpoint.minutes,
     )
 
 
@@ -319,6 +349,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
             "choices": choices,
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
+            "samples": resolved["data"].get("samples"),
             "recipe_hash": digest(recipe),
             "series": f"{label}-{digest(series)}",
             **versions(*(("torchao",) if cfg.quantize else ())),
@@ -383,19 +414,42 @@ def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
 def _job(cfg: DictConfig) -> str:
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode == RunMode.MULTIRUN and "submitit" not in hydra_cfg.launcher._target_:
+        checks.one_process(cfg.trainer)
+        return sweep.job(_words(), out=Path(cfg.out).absolute(), minutes=cfg.sweep.minutes)
     path = run(cfg)
-    sys.stdout.write(f"{path}\n")
-    sys.stdout.flush()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+        sys.stdout.write(f"{path}\n")
+        sys.stdout.flush()
     return str(path)
 
 
+def _words() -> list[str]:
+    """Return the command line of one job of a sweep."""
+    cfg = HydraConfig.get()
+    of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+    kept = [word for word in cfg.overrides.hydra if not word.lstrip("+~").startswith(of_sweeps)]
+    sources = [at for at in cfg.runtime.config_sources if at.provider == "command-line"]
+    own = [word for at in sources for word in ("--config-dir", str(at.path))]
+    return [*own, *kept, *cfg.overrides.task]
+
+
 def main() -> None:
-    """Run the command; what a user can mend ends in one message and exit code 1."""
+    """Run the command; what a user can mend ends in one message and exit code 1.
+
+    A run that was told to stop ends with 143 or 75 (`vitrim.signals`).
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    try:
-        _job()
-    except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
-        sys.exit(f"vitrim: {_explain(error, sys.argv[1:])}")
+    with signals.taken():
+        try:
+            _job()
+            signals.check()
+        except signals.Preempted as error:
+            sys.stderr.write(f"vitrim: {error}\n")
+            sys.exit(error.code)
+        except (VitrimError, HydraException, OmegaConfBaseException, OSError) as error:
+            sys.exit(f"vitrim: {_explain(error, sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ class Row(NamedTuple):
         return None if found is None else found.mean
 
 
-def find(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+def find(roots: Sequence[Path], *, empty: bool = False) -> tuple[list[Path], list[Path]]:
     """Return the folders of the finished and of the unfinished runs below `roots`.
 
     Raises:
-        ReportError: a root is no folder, or no root holds a finished run.
+        ReportError: a root is no folder, or no root holds a finished run, unless it may be `empty`.
     """
     finished: dict[Path, Path] = {}
     unfinished: dict[Path, Path] = {}
@@ -74,7 +74,7 @@ def find(roots: Sequence[Path]) -> tuple[list[Path], list[Path]]:
             if "report.json" in files or "recipe.yaml" in files:
                 found = finished if "report.json" in files else unfinished
                 found.setdefault(Path(name).resolve(), Path(name))
-    if not finished:
+    if not finished and not empty:
         names = ", ".join(map(str, roots))
         raise ReportError(
             f"{names}: no report.json below ({len(unfinished)} unfinished runs); "

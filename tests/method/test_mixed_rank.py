@@ -198,7 +198,7 @@ def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) ->
     method = built(*overrides)
     start = small_net()
     factorised = Plan(model=MODEL, edits=(LowRank(linear="blocks.0.mlp.fc1", rank=6),))
-    found = method.recovery(cut(start, factorised), start, Evidence(scores={}), 7)
+    found = [*method.recovery(cut(start, factorised), start, Evidence(scores={}), 7)]
     assert [type(phase) for phase in found] == phases
 
 
@@ -234,7 +234,7 @@ def test_a_residual_without_a_layer_to_train_is_left_out() -> None:
     sliced = plan_of({"blocks.0.mlp.hidden": range(30)})
     edits = (*sliced.edits, LowRank(linear="blocks.0.mlp.fc1", rank=6))
     compact = cut(start, Plan(model=MODEL, edits=edits))
-    assert method.recovery(compact, start, Evidence(scores={}), 7) == []
+    assert [*method.recovery(compact, start, Evidence(scores={}), 7)] == []
 
 
 def test_without_a_bias_the_mean_is_decomposed_with_the_rest() -> None:

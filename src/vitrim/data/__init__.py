@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from vitrim.data.loader import Batches, Order, seed_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +27,52 @@ class ImageSpec:
 
 
 class Loaders(LightningDataModule, ABC):
-    """Batches of (images, labels): augmented for training, plain for validation and calibration."""
+    """Batches of (images, labels): augmented for training, plain for validation and calibration.
+
+    `seed` decides on the order of training images and on all that is drawn for them.
+    """
+
+    seed: int = 0
 
     @abstractmethod
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
-        """Return training images without augmentation, in one order: `samples` of them, or all."""
+        """Return training images without augmentation, in one order: `samples` of them, or all.
+
+        Of several processes each gets all of them.
+        """
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seed what is drawn for a training batch, in blending it as in the network."""
+        if self.trainer is not None and self.trainer.training:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            seed_all(self.seed, done, self.trainer.global_rank)
+        return batch
+
+    def shuffled(self, dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batches:
+        """Return full batches of `dataset`, in another order every epoch."""
+        return self._batches(dataset, batch_size, workers, shuffle=True)
+
+    def in_order(self, dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batches:
+        """Return every item of `dataset` once; of several processes each has its share."""
+        return self._batches(dataset, batch_size, workers, shuffle=False)
+
+    def _batches(
+        self, dataset: Dataset[Any], batch_size: int, workers: int, *, shuffle: bool
+    ) -> Batches:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        size: int = len(dataset)  # type: ignore[arg-type]
+        most = size // world // 2 * 2 or 1  # even: mixup and cutmix pair images
+        order = Order(
+            size,
+            batch_size=min(batch_size, most) if shuffle else batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            whole=shuffle,
+            rank=rank,
+            world=world,
+        )
+        return Batches(dataset, order, workers=workers)
 
 
 def drawn(size: int, samples: int, seed: int) -> list[int]:
@@ -54,5 +97,8 @@ class Data(Protocol):
         ...
 
 
-def none() -> None:
-    """Return no data: the run then shows structure and skips every step that needs images."""
+def none(**settings: Any) -> None:
+    """Return no data: the run then shows structure and skips every step that needs images.
+
+    `settings` are what an experiment says of its images, and go unused here.
+    """

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from vitrim.data import ImageSpec, Loaders, drawn
+from vitrim.data.loader import alike
 from vitrim.errors import ConfigError, is_count, is_rate
 
 _SIDE = 8
@@ -68,18 +69,18 @@ class _Module(Loaders):
         )
         self.train_set, self.val_set = (TensorDataset(images[row], labels[row]) for row in rows)
 
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return the shuffled training batches."""
-        return DataLoader(self.train_set, batch_size=self.digits.batch_size, shuffle=True)
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the shuffled training batches; an incomplete last one is left out."""
+        return self.shuffled(self.train_set, self.digits.batch_size)
 
-    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Return every held-out image once."""
-        return DataLoader(self.val_set, batch_size=self.digits.batch_size)
+        return self.in_order(self.val_set, self.digits.batch_size)
 
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
         """Return `samples` training images, or all there are."""
         chosen = Subset(self.train_set, drawn(len(self.train_set), samples, seed))
-        return DataLoader(chosen, batch_size=self.digits.batch_size)
+        return alike(chosen, self.digits.batch_size)
 
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int

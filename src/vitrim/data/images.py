@@ -10,11 +10,12 @@ from typing import Any
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import VisionDataset
 
 from vitrim.data import ImageSpec, Loaders, drawn
 from vitrim.data.few import Few
+from vitrim.data.loader import alike
 from vitrim.errors import ConfigError, is_count
 
 
@@ -93,18 +94,17 @@ class _Module(Loaders):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the shuffled, augmented training batches; an incomplete last batch is left out."""
         assert self.train_set is not None
-        size = min(self.images.batch_size, len(self.train_set) // 2 * 2 or 1)
-        return self._loader(self.train_set, size, shuffle=True)
+        return self.shuffled(self.train_set, self.images.batch_size, workers=self.images.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return every validation image once."""
-        return self._loader(self.val_set, self.images.batch_size, shuffle=False)
+        return self.in_order(self.val_set, self.images.batch_size, workers=self.images.workers)
 
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
         """Return `samples` training images, or all there are, as validation images are prepared."""
         assert self.calibration_set is not None
         chosen = Subset(self.calibration_set, drawn(len(self.calibration_set), samples, seed))
-        return self._loader(chosen, self.images.batch_size, shuffle=False)
+        return alike(chosen, self.images.batch_size, workers=self.images.workers)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
         """Blend training images in pairs and soften their labels; leave validation alone."""
@@ -116,13 +116,3 @@ class _Module(Loaders):
         if self.mix is not None:
             return self.mix(images, labels)
         return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
-
-    def _loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
-            num_workers=self.images.workers,
-            persistent_workers=self.images.workers > 0,
-        )

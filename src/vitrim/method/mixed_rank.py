@@ -233,12 +233,10 @@ class MixedRank:
 
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> list[LightningModule]:
-        """Return regression, residual and training, those that are asked for."""
-        phases: list[LightningModule] = []
+    ) -> Iterator[LightningModule]:
+        """Give regression, residual and training, those that are asked for, each as it begins."""
         if self.regression:
-            ridge = self.ridges.regression
-            phases.append(Regress(student, teacher, sampling=self.sampling, ridge=ridge))
+            yield Regress(student, teacher, sampling=self.sampling, ridge=self.ridges.regression)
         residual = Residual(
             student,
             teacher,
@@ -247,19 +245,16 @@ class MixedRank:
             recipe=self.residual.training,
         )
         if residual.ranks:
-            phases.append(residual)
+            yield residual
         if self.tuning.trained != "none":
             frozen = _factors(student) if self.tuning.trained == "uncompressed" else ()
-            phases.append(
-                Mimic(
-                    student,
-                    teacher,
-                    recipe=self.tuning.training,
-                    pooled=self.tuning.pooled,
-                    frozen=frozen,
-                )
+            yield Mimic(
+                student,
+                teacher,
+                recipe=self.tuning.training,
+                pooled=self.tuning.pooled,
+                frozen=frozen,
             )
-        return phases
 
     def _pieces(self, described: Structure) -> Iterator[tuple[str, _Piece]]:
         """Iterate over what may be factorised, by the names that plans have for it."""

@@ -1,8 +1,10 @@
 """Published numbers, with where they were read and whether that was checked.
 
-`published.csv` has one line per row of a paper's table. `verified` is yes where the number was read
-in a primary document or reproduced, no where it is second-hand or remembered. `experiment` and
-`strength` say which of our runs is that row.
+`published.csv` has one line per row of a paper's table. `evidence` says how its numbers are known:
+`primary` (read in the paper, or in its authors' own page or code), `derived` (computed by their
+code's rules), `quoted` (read in another publication's table), `summary` (second-hand), `memory` or
+`none` (not recovered). `verified` is no for the last three. `experiment`, `strength` and
+`overrides` say which of our runs is that row; a row without an experiment has no command of ours.
 """
 
 from __future__ import annotations
@@ -35,9 +37,28 @@ class Published(NamedTuple):
     top1: float | None
     top5: float | None
     source: str
+    evidence: str
     verified: bool
     experiment: str
     strength: float | None
+    overrides: str
+
+    @property
+    def standing(self) -> str:
+        """How far the numbers can be relied on: yes, quoted (read elsewhere than there) or no."""
+        if not self.verified:
+            return "no"
+        return "quoted" if self.evidence == "quoted" else "yes"
+
+    @property
+    def command(self) -> str:
+        """What runs this row, but for the folders of images and runs; empty where nothing does."""
+        if not self.experiment:
+            return ""
+        strength = "" if self.strength is None else f"strength={self.strength:g}"
+        return " ".join(
+            filter(None, (f"vitrim experiment={self.experiment}", strength, self.overrides))
+        )
 
 
 @cache
@@ -50,16 +71,49 @@ def published() -> tuple[Published, ...]:
 def of_run(record: Mapping[str, Any]) -> Published | None:
     """Return the row that a run reproduces, by its report's flat record, or None.
 
-    That is the row of its experiment (or of its method and model of that name) and strength.
+    That is the row of its experiment (or of its method and model of that name), strength and
+    overrides; of several, the one that says most. A run whose method was changed otherwise is none.
     """
     names = {
         record.get("choices.experiment"),
         f"{record['choices.method']}/{record['choices.model']}",
     }
-    for row in published():
-        if row.experiment in names and row.strength == record["strength"]:
-            return row
-    return None
+    rows = [
+        row
+        for row in published()
+        if row.experiment in names
+        and row.strength == record["strength"]
+        and _method(row.overrides) == _method(_variant(record))
+        and all(_agrees(word, record) for word in row.overrides.split())
+    ]
+    return max(rows, key=lambda row: len(row.overrides), default=None)
+
+
+def _variant(record: Mapping[str, Any]) -> str:
+    words = str(record.get("variant") or "").split()
+    return " ".join(f"method.{word}" for word in words if "=" in word)
+
+
+def _method(overrides: str) -> set[str]:
+    return {word for word in overrides.split() if word.startswith("method.")}
+
+
+def _agrees(word: str, record: Mapping[str, Any]) -> bool:
+    """Whether a run is what an override says; of overrides that no report tells of, True."""
+    key, _, value = word.partition("=")
+    match key.split("."):
+        case ["model" | "data" | "method"]:
+            return bool(record.get(f"choices.{key}") == value)
+        case ["data", "samples"]:
+            images = record.get("choices.data") != "none"
+            return bool(images and record.get("samples") == int(value))
+        case ["target", metric] if value != "null":
+            found = (record.get("target.metric"), record.get("target.keep"))
+            return found == (metric, float(value))
+        case ["from_run"]:
+            return bool(record.get("variant") == f"of {value.removesuffix('_RUN').lower()}")
+        case _:
+            return True
 
 
 def _row(line: Mapping[str, str]) -> Published:
@@ -79,7 +133,9 @@ def _row(line: Mapping[str, str]) -> Published:
         top1=number("top1"),
         top5=number("top5"),
         source=line["source"],
+        evidence=line["evidence"],
         verified=line["verified"] == "yes",
         experiment=line["experiment"],
         strength=number("strength"),
+        overrides=line["overrides"],
     )

@@ -43,7 +43,7 @@ def _line(row: Row, paper: Published) -> list[str]:
         (
             other.top1
             for other in published()
-            if other.experiment == paper.experiment and other.strength == 0
+            if (other.experiment, other.model, other.strength) == (paper.experiment, paper.model, 0)
         ),
         None,
     )
@@ -60,7 +60,7 @@ def _line(row: Row, paper: Published) -> list[str]:
         fixed(paper.top1),
         _lost(row.mean("compact.top1"), row.mean("dense.top1")),
         _lost(paper.top1, dense),
-        "yes" if paper.verified else "no",
+        paper.standing,
     ]
 
 

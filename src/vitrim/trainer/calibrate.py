@@ -78,6 +78,8 @@ class Calibrate(LightningModule):
     memory whatever the number of images; targets take images x sampled tokens x D numbers a layer.
     """
 
+    resumes_at = "never"
+
     def __init__(
         self,
         net: nn.Module,

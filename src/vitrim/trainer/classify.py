@@ -47,7 +47,8 @@ class Classify(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over every sample, in percent; go back to training if it goes on."""
         hits: dict[str, Tensor] = self.accuracy.compute()
-        self.log_dict({name: 100 * share for name, share in hits.items()}, prog_bar=True)
+        percent = {name: 100 * share for name, share in hits.items()}
+        self.log_dict(percent, prog_bar=True, sync_dist=True)  # they are alike in every process
         self.accuracy.reset()
         self.net.train(self.trainer.training)
 

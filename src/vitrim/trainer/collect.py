@@ -17,6 +17,8 @@ class Collect(LightningModule):
     Evidence has them under `moments["images"]["pixels"]`; it is empty where no image was seen.
     """
 
+    resumes_at = "never"
+
     pixels: Tensor
 
     def __init__(self, net: nn.Module, *, images: int) -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
+from vitrim import processes, signals
 from vitrim.data import Loaders
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -31,7 +34,9 @@ for _chatty in ("lightning.pytorch", "lightning.fabric"):
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
 warnings.filterwarnings("ignore", ".*no `validation_step`.*")  # scorers have none
 warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # nor optimisers
+warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified.*")
 warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
+warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a run may be outside SLURM
 _STATE = "state.safetensors"
 
 
@@ -41,10 +46,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def lock(folder: Path) -> AbstractContextManager[Any]:
-    """Return the lock of a folder, made if missing: one process at a time works in it."""
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, made if missing: one run at a time works in it.
+
+    Of several processes of one run the first holds it.
+    """
+    if not processes.first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".lock")
+    held = FileLock(folder / ".lock")
+    while True:
+        try:
+            held.acquire(timeout=1)
+            break
+        except Timeout:
+            _log.info("%s: waiting for another run there", folder)
+            signals.check()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,100 +84,122 @@ class Phases:
     shared: Path
     seed: int
     progress: bool
+    checkpoint_minutes: float
 
-    def fit(
-        self, name: str, phase: LightningModule, *, epochs: int, callbacks: Sequence[Callback] = ()
+    def once(
+        self,
+        folder: Path,
+        phase: LightningModule,
+        *,
+        name: str,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        """Train `phase` for `epochs`; its randomness depends on the seed and `name` alone."""
-        seed_everything(int(digest([self.seed, name]), 16), workers=True, verbose=False)
+        """Train `phase`, or load its finished state from `folder`, where it is kept.
+
+        A phase that was stopped goes on from its last checkpoint, exactly as if it had not been. If
+        its attribute `resumes_at` is "epoch" or "never" (not "batch"), it holds more than its
+        state, and goes on from the end of an epoch, or starts over. Either way the callbacks'
+        `on_fit_end` runs, on the trained phase. Its randomness depends on the seed and `name`
+        alone.
+        """
+        signals.check()
+        with lock(folder):
+            if processes.agreed((folder / "manifest.json").is_file()):
+                _log.info("%s: finished before, taken from %s", name, folder)
+                _restore(folder, phase)
+                self._fit(name, phase, epochs=0, callbacks=callbacks, folder=None)
+                return
+            checkpoints = folder / "checkpoints"
+            self._fit(
+                name,
+                phase,
+                epochs=phase.epochs,  # type: ignore[arg-type]
+                callbacks=callbacks,
+                folder=None if getattr(phase, "resumes_at", "batch") == "never" else checkpoints,
+            )
+            if processes.first():
+                state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
+                write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
+                seal(folder, (_STATE,), name=name, epochs=phase.epochs)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def _fit(
+        self,
+        name: str,
+        phase: LightningModule,
+        *,
+        epochs: int,
+        callbacks: Sequence[Callback],
+        folder: Path | None,
+    ) -> None:
+        """Train `phase` for `epochs`, from the newest checkpoint in `folder` on."""
+        seed = int(digest([self.seed, name]), 16)
+        seed_everything(seed, workers=True, verbose=False)
+        self.data.seed = seed
         self.tracker.phase = name
         recipe: Recipe | None = getattr(phase, "recipe", None)
-        trainer = self.trainer(
+        resume = Resume(folder, seed=seed, minutes=self.checkpoint_minutes)
+        trainer = self._trainer(
+            resume,
+            *callbacks,
             max_epochs=epochs,
             logger=self.tracker,
-            default_root_dir=self.folder,
-            callbacks=[*_bars(progress=self.progress), *callbacks],
-            enable_progress_bar=self.progress,
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
         )
         phase.train()
         samples: int | None = getattr(phase, "samples", None)
-        if samples is None:
-            trainer.fit(phase, datamodule=self.data)
-        else:
-            trainer.fit(phase, self.data.calibration_dataloader(samples, self.seed))
+        trainer.fit(
+            phase,
+            None if samples is None else self.data.calibration_dataloader(samples, self.seed),
+            datamodule=self.data if samples is None else None,
+            ckpt_path=folder and processes.agreed(newest(folder) if processes.first() else None),
+            weights_only=True,
+        )
 
-    def once(
-        self,
-        name: str,
-        key: str,
-        phase: LightningModule,
-        *,
-        epochs: int,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        """Fit `phase`, or load its finished state from an earlier run with the same `key`.
-
-        Either way the callbacks' `on_fit_end` runs, on the trained phase.
-        """
-        folder = self.shared / f"{name}-{key}"
+    def judged(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:
+        """Return the `accuracy` of `net`, or what is known of it in `folder`."""
+        known = folder / "accuracy.json"
         with lock(folder):
-            if (folder / "manifest.json").is_file():
-                _log.info("%s: finished before, taken from %s", name, folder)
-                _restore(folder, phase)
-                self.fit(name, phase, epochs=0, callbacks=callbacks)
-                return
-            self.fit(name, phase, epochs=epochs, callbacks=callbacks)
-            state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
-            write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
-            seal(folder, (_STATE,), name=name, epochs=epochs)
+            if not processes.agreed(known.is_file()):
+                text = json.dumps(self.accuracy(net, n_classes))
+                if processes.first():
+                    write(known, lambda path: path.write_text(text))
+            accuracy: dict[str, float] = processes.agreed(
+                json.loads(known.read_text()) if processes.first() else None
+            )
+        return accuracy
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
         """Return top-1 and top-5 of `net` in percent over the whole validation set."""
-        return accuracy(
-            net,
-            n_classes,
-            trainer=self.trainer,
-            data=self.data,
-            folder=self.folder,
-            progress=self.progress,
+        signals.check()
+        recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+        resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes)
+        trainer = self._trainer(resume, logger=False)
+        found: Sequence[Mapping[str, float]] = trainer.validate(
+            Classify(net, recipe=recipe, n_classes=n_classes), datamodule=self.data, verbose=False
         )
+        return {name: found[0][name] for name in ("top1", "top5")}
 
-
-def accuracy(
-    net: nn.Module,
-    n_classes: int,
-    *,
-    trainer: Callable[..., Trainer],
-    data: Loaders,
-    folder: Path,
-    progress: bool,
-) -> dict[str, float]:
-    """Return top-1 and top-5 of `net` in percent over the whole validation set of `data`."""
-    recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
-    judge = trainer(
-        logger=False,
-        default_root_dir=folder,
-        callbacks=_bars(progress=progress),
-        enable_progress_bar=progress,
-    )
-    found: Sequence[Mapping[str, float]] = judge.validate(
-        Classify(net, recipe=recipe, n_classes=n_classes), datamodule=data, verbose=False
-    )
-    return {name: found[0][name] for name in ("top1", "top5")}
-
-
-def _bars(*, progress: bool) -> list[Callback]:
-    return [RichProgressBar(leave=False)] if progress else []
+    def _trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
+        environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        several: dict[str, Any] = getattr(self.trainer, "keywords", {})
+        if several.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
+            options["strategy"] = "ddp_find_unused_parameters_true"
+        return self.trainer(
+            default_root_dir=self.folder,
+            callbacks=[*([RichProgressBar(leave=False)] if self.progress else []), *callbacks],
+            enable_progress_bar=self.progress,
+            enable_checkpointing=True,
+            use_distributed_sampler=False,  # the loaders know their share
+            plugins=[SafeCheckpointIO(), *environment],
+            **options,
+        )
 
 
 def _restore(folder: Path, phase: LightningModule) -> None:
     verify(folder, (_STATE,))
     state = read_tensors(folder / _STATE)
-    for name, buffer in [*phase.named_buffers()]:
-        if not buffer.numel() and name in state:  # the data decided on its size
-            owner, _, last = name.rpartition(".")
-            phase.get_submodule(owner).register_buffer(last, torch.empty_like(state[name]))
+    size_buffers(phase, state)
     problems = misfits(phase, state)
     if problems:
         raise StoreError(f"{folder / _STATE} does not fit: {'; '.join(problems[:3])}")

@@ -30,6 +30,8 @@ class Profile(LightningModule):
     images, by random signs. All take the same memory whatever the number of images.
     """
 
+    resumes_at = "never"
+
     images: Tensor
 
     def __init__(

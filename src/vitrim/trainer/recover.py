@@ -48,6 +48,8 @@ class Recover(LightningModule):
     a removed block; `ridge` is relative to the mean variance of what enters it.
     """
 
+    resumes_at = "never"
+
     def __init__(
         self,
         net: nn.Module,

@@ -38,6 +38,8 @@ class Refit(LightningModule):
     numbers. `branches`, if given, are those to solve, cut or not.
     """
 
+    resumes_at = "never"
+
     def __init__(
         self,
         net: nn.Module,

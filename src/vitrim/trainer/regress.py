@@ -30,6 +30,8 @@ class Regress(LightningModule):
     trained; `ridge`, relative to the mean variance of z, holds a layer at what it was.
     """
 
+    resumes_at = "never"
+
     def __init__(
         self, net: nn.Module, teacher: nn.Module, *, sampling: Sampling, ridge: float
     ) -> None:

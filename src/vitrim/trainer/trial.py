@@ -27,6 +27,7 @@ from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.surgery import cut
 from vitrim.trainer.calibrate import Calibrate, Sampling, classifiers, take, watch
 from vitrim.trainer.recipe import Recipe, optimisation
+from vitrim.trainer.resume import size_buffers
 
 Reuse = Literal["surgeon", "activation", "random", "none"]
 Distance = Literal["kl", "mse"]
@@ -46,6 +47,8 @@ class Trials(Calibrate):
     dense network had for them in the first epoch. Of the best one the parameters are kept, one
     after another, (n,), under "candidate", with the place of its block.
     """
+
+    resumes_at = "epoch"
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class Trials(Calibrate):
             self.register_buffer(f"_{name}", torch.empty(0))
         self._order: dict[str, Tensor] = {}
         self._trial: list[nn.Module] = []  # in a list: not saved with this module
+        self._begun: dict[str, Any] | None = None
         self._images: list[Tensor] = []
         self._judged: list[Tensor] = []
         self._wanted: list[Tensor] = []
@@ -118,10 +122,31 @@ class Trials(Calibrate):
             self._bound(batch[0])
             super().training_step(batch, batch_index)
             if self.recipe_of_trials.epochs:
-                with torch.no_grad():
-                    self._aims.append(self.net.forward_features(batch[0]))  # type: ignore[operator]
+                self._aim(batch[0])
         else:
+            if batch_index == len(self._aims):  # this process began after the first epoch
+                self._aim(batch[0])
+                if self.metric_set is None:
+                    self._judged.append(batch[0])
             self._train(batch[0], batch_index)
+
+    @torch.no_grad()
+    def _aim(self, images: Tensor) -> None:
+        """Note the dense network's features of a batch, for the trials to come."""
+        self._aims.append(self.net.forward_features(images))  # type: ignore[operator]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the trial that is under way."""
+        checkpoint["trial"] = self._trial and {
+            "net": self._trial[0].state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for what was gathered, and note the trial that was under way."""
+        size_buffers(self, checkpoint["state_dict"])
+        self._begun = checkpoint["trial"] or None
 
     def _bound(self, images: Tensor) -> None:
         """Note how dark and how bright pixels get."""
@@ -166,6 +191,12 @@ class Trials(Calibrate):
         each, epoch = self.recipe_of_trials.epochs, self.current_epoch
         if epoch and (epoch - 1) % each == 0:
             self._begin((epoch - 1) // each)
+        elif epoch and self._begun is not None:
+            self._begin((epoch - 1) // each)
+            self._trial[0].load_state_dict(self._begun["net"])
+            self._optimizer.load_state_dict(self._begun["optimizer"])
+            self._schedule.load_state_dict(self._begun["schedule"])
+        self._begun = None
 
     @torch.no_grad()
     def _conclude(self) -> None:
@@ -186,8 +217,6 @@ class Trials(Calibrate):
                     high=high,
                     size=self._images[0].shape[2:],  # type: ignore[arg-type]
                 )
-            self._judged = [*torch.split(self._metric_set, 50)]
-        self._wanted = [self._said(net, x) for x in self._judged]
         self._scores = torch.zeros(len(self.blocks), device=low.device)
         for at, block in enumerate(self.blocks if not self.recipe_of_trials.epochs else ()):
             self._judge(at, self._compressed(block))
@@ -212,6 +241,10 @@ class Trials(Calibrate):
     @torch.no_grad()
     def _judge(self, at: int, net: nn.Module) -> None:
         """Score a trial on the metric set."""
+        if self.metric_set is not None:
+            self._judged = [*torch.split(self._metric_set, 50)]
+        if not self._wanted:
+            self._wanted = [self._said(self.net.eval(), x) for x in self._judged]
         total = torch.zeros((), dtype=torch.float64)
         for x, wanted in zip(self._judged, self._wanted, strict=True):
             found = self._said(net.eval(), x)
@@ -236,7 +269,7 @@ class Trials(Calibrate):
         for name, parameter in trial.named_parameters():
             parameter.requires_grad_(name not in fixed)
         self._trial = [trial]
-        batches = len(self._aims)
+        batches = int(self.trainer.num_training_batches)
         made = optimisation(
             trial, self.recipe_of_trials, steps=batches * self.recipe_of_trials.epochs
         )

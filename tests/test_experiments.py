@@ -1,0 +1,111 @@
+"""Overlays of conf/experiment: what their headers promise, and that their commands compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import timm
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+
+from vitrim.paper import published
+from vitrim.paper.results import results
+from vitrim.run import CONF
+
+SOURCES = ("aiminify", "dcvit", "mixed_rank", "oneshot", "vtp")
+ROOT = CONF / "experiment"
+NAMES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
+PUBLISHED = [name for name in NAMES if name.partition("/")[0] in SOURCES]
+
+
+def header(name: str) -> str:
+    """Return the comment that an overlay opens with, without its marks."""
+    lines = (ROOT / f"{name}.yaml").read_text().splitlines()
+    end = next(at for at, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
+
+
+def commands(name: str) -> list[list[str]]:
+    """Return the overrides of every `vitrim` command in a header; of a sweep, its first job's."""
+    text = header(name).replace("\\\n", "")
+    return [words(line) for line in re.findall(r"^  vitrim (.*)$", text, re.MULTILINE)]
+
+
+def words(line: str) -> list[str]:
+    """Return the overrides of a command, of a sweep those of its first job."""
+    return [*_first(shlex.split(line))]
+
+
+def _first(given: list[str]) -> Iterator[str]:
+    for override in OverridesParser.create().parse_overrides([w for w in given if w != "-m"]):
+        if override.is_sweep_override():
+            yield f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        else:
+            yield str(override.input_line)
+
+
+def test_the_sources_have_overlays() -> None:
+    assert {name.partition("/")[0] for name in PUBLISHED} == set(SOURCES)
+    tables = {f"dcvit/table{number}" for number in (3, 4, 5, 6, 7, 8)}
+    assert tables <= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_header_says_rows_command_time_and_expected_number(name: str) -> None:
+    text = header(name)
+    for word in ("Rows: ", "Time: ", "Expected: "):
+        assert text.count(f"\n{word}") == 1
+    found = commands(name)
+    assert found
+    assert all(f"experiment={name}" in words for words in found)
+    expected = text.partition("\nExpected: ")[2]
+    flags = ("verified", "quoted", "primary", "not recovered", "ours")
+    assert any(flag in expected for flag in flags)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_and_its_commands_compose(name: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for said in commands(name):
+            cfg = compose("run", overrides=said)
+            assert cfg.model.name == "dinov2_vits14_lc" or timm.is_model(cfg.model.name)
+            if "data=none" in said:
+                assert instantiate(cfg.data) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_selects_and_builds_nothing(name: str) -> None:
+    assert "_target_" not in (ROOT / f"{name}.yaml").read_text()
+
+
+def test_commands_of_results_compose() -> None:
+    lines = [result.command.partition("vitrim ")[2] for result in results()]
+    assert any(lines)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for line in filter(None, lines):
+            compose("run", overrides=words(line))
+
+
+def test_published_rows_use_the_keys_of_their_overlays() -> None:
+    assert {row.experiment for row in published()} - {""} <= set(PUBLISHED)
+    for row in published():
+        said = {"model", *(w.partition("=")[0] for ws in _known(row.experiment) for w in ws)}
+        for word in row.overrides.split():
+            key, _, value = word.partition("=")
+            assert key in said or f"  {key.rpartition('.')[2]}:" in _text(row.experiment)
+            if key in ("model", "method", "data"):
+                assert (CONF / key / f"{value}.yaml").is_file()
+
+
+@cache
+def _known(name: str) -> list[list[str]]:
+    return commands(name) if name else []
+
+
+def _text(name: str) -> str:
+    return (ROOT / f"{name}.yaml").read_text()

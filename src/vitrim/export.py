@@ -58,10 +58,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=options.image_size,
         )
     except (VitrimError, OSError) as error:
-        print(f"vitrim-export: {error}", file=sys.stderr)
+        print(f"vitrim-export: {_explain(error, options.out or options.run)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"{options.to}: {said}")
     print(path, flush=True)
+
+
+def _explain(error: Exception, folder: Path) -> str:
+    """Return the message of an error, with the way out."""
+    if isinstance(error, VitrimError):
+        return " ".join(str(error).split())
+    return f"cannot write below {folder} ({error}): --out DIR writes elsewhere"
 
 
 def _parser() -> argparse.ArgumentParser:

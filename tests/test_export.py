@@ -301,6 +301,21 @@ def test_a_failure_leaves_what_was_there(
     assert {path for path in tmp_path.rglob("*") if path.is_dir()} == folders
 
 
+def test_what_an_exporter_cannot_do_is_said(
+    tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved(tmp_path)
+
+    def failing(source: Source) -> ExportedProgram:
+        raise RuntimeError("Constraints violated\nand so on")
+
+    monkeypatch.setattr(formats, "_program", failing)
+    done = export(run, "torch")
+    assert done.code == 1
+    assert done.message.count("\n") == 1
+    assert "--to torch cannot write or read the network: Constraints violated" in done.message
+
+
 @pytest.mark.parametrize("to", TO_GRAPH)
 def test_what_computes_something_else_is_not_written(
     tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch, to: str

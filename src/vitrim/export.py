@@ -120,15 +120,18 @@ def export(
     formats.check_images(source)
     folder = run / "export" / to if out is None else out
     with _staged(folder.absolute()) as part:
-        match to:
-            case "onnx":
-                said = formats.onnx(source, part / FILES[to])
-            case "openvino":
-                said = formats.openvino(source, part / FILES[to], precision=precision)
-            case "torch":
-                said = formats.torch_export(source, part / FILES[to])
-            case _:
-                said = formats.timm_folder(source, part, card=to == "hf")
+        try:
+            match to:
+                case "onnx":
+                    said = formats.onnx(source, part / FILES[to])
+                case "openvino":
+                    said = formats.openvino(source, part / FILES[to], precision=precision)
+                case "torch":
+                    said = formats.torch_export(source, part / FILES[to])
+                case _:
+                    said = formats.timm_folder(source, part, card=to == "hf")
+        except RuntimeError as error:  # what torch.export, torch.onnx and OpenVINO raise
+            raise ExportError(f"--to {to} cannot write or read the network: {error}") from error
     return (folder / FILES[to]).absolute(), said
 
 

@@ -81,12 +81,9 @@ def openvino(source: Source, path: Path, *, precision: str) -> str:
     graph = core.read_model(between)
     if precision == "int8":
         graph = _in_int8(graph)
-    try:
-        openvino.save_model(graph, path, compress_to_fp16=precision == "bf16")
-        hint = "bf16" if precision == "bf16" else "f32"
-        net = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
-    except RuntimeError as error:  # of a full disk, too
-        raise FormatError(f"OpenVINO cannot write or read {path}: {error}") from None
+    openvino.save_model(graph, path, compress_to_fp16=precision == "bf16")
+    hint = "bf16" if precision == "bf16" else "f32"
+    net = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     for rest in path.parent.glob(f"{between.name}*"):
         rest.unlink()
     limit = LIMIT if precision == "f32" else None

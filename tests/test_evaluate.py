@@ -38,7 +38,10 @@ def test_a_finished_run_is_judged_as_its_report_says(
         (["data=digits", "data.held_out=2"], "data.held_out=2: expected a share"),
         (["data=digits", "name=../x"], "name=../x: expected letters"),
         (["data=digits", "trainer.limit_val_batches=1"], "every image counts"),
-        (["data=digits", "data._target_=os.system"], "data._target_=os.system: expected vitrim.data."),
+        (
+            ["data=digits", "data._target_=os.system"],
+            "data._target_=os.system: expected vitrim.data.",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             main([str(run), *arguments])

@@ -455,7 +455,7 @@ def test_a_target_that_is_no_share_and_no_count_is_refused(metric: Any, keep: An
         Target(metric=metric, keep=keep)
 
 
-@pytest.mark.parametrize("metric", ["flops", "latency_ms", "", "MACS"])
+@pytest.mark.parametrize("metric", ["flops", "blocks_ms", "", "MACS"])
 def test_a_target_of_another_metric_is_refused(metric: Any) -> None:
     with pytest.raises(TargetError, match="macs, params, units"):
         Target(metric=metric, keep=0.5)

@@ -194,9 +194,14 @@ def mismatches(
     model, method, data = built["model"], built["method"], built["data"]
     problems = []
     try:
-        cost = Cost(model.skeleton(), model.spec().size)
+        cost = Cost(model.skeleton(), model.spec().size, timing=built["timing"])
         if built["start"] is None:
             method.check(cost)
+        elif method.budget.is_time:
+            problems.append(
+                f"target.{method.budget.metric}: times are foretold of dense networks only, not "
+                "of a from_run: choose target.macs"
+            )
         else:
             problems += _nothing_left(cfg["from_run"], cost, built["start"][1], method.budget)
             method.check(Cost(built["start"][0], cost.input_size, cost))

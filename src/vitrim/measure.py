@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -143,6 +143,18 @@ def latencies(
         _latency(seen)._replace(blocks={name: _latency(part) for name, part in found.items()})
         for seen, found in zip(whole, parts, strict=True)
     ]
+
+
+def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Return milliseconds of every call, `repeats` of each by turns, after one untimed round."""
+    seen: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for call, times in zip(calls, seen, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn:
+                times.append(1e3 * (time.perf_counter() - start))
+    return seen
 
 
 def _latency(seen: Sequence[float]) -> Latency:

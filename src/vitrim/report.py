@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished, unfinished = find(options.roots)
         runs = _sound(finished)
         rows = summarise(runs)
-        paths = write((options.to or options.roots[0]) / "report", runs, rows, unfinished)
+        folder = (options.to or options.roots[0]) / "report"
+        paths = write(folder, runs, rows, unfinished, page=options.html)
     except (ReportError, OSError) as error:
         print(f"vitrim-report: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("roots", nargs="*", type=Path, default=OUTPUTS, help="folders of runs (default: outputs)")
     add("--paper", action="store_true", help="every published row, ours beside it where it was run")
     add("--to", type=Path, metavar="DIR", help="write DIR/report/ (default: below the first root)")
+    add("--html", action="store_true", help="write report.html, too: one page, with heat maps")
     add("--wandb", choices=modes, default="offline", help="log it there, too (default: offline)")
     return parser
 
@@ -242,16 +244,25 @@ def _grid(lines: Sequence[Sequence[str]], *, left: Sequence[str]) -> Any:
 
 
 def write(
-    folder: Path, runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path]
+    folder: Path,
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    unfinished: Sequence[Path],
+    *,
+    page: bool = False,
 ) -> list[Path]:
-    """Write figures, report.md and report.csv into `folder`; return their absolute paths."""
+    """Write figures, report.md and report.csv into `folder`; return their absolute paths.
+
+    With `page`, report.html as well, which holds all that a reader needs.
+    """
+    pictures = {"curve.png": draw(rows), **figures(runs, rows), **foresight.figure(runs)}
     contents = {
-        "curve.png": draw(rows),
-        **figures(runs, rows),
-        **foresight.figure(runs),
+        **pictures,
         "report.md": markdown(runs, rows, unfinished).encode(),
         "report.csv": csv_text(runs).encode(),
     }
+    if page:
+        contents["report.html"] = _page(folder, runs, rows, unfinished, pictures).encode()
     return _write(folder, contents)
 
 
@@ -265,6 +276,34 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
         finally:
             part.unlink(missing_ok=True)
     return [folder.absolute() / name for name in contents]
+
+
+def _page(
+    folder: Path,
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    unfinished: Sequence[Path],
+    pictures: Mapping[str, bytes],
+) -> str:
+    from vitrim.page import html  # torch comes with it
+
+    compared = compare.comparison(rows)
+    return html(
+        folder,
+        runs,
+        unfinished,
+        pictures,
+        tables=[
+            (f"{model} on {data}", [[line[0], *line[3:]] for line in table(part)])
+            for (model, data), part in sections(rows).items()
+        ],
+        quantized=quantized(rows),
+        int8_note=INT8_NOTE,
+        compared=[compare.HEAD, *compared] if compared else [],
+        paper_note=compare.NOTE,
+        commits=_distinct(runs, ("commit", "dirty")),
+        settings=_distinct(runs, SETTINGS),
+    )
 
 
 def csv_text(runs: Sequence[Run]) -> str:

@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim import checks, cluster, signals, status, sweep
@@ -38,12 +38,14 @@ from vitrim.errors import ConfigError, VitrimError
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitrim.timing import Timing
     from vitrim.trainer.fit import Phases
 
 _log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
+TIMES = ("latency", "latency_ms")  # budgets that hang on where they were measured
 NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 """Keys that change where and how, not what."""
 PHASES = "phases"
@@ -102,7 +104,7 @@ def _compress(
     seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
     judged = phases if model.sourced or not cfg.transfer else None
     dense, dense_accuracy = _dense(model, data, judged, recipe)
-    cost = Cost(dense, model.spec().size)
+    cost = Cost(dense, model.spec().size, timing=choices["timing"])
     start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
     recovery: Iterable[Any] = ()
     if method.budget.is_identity:
@@ -151,6 +153,8 @@ def _compress(
     for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
         counted = flops_blog(model.name, cost, part)
         report[side] |= {} if counted is None else {"flops_blog": counted}
+    if choices["timing"] is not None:
+        report["foretold"] = choices["timing"]().foretold(cost.structure, plan)
     report |= {
         **in_int8,
         **recipe["report"],
@@ -210,20 +214,16 @@ def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> None
 def _build(cfg: DictConfig) -> dict[str, Any]:
     """Build what the four groups choose; all that is wrong with them is told at once."""
     said: Any = OmegaConf.to_container(cfg, resolve=False)
-    built, problems = {}, checks.of_run(said)
-    for group in GROUPS:
-        try:
-            chosen = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
-            checks.targets(chosen, group)
-            built[group] = instantiate(chosen, _convert_="all")
-        except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
-            problems.append(_reason(error, group))
+    built, wrong = _groups(cfg, GROUPS)
+    problems = [*checks.of_run(said), *wrong]
     if not problems:
-        built["start"] = None
+        built |= {"start": None, "timing": None}
         try:
             built["start"] = checks.start(
                 said["from_run"], built["model"], transfer=cfg.transfer, seed=cfg.seed
             )
+            if built["method"].budget.is_time:
+                built["timing"] = cache(partial(_timing, cfg, built["model"]))
         except VitrimError as error:
             problems.append(str(error))
     if not problems:
@@ -231,6 +231,56 @@ def _build(cfg: DictConfig) -> dict[str, Any]:
     if problems:
         raise ConfigError("\n".join(problems))
     return built
+
+
+def _timing(cfg: DictConfig, model: Any) -> Timing:
+    """Return how long parts of the dense network take on this device, measured once."""
+    from vitrim.timing import once
+
+    shared = _writable(Path(cfg.out).absolute() / PHASES)
+    how = {key: cfg.latency[key] for key in ("batch", "repeats", "device")}
+    return once(shared, model.build(fetch=False), model.description(), model.spec().size, **how)
+
+
+def _groups(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Build what these groups choose; return it by group, and what is wrong with the others."""
+    built, problems = {}, []
+    for group in groups:
+        try:
+            values = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
+            checks.targets(values, group)
+            built[group] = instantiate(values, _convert_="all")
+        except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
+            problems.append(_reason(error, group))
+    return built, problems
+
+
+def chosen(
+    config: str, arguments: Sequence[str], recipe: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compose conf/`config`.yaml for a command that judges the finished run of `recipe`.
+
+    Return it as plain data, with the name of the data under `choices`, and what its groups data
+    and trainer build, beside the model of that run.
+
+    Raises:
+        ConfigError: what is wrong with the choices.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = hydra.compose(config, overrides=[*arguments], return_hydra_config=True)
+        choices = {group: cfg.hydra.runtime.choices[group] for group in ("data", "trainer")}
+        with open_dict(cfg):
+            del cfg.hydra
+            cfg.model = OmegaConf.load(recipe).model
+        said: Any = OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, arguments, config)) from None
+    built, problems = _groups(cfg, ("data", "trainer", "model"))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {**said, "choices": choices}, built
 
 
 def _phases(
@@ -269,6 +319,11 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     for key in ("quantize", "transfer"):  # folders of runs without them keep their names
         if not recipe[key]:
             del recipe[key]
+    for part in (recipe, recipe["method"]):
+        if "target" in part:
+            part["target"] = {k: v for k, v in part["target"].items() if k not in TIMES or v}
+    if any(map(recipe["target"].get, TIMES)):
+        recipe["latency"] = {key: resolved["latency"][key] for key in ("batch", "device")}
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
@@ -342,13 +397,14 @@ def _reason(error: Exception, group: str) -> str:
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
     """Return the message of an error in composing or running, with the way out."""
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown is not None:
         parent, _, _ = unknown[1].rpartition(".")
-        return f"unknown key {unknown[1]}: expected one of {', '.join(_known_keys(parent))}"
+        known = ", ".join(_known_keys(parent, arguments, config))
+        return f"unknown key {unknown[1]}: expected one of {known}"
     if "Config search path" in text:
         return text.split("Config search path")[0].strip()
     if isinstance(error, OSError) and error.filename is not None:
@@ -361,13 +417,13 @@ def _mendable() -> tuple[type[Exception], ...]:
     return (VitrimError, HydraException, OmegaConfBaseException, OSError, *cluster.failures())
 
 
-def _known_keys(parent: str) -> list[str]:
+def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
     """Return the keys that stand below `parent` in the configuration that was asked for."""
-    chosen = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in GROUPS and "," not in arg]
+    groups = [arg for arg in arguments if arg.partition("=")[0] in GROUPS and "," not in arg]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        node = OmegaConf.select(hydra.compose("run", overrides=chosen), parent) if parent else None
-        return [str(key) for key in (node or hydra.compose("run", overrides=chosen))]
+        cfg = hydra.compose(config, overrides=groups)
+        return [str(key) for key in (OmegaConf.select(cfg, parent) if parent else None) or cfg]
 
 
 def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
@@ -431,8 +487,9 @@ def main() -> None:
             sys.stderr.write(f"vitrim: {error}\n")
             sys.exit(error.code)
         except _mendable() as error:
-            status.refused(_explain(error))
-            sys.exit(f"vitrim: {_explain(error)}")
+            message = _explain(error, sys.argv[1:])
+            status.refused(message)
+            sys.exit(f"vitrim: {message}")
 
 
 if __name__ == "__main__":

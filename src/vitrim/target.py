@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
@@ -32,9 +32,10 @@ from vitrim.model.site import (
     width_of,
 )
 from vitrim.plan import Keep, Plan
+from vitrim.timing import Timing
 
-Metric = Literal["macs", "params", "units", "blocks"]
-METRICS: tuple[Metric, ...] = ("macs", "params", "units", "blocks")
+Metric = Literal["macs", "params", "units", "blocks", "latency", "latency_ms"]
+METRICS: tuple[Metric, ...] = ("macs", "params", "units", "blocks", "latency", "latency_ms")
 LEVELS = 6
 """Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
 
@@ -48,7 +49,8 @@ class Target:
     """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number of 2 and more.
 
     With metric blocks, `keep` counts what goes: at most the MACs remain that are left when so many
-    of the network's blocks, of mean size, are removed; 1.5 is one and a half.
+    of the network's blocks, of mean size, are removed; 1.5 is one and a half. With latency it is a
+    share of the dense network's time, with latency_ms that time in milliseconds.
     """
 
     metric: Metric
@@ -63,6 +65,14 @@ class Target:
                     f"target.blocks={self.keep}: expected how many blocks' MACs to remove, above 0"
                 )
             return
+        if self.is_time:
+            share = self.metric == "latency"
+            if not is_rate(self.keep) or self.keep == 0 or (share and self.keep > 1):
+                raise TargetError(
+                    f"target.{self.metric}={self.keep}: expected "
+                    f"{'a share up to 1' if share else 'milliseconds'}, above 0"
+                )
+            return
         whole = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
         if whole or (is_rate(self.keep) and 0 < self.keep <= 1):
             return
@@ -72,14 +82,32 @@ class Target:
         )
 
     @property
+    def is_time(self) -> bool:
+        """Whether the budget is a time on this device, which no count can be compared with."""
+        return self.metric in ("latency", "latency_ms")
+
+    @property
     def unit(self) -> Literal["macs", "params", "units"]:
-        """What is counted to compare with `limit`."""
-        return "macs" if self.metric == "blocks" else self.metric
+        """What is counted to compare with `limit`.
+
+        Raises:
+            TargetError: it is a time.
+        """
+        match self.metric:
+            case "blocks":
+                return "macs"
+            case "latency" | "latency_ms":
+                raise TargetError(
+                    f"target.{self.metric} is for methods that slice (oneshot, vtp, fskd, cd): "
+                    "choose one of them, or target.macs"
+                )
+            case metric:
+                return metric
 
     @property
     def is_identity(self) -> bool:
         """Whether everything may remain."""
-        return self.metric != "blocks" and self.keep == 1
+        return self.metric not in ("blocks", "latency_ms") and self.keep == 1
 
     def limit(self, dense: int) -> int:
         """Return the most that may remain of `dense`.
@@ -167,10 +195,18 @@ class Cost:
     positions. A Conv has a kernel in place of each weight, and of each row where it is depthwise;
     norms make no MACs. Each attention is its context times its query-key and value dims at every
     token; whatever is never cut is a constant. Of a network that was cut before, `origin` is the
-    cost of the one that budgets count from.
+    cost of the one that budgets count from. `timing` gives the
+    table of times on this device, and measures it when first asked.
     """
 
-    def __init__(self, net: nn.Module, input_size: InputSize, origin: Cost | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        input_size: InputSize,
+        origin: Cost | None = None,
+        timing: Callable[[], Timing] | None = None,
+    ) -> None:
+        self.timing = timing
         self.structure: Structure = structure(net)
         self.input_size = input_size
         self._whole = origin or self
@@ -332,18 +368,17 @@ def trim(
         TargetError: a score is not finite, or the budget is below what the sites can give up.
     """
     steps = _steps(cost.structure, scores, scope, round_to, pace or {}, even_heads=even_heads)
-    scored = list(scores)
-    limit = cost.allowed(target, scored)
+    limit, most, left = _scale(cost, [*scores], target, even_heads=even_heads)
 
     def reached(n: int) -> int:
-        left = settle(cost.structure, _kept(cost.structure, steps, n))
-        return int(getattr(cost.of(left, scored), target.unit))
+        return left(settle(cost.structure, _kept(cost.structure, steps, n)))
 
-    least, most = reached(len(steps)), cost.whole(target.unit, scored)
+    least = reached(len(steps))
     if least > limit:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: this method's sites go down "
-            f"to {least:,} of {most:,} {target.unit} ({least / most:.4f}), not to {limit:,}"
+            f"to {least:,} of {most:,} {'ppm of the time' if target.is_time else target.unit} "
+            f"({least / most:.4f}), not to {limit:,}"
         )
     low, high = 0, len(steps)
     while low < high:
@@ -351,6 +386,35 @@ def trim(
         low, high = (low, middle) if reached(middle) <= limit else (middle + 1, high)
     kept = _kept(cost.structure, steps, low)
     return as_keeps(cost.structure, settle(cost.structure, kept), kept)
+
+
+def _scale(
+    cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool
+) -> tuple[int, int, Callable[[Survivors], int]]:
+    """Return the limit, what the dense network has, and what is left of it by what survives.
+
+    Times are in millionths of the dense network's.
+    """
+    if not target.is_time:
+        unit = target.unit
+        return (
+            cost.allowed(target, scored),
+            cost.whole(unit, scored),
+            lambda left: int(getattr(cost.of(left, scored), unit)),
+        )
+    described = cost.structure
+    if not even_heads and any(described.sites[name].head_dims for name in scored):
+        raise TargetError(
+            f"target.{target.metric}: heads of unequal width take longer than can be foretold: set "
+            "method.even_heads=true, or choose other sites"
+        )
+    if cost.timing is None:
+        raise TargetError(f"target.{target.metric}: nothing was measured on this device")
+    timing = cost.timing()
+    timing.check(described, scored)
+    share = target.keep if target.metric == "latency" else target.keep / timing.dense_ms
+    limit = min(math.floor(1e6 * share), 10**6)
+    return limit, 10**6, lambda left: math.ceil(1e6 * timing.ratio(described, left))
 
 
 class _Step(NamedTuple):

@@ -7,7 +7,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, gates, load, lowrank, oneshot, trials
+from . import attention, cut, export, gates, load, lowrank, oneshot, trials
 from .timing import table
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "oneshot": oneshot,
     "lowrank": lowrank,
     "trials": trials,
+    "export": export,
 }
 
 

@@ -1,4 +1,4 @@
-"""Networks, and what can be cut in them: `structure`, `sites`, `branches`, `stream`, `drop`.
+"""Networks, and what can be cut in them: `structure`, `sites`, `branches`, `stream`, `drop`...
 
 A family is a module here that registers its network classes; only it knows their attribute names.
 """
@@ -58,6 +58,11 @@ def drop(net: nn.Module, branch: str) -> None:
 def computed(net: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of `net` that are not saved with it but follow from its class, by name."""
     return {}
+
+
+@singledispatch
+def settle(net: nn.Module, size: tuple[int, int]) -> None:
+    """Make `net` itself one for images of one size (height, width), if any size may come."""
 
 
 def sites(net: nn.Module) -> Mapping[str, Site]:

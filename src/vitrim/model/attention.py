@@ -102,7 +102,7 @@ class SlicedAttention(nn.Module):
                 is_causal=is_causal,
                 scale=self.scale,
             )
-        attn_BHNN = (q_BHNK * self.scale) @ k_BHNK.transpose(-2, -1)
+        attn_BHNN = _scores(q_BHNK * self.scale, k_BHNK)
         bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
         attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
         out_BHNW: Tensor = self.attn_drop(attn_BHNN) @ v_BHNW
@@ -158,18 +158,19 @@ class SlicedWindowAttention(nn.Module):
 
     def _attend(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, bias_LHNN: Tensor) -> Tensor:
         """Return the output of one run of equal heads, shape (B, H, N, W)."""
-        n_images = len(q_BHNK) // len(bias_LHNN)
+        n_windows = bias_LHNN.shape[0]
+        n_images = q_BHNK.shape[0] // n_windows  # len() would be a constant of a traced graph
         if self.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
             return F.scaled_dot_product_attention(
                 q_BHNK,
                 k_BHNK,
                 v_BHNW,
-                attn_mask=bias_LHNN if len(bias_LHNN) == 1 else bias_LHNN.repeat(n_images, 1, 1, 1),
+                attn_mask=bias_LHNN if n_windows == 1 else bias_LHNN.repeat(n_images, 1, 1, 1),
                 dropout_p=self.attn_drop.p if self.training else 0.0,
                 scale=self.scale,
             )
-        attn_BHNN = (q_BHNK * self.scale) @ k_BHNK.transpose(-2, -1)
-        by_image = attn_BHNN.view(n_images, len(bias_LHNN), *attn_BHNN.shape[1:])
+        attn_BHNN = _scores(q_BHNK * self.scale, k_BHNK)
+        by_image = attn_BHNN.view(n_images, n_windows, *attn_BHNN.shape[1:])
         attn_BHNN = (by_image + bias_LHNN).flatten(0, 1)
         out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
         return out_BHNW
@@ -203,6 +204,16 @@ def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rows: int = attn.qkv.out_features  # type: ignore[union-attr, assignment]
     dim = rows // (3 * heads)
     return (dim,) * heads, (dim,) * heads
+
+
+def _scores(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
+    """Return the products of queries and keys, (B, H, N, N).
+
+    Without dims they are zeros: other programs' graphs know no empty tensors.
+    """
+    if not q_BHNK.shape[-1]:
+        return q_BHNK.new_zeros(*q_BHNK.shape[:-1], k_BHNK.shape[-2])
+    return q_BHNK @ k_BHNK.transpose(-2, -1)
 
 
 def _by_run(

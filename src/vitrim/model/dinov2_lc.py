@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, register_mode
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitrim.model import drop, stream, structure
+from vitrim.model import drop, settle, stream, structure
 from vitrim.model.site import Structure, prefixed
 from vitrim.model.stream import Stream
 
@@ -119,6 +119,11 @@ def _(net: LinearClassifier) -> Structure:
 @drop.register
 def _(net: LinearClassifier, branch: str) -> None:
     drop(net.backbone, branch.removeprefix("backbone."))
+
+
+@settle.register
+def _(net: LinearClassifier, size: tuple[int, int]) -> None:
+    settle(net.backbone, size)
 
 
 @stream.register

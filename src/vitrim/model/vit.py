@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitrim.model import UnsupportedArchitecture, drop, stream, structure
+from vitrim.model import UnsupportedArchitecture, drop, settle, stream, structure
 from vitrim.model.attention import SlicedAttention, head_dims
 from vitrim.model.lowrank import layers_of
 from vitrim.model.site import Attention, Layer, Part, Residual, Site, Structure, full
@@ -84,6 +84,12 @@ def _(net: VisionTransformer, branch: str) -> None:
     block = net.get_submodule(name)
     one = OneBranch(block, left[0]) if left else nn.Identity().train(block.training)
     net.set_submodule(name, one)
+
+
+@settle.register
+def _(net: VisionTransformer, size: tuple[int, int]) -> None:
+    if net.dynamic_img_size:
+        net.set_input_size(img_size=size)  # resamples positions as every forward pass would
 
 
 @stream.register

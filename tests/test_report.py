@@ -223,7 +223,7 @@ def test_printed_output(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert max(map(len, table)) <= 100
     assert table[0] == "vit_digits on digits"
     assert sum("96.00 ± 0.71" in line for line in table) == 2
-    assert lines[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}"
+    assert lines[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}: unfinished"
     names = ("curve.png", "ranks.png", "report.md", "report.csv")
     assert lines[split + 2 : split + 6] == [str(sweep / "report" / name) for name in names]
     assert lines[-1] == f"{sweep / 'vtp' / 's5-seed1'}  strength=5 seed=1"

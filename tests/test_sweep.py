@@ -13,6 +13,7 @@ from command import QUICK
 from vitrim import signals, status
 from vitrim.signals import Preempted
 from vitrim.sweep import JobError, job
+from vitrim.trainer.fit import lock
 
 RUN = (*QUICK, "strength=3", "method.gating.epochs=1", "method.fine_tuning.epochs=1")
 
@@ -68,3 +69,26 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{")
     assert status.read(tmp_path / "status.json") == {}
     assert status.read(tmp_path / "missing.json") == {}
+
+
+def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
+    killed, failed, fresh = (tmp_path / "series" / name for name in ("a", "b", "c"))
+    for folder in (killed, failed, fresh):
+        folder.mkdir(parents=True)
+    status.tell(killed, "RUNNING")
+    status.tell(failed, "FAILED", "MemoryError: 3 GiB")
+    (tmp_path / "sweeps").mkdir()
+    status.put(
+        tmp_path / "sweeps" / "1.json",
+        {"job": ["strength=9"], "status": "FAILED", "reason": "strength=9: expected 0 to 5"},
+    )
+    status.put(tmp_path / "sweeps" / "2.json", {"job": ["strength=1"], "status": "DONE"})
+    found = status.missing([killed, failed, fresh], [tmp_path])
+    assert [line.partition(": ")[2][:20] for line in found] == [
+        "killed: it says RUNN",
+        "FAILED MemoryError: ",
+        "unfinished",
+        "FAILED strength=9: e",
+    ]
+    with lock(killed):
+        assert status.missing([killed], []) == [f"{killed}: RUNNING"]

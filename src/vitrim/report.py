@@ -20,6 +20,7 @@ from vitrim.paper import compare
 from vitrim.paper import table as papers
 from vitrim.paper.results import results
 from vitrim.spectra import figures, read_curves
+from vitrim.status import missing
 from vitrim.summary import (
     LATENCY,
     NAMES,
@@ -55,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = _sound(finished)
         rows = summarise(runs)
         folder = (options.to or options.roots[0]) / "report"
-        paths = write(folder, runs, rows, unfinished, page=options.html)
+        absent = missing(unfinished, options.roots)
+        paths = write(folder, runs, rows, unfinished, page=options.html, absent=absent)
     except (ReportError, OSError) as error:
         print(f"vitrim-report: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     show(rows)
     for line in foresight.lines(runs):
         print(line)
-    print(f"unfinished: {len(unfinished)}", *unfinished, sep="\n  ")
+    print(f"unfinished: {len(absent)}", *absent, sep="\n  ")
     print(*paths, sep="\n")
     for run in runs:
         print(f"{run.folder}  {_aim(run.record)} seed={run.record['seed']}", flush=True)
@@ -250,6 +252,7 @@ def write(
     unfinished: Sequence[Path],
     *,
     page: bool = False,
+    absent: Sequence[str] = (),
 ) -> list[Path]:
     """Write figures, report.md and report.csv into `folder`; return their absolute paths.
 
@@ -258,7 +261,7 @@ def write(
     pictures = {"curve.png": draw(rows), **figures(runs, rows), **foresight.figure(runs)}
     contents = {
         **pictures,
-        "report.md": markdown(runs, rows, unfinished).encode(),
+        "report.md": markdown(runs, rows, absent).encode(),
         "report.csv": csv_text(runs).encode(),
     }
     if page:
@@ -316,7 +319,7 @@ def csv_text(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path]) -> str:
+def markdown(runs: Sequence[Run], rows: Sequence[Row], absent: Sequence[str]) -> str:
     """Return the table, how to read it and where its numbers come from."""
     notes = [
         "Accuracies in percent: *cut* before recovery, *final* after it, as mean ± sample standard",
@@ -324,7 +327,8 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], unfinished: Sequence[Path
         "Below a break mark the figure's axis is squeezed: nets before recovery fall far.",
         f"Latency (batch, device, precision, threads): {_distinct(runs, SETTINGS)}.",
         f"Commit (uncommitted changes): {_distinct(runs, ('commit', 'dirty'))}.",
-        f"Runs: {len(runs)} finished; {len(unfinished)} unfinished, left out.",
+        f"Runs: {len(runs)} finished; {len(absent)} unfinished, left out.",
+        *(f"\n* {line}" for line in absent),
     ]
     int8 = _markdown_grid(quantized(rows), left=5)
     parts = ["## In int8", "", *int8, "", INT8_NOTE, ""] if int8 else []

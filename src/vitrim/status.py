@@ -10,11 +10,13 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vitrim.signals import Preempted
 
@@ -72,6 +74,29 @@ def put(path: Path, value: Mapping[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def missing(unfinished: Sequence[Path], roots: Sequence[Path]) -> list[str]:
+    """Return a line for every run that has no report, and every job of a sweep that has no run."""
+    lines = [f"{folder}: {_became(folder)}" for folder in unfinished]
+    for root in roots:
+        for record in map(read, sorted(root.glob("sweeps/*.json"))):
+            if record.get("status") != "DONE" and "folder" not in record:
+                words = " ".join(map(str, record.get("job", ())))
+                lines.append(f"{words}: {record.get('status')} {record.get('reason', '')}".rstrip())
+    return lines
+
+
+def _became(folder: Path) -> str:
+    """Return what a folder without a report says, and whether somebody still works there."""
+    said = read(folder / STATUS)
+    if said.get("status") != "RUNNING":
+        return f"{said.get('status', 'unfinished')} {said.get('reason', '')}".rstrip()
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return "killed: it says RUNNING, and nobody holds its lock; the same command goes on"
+    except (Timeout, OSError):
+        return "RUNNING"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, export, gates, load, lowrank, oneshot, trials
+from . import attention, cut, export, gates, load, lowrank, oneshot, resume, trials
 from .timing import table
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "lowrank": lowrank,
     "trials": trials,
     "export": export,
+    "resume": resume,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -63,13 +64,9 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     begun: list[subprocess.Popen[bytes]] = []
-    if TorchElasticEnvironment.detect():
-        at: Any = TorchElasticEnvironment()
-    elif SLURMEnvironment.detect():
-        at = SLURMEnvironment(auto_requeue=False)
-    else:
+    at = environment()
+    if isinstance(at, LightningEnvironment):
         begun = _begin(processes) if "LOCAL_RANK" not in os.environ else []
-        at = LightningEnvironment()
         at.set_world_size(processes)
         at.set_global_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
@@ -85,6 +82,15 @@ def joined(trainer: Mapping[str, Any]) -> Iterator[None]:
         dist.destroy_process_group()
         for child in begun:
             child.wait()
+
+
+def environment() -> ClusterEnvironment:
+    """Return what has begun the processes: torchrun, SLURM's srun, or this command itself."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        return SLURMEnvironment(auto_requeue=False)  # a signal sets a flag and no more
+    return LightningEnvironment()
 
 
 def _begin(processes: int) -> list[subprocess.Popen[bytes]]:

@@ -16,7 +16,6 @@ from typing import Any
 import safetensors.torch
 from filelock import FileLock, Timeout
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
@@ -181,7 +180,6 @@ class Phases:
         return {name: found[0][name] for name in ("top1", "top5")}
 
     def _trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
-        environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         several: dict[str, Any] = getattr(self.trainer, "keywords", {})
         if several.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
             options["strategy"] = "ddp_find_unused_parameters_true"
@@ -191,7 +189,7 @@ class Phases:
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share
-            plugins=[SafeCheckpointIO(), *environment],
+            plugins=[SafeCheckpointIO(), processes.environment()],
             **options,
         )
 

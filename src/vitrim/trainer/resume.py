@@ -156,7 +156,9 @@ class Resume(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed phases whose batches no data module has blended."""
+        """Stop, now that the step before is logged; seed batches that no data module blends."""
+        if self._stopping:
+            _stop()
         if trainer.datamodule is None:  # type: ignore[attr-defined]
             done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
             seed_all(self.seed, done, trainer.global_rank)
@@ -177,21 +179,19 @@ class Resume(Checkpoint):
                 f"{trainer.current_epoch}, batch {batch_idx}: lower the learning rate, clip "
                 "(clip_norm), or look at the images; the last checkpoint is from before"
             )
+        self._stopping = stopping
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._due, self._stopping = stopping or due, stopping
-            return
-        if (stopping or due) and getattr(pl_module, "resumes_at", "batch") == "batch":
+            self._due = stopping or due
+        elif (stopping or due) and getattr(pl_module, "resumes_at", "batch") == "batch":
             self._save(trainer)
-        if stopping:
-            _stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due when the last batch ended."""
         if self._due:
             self._save(trainer)
             self._due = False
-            if self._stopping:
-                _stop()
+        if self._stopping:
+            _stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals, which Lightning may have taken."""

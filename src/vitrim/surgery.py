@@ -231,7 +231,7 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, ...]) -> None
     linear = compact.get_submodule(layer.name)
     weight, bias = _tensors(compact, layer.name)
     match linear:
-        case nn.BatchNorm2d():
+        case nn.BatchNorm1d() | nn.BatchNorm2d():
             linear.num_features = len(weight)
             return
         case nn.Conv2d():

@@ -30,8 +30,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,7 +68,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "pit_ti_224": {},
     "twins_svt_small": {"depths": [1, 1, 2, 1]},
     "twins_pcpvt_small": {"depths": [1, 1, 2, 1]},
-    "volo_d1_224": {"layers": [1, 1, 2, 1]},
+    "volo_d1_224": {},
     "mixer_s32_224": {"num_blocks": 3},
     "resmlp_12_224": {"num_blocks": 3},
     "gmlp_ti16_224": {"num_blocks": 3},
@@ -230,8 +228,8 @@ class Case:
         """Return what each column says, the shares of MACs and params kept, and the class."""
         try:
             kept = self.cost.plan(self.plan)
-        except UnsupportedArchitecture as error:
-            return {"class": type(self.dense).__name__, "refused": str(error)}
+        except UnsupportedArchitecture:
+            return {"class": type(self.dense).__name__, "refused": "yes"}
         checks: dict[str, Callable[[], None]] = {
             "masked": self.masked,
             "backward": self.backward,
@@ -293,20 +291,24 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    console = Console(width=150)
-    table = Table("name", *ABOUT, *COLUMNS)
+    widths = (34, 28, 6, 7, *(9 for _ in COLUMNS))
+    heads = dict(zip(("name", *ABOUT, *COLUMNS), widths, strict=True))
+
+    def show(row: Mapping[str, str]) -> None:
+        blank = "refused" if "refused" in row else "-"
+        print(" ".join(row.get(key, blank).ljust(width) for key, width in heads.items()).rstrip())
+        sys.stdout.flush()
+
+    show({key: key for key in heads})
     rows = []
     with Loader() as loader:
         for name in args.names or NETWORKS:
-            with console.status(name):
-                row = Case(name=name, args=NETWORKS.get(name, {})).row(loader, columns)
+            row = Case(name=name, args=NETWORKS.get(name, {})).row(loader, columns)
             rows.append(row)
-            blank = "refused" if "refused" in row else "-"
-            table.add_row(name, *(row.get(key, blank) for key in (*ABOUT, *COLUMNS)))
-    console.print(table)
+            show({"name": name, **row})
     passed = sum(all(row.get(name) == "ok" for name in columns) for row in rows)
     refused = sum("refused" in row for row in rows)
-    console.print(f"{passed} passed, {refused} refused, {len(rows) - passed - refused} failed")
+    print(f"{passed} passed, {refused} refused, {len(rows) - passed - refused} failed")
     sys.exit(0 if passed + refused == len(rows) else 1)
 
 

@@ -96,4 +96,4 @@ def branches(net: nn.Module) -> tuple[str, ...]:
     return tuple(branch.name for branch in structure(net).branches)
 
 
-from vitrim.model import cnn, dinov2_lc, mlp_only, swin, vit  # noqa: E402, F401  (registers families)
+from vitrim.model import beit, cnn, dinov2_lc, eva, mlp_only, swin, swinv2, vit  # noqa: E402, F401

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, structure
 from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, joined, take_over
-from vitrim.model.mlp import mlp_of
-from vitrim.model.site import Structure
+from vitrim.model.heads import attention_of, take_over
+from vitrim.model.mlp import structure_of
+from vitrim.model.site import Structure, joined
 
 
 class SlicedBeitAttention(Attention):  # type: ignore[misc]
@@ -76,7 +76,6 @@ def _(net: Beit) -> Structure:
                 f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
                 "supported: Block with Attention"
             )
-        sites, layers = mlp_of(f"{name}.mlp", block.mlp)
         found += [
             attention_of(
                 f"{name}.attn",
@@ -85,6 +84,6 @@ def _(net: Beit) -> Structure:
                 scaled="" if net.rel_pos_bias is None else "all blocks share biases by position",
                 tables={"relative_position_bias_table": 1},
             ),
-            Structure(sites={site.name: site for site in sites}, layers=layers),
+            structure_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)

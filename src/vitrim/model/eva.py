@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, structure
 from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, joined, take_over
-from vitrim.model.mlp import mlp_of
-from vitrim.model.site import Structure
+from vitrim.model.heads import attention_of, take_over
+from vitrim.model.mlp import structure_of
+from vitrim.model.site import Structure, joined
 
 
 class SlicedEvaAttention(nn.Module):
@@ -110,7 +110,6 @@ def _(net: Eva) -> Structure:
                 f"{' of shared keys and values' if shared else ''} cannot be cut; "
                 "supported: EvaBlock and EvaBlockPostNorm with EvaAttention or AttentionRope"
             )
-        sites, layers = mlp_of(f"{name}.mlp", block.mlp)
         found += [
             attention_of(
                 f"{name}.attn",
@@ -118,7 +117,7 @@ def _(net: Eva) -> Structure:
                 fixed="query-key dims are rotated together, or normalised",
                 scaled=_lock(net, block.attn),
             ),
-            Structure(sites={site.name: site for site in sites}, layers=layers),
+            structure_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
 

@@ -43,7 +43,7 @@ def attention_of(
     called = getattr(attn, "q_bias", None) is None
     inp = (Part(site=read, offset=0, size=wide),) if called else full(wide)
     parts = {name: Part(site=name, offset=0, size=size) for name, size in ((qk, n_qk), (v, n_v))}
-    layers = []
+    layers: list[Layer] = []
     for path, out in _projections(attn, parts[qk], parts[v]).items():
         layer = Layer(
             name=f"{name}.{path}",
@@ -72,22 +72,14 @@ def attention_of(
     return Structure(
         sites={site.name: site for site in sites},
         layers=tuple(layers),
-        attentions=(Attention(branch=name, qkv=proj.name, heads=heads, qk=qk, v=v, context=context),),
+        attentions=(
+            Attention(branch=name, qkv=proj.name, heads=heads, qk=qk, v=v, context=context),
+        ),
         tables=tuple(
             Table(name=f"{name}.{table}", branch=name, site=site, axis=axis)
             for table, (site, axis) in held.items()
             if getattr(attn, table, None) is not None
         ),
-    )
-
-
-def joined(parts: list[Structure]) -> Structure:
-    """Return one structure of several."""
-    return Structure(
-        sites={name: site for part in parts for name, site in part.sites.items()},
-        layers=tuple(layer for part in parts for layer in part.layers),
-        attentions=tuple(attention for part in parts for attention in part.attentions),
-        tables=tuple(table for part in parts for table in part.tables),
     )
 
 

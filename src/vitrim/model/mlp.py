@@ -16,7 +16,7 @@ from torch import nn
 
 from vitrim.model import UnsupportedArchitecture
 from vitrim.model.lowrank import layers_of
-from vitrim.model.site import Dim, Layer, Part, Site, full
+from vitrim.model.site import Dim, Layer, Part, Site, Structure, full
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,14 +58,12 @@ def mlp_of(name: str, mlp: nn.Module) -> tuple[tuple[Site, ...], tuple[Layer, ..
     """
     kind = _KINDS.get(type(mlp))
     if kind is None:
-        raise UnsupportedArchitecture(
-            f"{name} is a {type(mlp).__name__}; supported: {SUPPORTED}"
-        )
+        raise UnsupportedArchitecture(f"{name} is a {type(mlp).__name__}; supported: {SUPPORTED}")
     first, last = mlp.get_submodule(kind.opens[0]), mlp.get_submodule(kind.closes)
     hidden, wide = _columns(last), _columns(first)
     unit, read = f"{name}.hidden", f"{name}.input"
     gathers = not isinstance(first, nn.Conv2d)
-    sites = (Site(name=unit, size=hidden, locked=_lock(mlp)),)
+    sites: tuple[Site, ...] = (Site(name=unit, size=hidden, locked=_lock(mlp)),)
     if gathers:
         sites = (Site(name=read, size=wide), *sites)
     made = (Part(site=unit, offset=0, size=hidden),)
@@ -90,6 +88,12 @@ def mlp_of(name: str, mlp: nn.Module) -> tuple[tuple[Site, ...], tuple[Layer, ..
         )
     ]
     return sites, tuple(layers)
+
+
+def structure_of(name: str, mlp: nn.Module) -> Structure:
+    """Return what `mlp_of` says as a structure."""
+    sites, layers = mlp_of(name, mlp)
+    return Structure(sites={site.name: site for site in sites}, layers=layers)
 
 
 def _lock(mlp: nn.Module) -> str:

@@ -31,8 +31,8 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from vitrim.model import UnsupportedArchitecture, structure
-from vitrim.model.mlp import SUPPORTED, is_mlp, mlp_of
-from vitrim.model.site import Structure
+from vitrim.model.mlp import SUPPORTED, is_mlp, structure_of
+from vitrim.model.site import Structure, joined
 
 
 @structure.register(ByobNet)
@@ -58,10 +58,10 @@ from vitrim.model.site import Structure
 @structure.register(VisionTransformerSAM)
 @structure.register(Xcit)
 def _(net: nn.Module) -> Structure:
-    found = [mlp_of(name, module) for name, module in net.named_modules() if is_mlp(module)]
-    sites = {site.name: site for sites, _ in found for site in sites}
-    if all(site.locked for site in sites.values()):
+    mlps = [structure_of(name, module) for name, module in net.named_modules() if is_mlp(module)]
+    found = joined(mlps)
+    if all(site.locked for site in found.sites.values()):
         raise UnsupportedArchitecture(
             f"{type(net).__name__} has no MLP here that can be cut; supported: {SUPPORTED}"
         )
-    return Structure(sites=sites, layers=tuple(layer for _, layers in found for layer in layers))
+    return found

@@ -317,6 +317,17 @@ def full(size: int) -> Dim:
     return (Part(site=None, offset=0, size=size),)
 
 
+def joined(parts: Sequence[Structure]) -> Structure:
+    """Return one structure of several."""
+    return Structure(
+        sites={name: site for part in parts for name, site in part.sites.items()},
+        branches=tuple(branch for part in parts for branch in part.branches),
+        layers=tuple(layer for part in parts for layer in part.layers),
+        attentions=tuple(attention for part in parts for attention in part.attentions),
+        tables=tuple(table for part in parts for table in part.tables),
+    )
+
+
 def prefixed(structure: Structure, prefix: str) -> Structure:
     """Return the structure of a network that holds the described one at module path `prefix`."""
 

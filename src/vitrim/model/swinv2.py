@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, structure
 from vitrim.model.attention import by_run, sliced
-from vitrim.model.heads import attention_of, joined, take_over
-from vitrim.model.mlp import mlp_of
-from vitrim.model.site import Layer, Part, Structure, full
+from vitrim.model.heads import attention_of, take_over
+from vitrim.model.mlp import structure_of
+from vitrim.model.site import Layer, Part, Structure, full, joined
 
 _MOST = math.log(100)  # of the logit scale, as in timm
 
@@ -90,10 +90,9 @@ def _(net: SwinTransformerV2) -> Structure:
                     f"{type(net).__name__} with {type(block).__name__} cannot be cut; "
                     "supported: SwinTransformerV2Block"
                 )
-            sites, layers = mlp_of(f"{name}.mlp", block.mlp)
             found += [
                 _attention(f"{name}.attn", block.attn),
-                Structure(sites={site.name: site for site in sites}, layers=layers),
+                structure_of(f"{name}.mlp", block.mlp),
             ]
     return joined(found)
 

@@ -55,7 +55,9 @@ PLACES = {"attn": "1", "mlp": "2"}
 @structure.register
 def _(net: VisionTransformer) -> Structure:
     found = [
-        _attention(name, block.attn) if kind == "attn" else (*mlp_of(f"{name}.mlp", block.mlp), None)
+        _attention(name, block.attn)
+        if kind == "attn"
+        else (*mlp_of(f"{name}.mlp", block.get_submodule("mlp")), None)
         for name, block, kind in _branches(net)
     ]
     return Structure(

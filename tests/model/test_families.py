@@ -27,8 +27,14 @@ BY_HAND = ("attn.heads", "attn.v", "mlp.input", "mlp.hidden")
 UNITS = ("mlp.input", "mlp.hidden")
 VIT = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 7}
 EVA = {**VIT, "img_size": 28}
-STAGES = {"img_size": 40, "window_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3]}
-SWIN = {**STAGES, "num_classes": 7}
+SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": [2, 2],
+    "num_heads": [2, 3],
+    "num_classes": 7,
+}
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12], "num_classes": 7}
 ATTENTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "beit": ("beit_base_patch16_224", VIT, BY_HAND),

@@ -11,11 +11,12 @@ import torch
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from vitrim.model import UnsupportedArchitecture, structure
+from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, take_over
+from vitrim.model.heads import attention_of, steps_of, take_over
 from vitrim.model.mlp import structure_of
 from vitrim.model.site import Structure, joined
+from vitrim.model.stream import Stream
 
 
 class SlicedBeitAttention(Attention):  # type: ignore[misc]
@@ -87,3 +88,26 @@ def _(net: Beit) -> Structure:
             structure_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
+
+
+@stream.register
+def _(net: Beit) -> Stream:
+    shared = None if net.rel_pos_bias is None else net.rel_pos_bias()
+
+    def embed(images: Tensor) -> Tensor:
+        patches = net.patch_embed(images)
+        x_BND = torch.cat([net.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        placed: Tensor = net.pos_drop(x_BND if net.pos_embed is None else x_BND + net.pos_embed)
+        return placed
+
+    return Stream(
+        embed=embed,
+        steps=tuple(
+            step
+            for index, block in enumerate(net.blocks)
+            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=shared)
+        ),
+        after="norm",
+        prefix=net.num_prefix_tokens,
+        readout=int(net.global_pool == "token"),
+    )

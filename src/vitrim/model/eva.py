@@ -13,11 +13,12 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from vitrim.model import UnsupportedArchitecture, structure
+from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, take_over
+from vitrim.model.heads import attention_of, steps_of, take_over
 from vitrim.model.mlp import structure_of
 from vitrim.model.site import Structure, joined
+from vitrim.model.stream import Stream
 
 
 class SlicedEvaAttention(nn.Module):
@@ -120,6 +121,35 @@ def _(net: Eva) -> Structure:
             structure_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
+
+
+@stream.register
+def _(net: Eva) -> Stream:
+    if any(type(block) is EvaBlockPostNorm for block in net.blocks):
+        raise UnsupportedArchitecture(
+            f"{type(net).__name__} with EvaBlockPostNorm: its branches end in norms, which nothing "
+            "can be regressed through; supported here: EvaBlock, or a method without images"
+        )
+    ropes = _ropes(net)
+    return Stream(
+        embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))[0]),
+        steps=tuple(
+            step
+            for index, (block, rope) in enumerate(zip(net.blocks, ropes, strict=True))
+            for step in steps_of(f"blocks.{index}", block, rope=rope)
+        ),
+        after="norm",
+        prefix=net.num_prefix_tokens,
+        readout=int(net.global_pool == "token"),
+    )
+
+
+def _ropes(net: Any) -> list[Tensor | None]:
+    """Return the rotations of every block, for images of the size the network was made for."""
+    if net.rope is None:
+        return [None] * len(net.blocks)
+    rope = net.rope.get_embed(net.patch_embed.grid_size)
+    return list(rope) if net.rope_mixed else [rope] * len(net.blocks)
 
 
 def _lock(net: Any, attn: Any) -> str:

@@ -10,14 +10,15 @@ Of BEiT, EVA and Swin v2, described in common (D embed, H heads, K head dim):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.model.attention import head_dims
 from vitrim.model.lowrank import layers_of
 from vitrim.model.site import Attention, Layer, Part, Site, Structure, Table, full
+from vitrim.model.stream import Branch
 
 _BY_HAND = "its attention adds the biases of queries and values by hand"
 
@@ -81,6 +82,25 @@ def attention_of(
             if getattr(attn, table, None) is not None
         ),
     )
+
+
+def steps_of(name: str, block: Any, **given: Tensor | None) -> tuple[Branch, Branch]:
+    """Return how the stream runs through the pre-norm block at module path `name`.
+
+    Its layer scales, if any, are gamma_1 and gamma_2; `given` goes to the attention.
+    """
+
+    def step(kind: str, place: int, inner: Callable[[Tensor], Tensor]) -> Branch:
+        norm, gamma = block.get_submodule(f"norm{place}"), getattr(block, f"gamma_{place}")
+        return Branch(
+            name=f"{name}.{kind}",
+            before=f"{name}.norm{place}",
+            apply=lambda x: inner(norm(x)) * (1.0 if gamma is None else gamma),
+            scale=None if gamma is None else gamma.detach(),
+            tokens=lambda x: x,
+        )
+
+    return step("attn", 1, lambda x: block.attn(x, **given)), step("mlp", 2, block.mlp)
 
 
 def take_over(attn: nn.Module, dense: Any) -> None:

@@ -40,12 +40,14 @@ def attention_of(
     """
     qk_dims, v_dims = head_dims(attn)
     read, heads, qk, v = (f"{name}.{kind}" for kind in ("input", "heads", "qk", "v"))
-    wide, n_qk, n_v = attn.proj.out_features, sum(qk_dims), sum(v_dims)
+    n_qk, n_v = sum(qk_dims), sum(v_dims)
+    parts = {name: Part(site=name, offset=0, size=size) for name, size in ((qk, n_qk), (v, n_v))}
+    projections = _projections(attn, parts[qk], parts[v])
+    wide = attn.get_submodule(next(iter(projections))).in_features
     called = getattr(attn, "q_bias", None) is None
     inp = (Part(site=read, offset=0, size=wide),) if called else full(wide)
-    parts = {name: Part(site=name, offset=0, size=size) for name, size in ((qk, n_qk), (v, n_v))}
     layers: list[Layer] = []
-    for path, out in _projections(attn, parts[qk], parts[v]).items():
+    for path, out in projections.items():
         layer = Layer(
             name=f"{name}.{path}",
             branch=name,
@@ -58,9 +60,11 @@ def attention_of(
         )
         layers += layers_of(attn.get_submodule(path), layer)
     if getattr(attn, "gate", None) is not None:
-        gate = Layer(name=f"{name}.gate", branch=name, out=(parts[v],), inp=full(wide))
+        everything = full(attn.gate.in_features)
+        gate = Layer(name=f"{name}.gate", branch=name, out=(parts[v],), inp=everything)
         layers += layers_of(attn.gate, gate)
-    proj = Layer(name=f"{name}.proj", branch=name, out=full(wide), inp=(parts[v],))
+    dim = full(attn.proj.out_features)
+    proj = Layer(name=f"{name}.proj", branch=name, out=dim, inp=(parts[v],))
     layers += layers_of(attn.proj, proj)
     held = {"q_bias": (qk, 0), "v_bias": (v, 0)}
     held |= {table: (heads, axis) for table, axis in (tables or {}).items()}

@@ -34,7 +34,7 @@ TINY = ("method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
         (["target.macs=0.5", "target.params=0.5"], ["target.macs, target.params", "at most one"]),
         (["method.levels=[1,0.9,0.9,0.7,0.6,0.5]"], ["levels", "below the one before"]),
         (["method.scope=x"], ["method.scope=x", "global or site"]),
-        (["model=timm", "model.name=xcit_nano_12_p16_224"], ["Xcit", "VisionTransformer"]),
+        (["model=timm", "model.name=tiny_vit_5m_224"], ["TinyVit", "VisionTransformer"]),
         (["model=timm", "model.name=vit_tiny_patch16_225"], ["vit_tiny_patch16_224"]),
         (["model.num_classes=7"], ["10 classes", "7", "model.num_classes"]),
         (["model=vit_tiny", "model.num_classes=10"], ["data=digits", "8x8", "224"]),

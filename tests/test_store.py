@@ -316,9 +316,9 @@ def test_a_plan_of_a_network_that_cannot_be_built_or_is_another_is_refused(
 
 
 def test_a_plan_of_a_network_that_cannot_be_cut_names_its_class(folder: Path) -> None:
-    model = {"name": "xcit_nano_12_p16_224", "args": {}}
+    model = {"name": "tiny_vit_5m_224", "args": {}}
     rewrite(folder, PLAN, dumps(Plan(model=model, edits=())).encode())
-    with pytest.raises(UnsupportedArchitecture, match="Xcit"):
+    with pytest.raises(UnsupportedArchitecture, match="TinyVit"):
         load(folder)
 
 

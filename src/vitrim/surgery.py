@@ -73,8 +73,7 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
-    columns = {table.name: survivors[table.site] for table in described.tables}
-    compact = put(_slices(net, slices, columns))
+    compact = put(_slices(net, slices, _entries(net, described, survivors)))
     for name in dropped:
         drop(compact, name)
     for layer in described.layers:
@@ -104,8 +103,8 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
                 for tensor in twin.get_submodule(path).parameters():
                     tensor.zero_()
         for table in described.tables:
-            columns = twin.get_parameter(table.name).T
-            columns[removed_of(len(columns), survivors[table.site])] = 0.0
+            entries = twin.get_parameter(table.name).movedim(table.axis, 0)
+            entries[removed_of(len(entries), survivors[table.site])] = 0.0
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
             axes = axes_of(layer, survivors)
@@ -173,11 +172,13 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
 
 
 def _slices(
-    net: nn.Module, sliced: Mapping[str, tuple[Tensor, ...]], tables: Mapping[str, Tensor]
+    net: nn.Module,
+    sliced: Mapping[str, tuple[Tensor, ...]],
+    tables: Mapping[str, tuple[Tensor, ...]],
 ) -> dict[int, object]:
     """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy.
 
-    `sliced` holds the kept rows and columns of layers, `tables` the kept columns of tables.
+    `sliced` holds the kept rows and columns of layers, `tables` the kept entries of tables.
     Statistics of sliced BatchNorms are buffers, and among them, too.
     """
     index: dict[int, tuple[Tensor, ...]] = {}
@@ -188,14 +189,26 @@ def _slices(
         index[id(bias)] = axes[:1]
         for tensor in _statistics(net.get_submodule(name)):
             held[id(tensor)] = _slice(tensor, axes[:1])
-    for name, columns in tables.items():
-        table = net.get_parameter(name)
-        index[id(table)] = (torch.arange(len(table)), columns)
+    for name, axes in tables.items():
+        index[id(net.get_parameter(name))] = axes
     return held | {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
         )
         for tensor in net.parameters()
+    }
+
+
+def _entries(
+    net: nn.Module, described: Structure, survivors: Survivors
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return the kept entries of every table, along each axis up to the one that is cut."""
+    return {
+        table.name: (
+            *(torch.arange(size) for size in net.get_parameter(table.name).shape[: table.axis]),
+            survivors[table.site],
+        )
+        for table in described.tables
     }
 
 
@@ -231,7 +244,7 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, ...]) -> None
     linear = compact.get_submodule(layer.name)
     weight, bias = _tensors(compact, layer.name)
     match linear:
-        case nn.BatchNorm2d():
+        case nn.BatchNorm1d() | nn.BatchNorm2d():
             linear.num_features = len(weight)
             return
         case nn.Conv2d():

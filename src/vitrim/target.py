@@ -210,10 +210,10 @@ class Cost:
         self.structure: Structure = structure(net)
         self.input_size = input_size
         self._whole = origin or self
-        layers = [layer.name for layer in self.structure.layers]
-        qkvs = [attention.qkv for attention in self.structure.attentions]
-        self.dense_count, positions = census(net, input_size, [*dict.fromkeys(layers + qkvs)])
-        self._positions = positions
+        applied = {layer.name: layer.beside or layer.name for layer in self.structure.layers}
+        applied |= {attention.qkv: attention.qkv for attention in self.structure.attentions}
+        self.dense_count, found = census(net, input_size, [*dict.fromkeys(applied.values())])
+        self._positions = positions = {name: found[at] for name, at in applied.items()}
         self._terms = list(_terms(net, self.structure, positions))
         self._params = self._macs = 0
         dense = settle(self.structure, {})
@@ -326,7 +326,7 @@ def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -
             yield _Term(layer.branch, 1, 0, layer.out)
     for table in described.tables:
         units = Part(site=table.site, offset=0, size=described.sites[table.site].size)
-        yield _Term(table.branch, len(net.get_parameter(table.name)), 0, (units,))
+        yield _Term(table.branch, net.get_parameter(table.name).numel() // units.size, 0, (units,))
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
     for attention in described.attentions:
         tokens = positions[attention.qkv]

@@ -177,8 +177,7 @@ def test_a_glu_unit_is_one_row_of_each_half() -> None:
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("xcit_nano_12_p16_224", "Xcit"),
-        ("swinv2_tiny_window8_256", "SwinTransformerV2"),
+        ("tiny_vit_5m_224", "TinyVit"),
         ("swinv2_cr_tiny_224", "SwinTransformerV2Cr"),
         ("vit_pwee_patch16_reg1_gap_256", "ParallelScalingBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),

@@ -259,7 +259,7 @@ class MixedRank:
     def _pieces(self, described: Structure) -> Iterator[tuple[str, _Piece]]:
         """Iterate over what may be factorised, by the names that plans have for it."""
         for layer in described.layers:
-            if layer.factor or _kind(layer.name) not in self.layers:
+            if layer.factor or layer.locked or _kind(layer.name) not in self.layers:
                 continue
             whole, *pieces = runs_of(layer).items()
             columns = sum(part.size for part in layer.inp)

@@ -40,7 +40,7 @@ from vitrim.trainer.refit import Refit
 _log = logging.getLogger(__name__)
 
 SITES = {
-    "mlp": "mlp.hidden",
+    "mlp": ".hidden",
     "heads": "attn.heads",
     "qk": "attn.qk",
     "v": "attn.v",
@@ -167,15 +167,16 @@ class OneShot:
             raise TargetError(
                 f"method.sites={[*self.sites]}: expected what this network has, {', '.join(there)}"
             )
-        chosen = tuple(SITES[kind].rpartition(".")[0] for kind in self.sites)
+        chosen = self._of(cost.structure)
+        branches = {name.rpartition(".")[0] for name in chosen}
         for layer in cost.structure.layers:
-            if layer.factor and layer.branch.endswith(chosen):
+            if layer.factor and layer.branch in branches:
                 raise TargetError(
                     f"{layer.name}: method.sites={[*self.sites]} ranks the units of whole layers, "
                     "and this one is in two factors: slice first and factorise then, or choose "
                     "other sites"
                 )
-        self._trim(cost, {name: torch.ones(sites[name].size) for name in self._of(cost.structure)})
+        self._trim(cost, {name: torch.ones(sites[name].size) for name in chosen})
 
     def scorer(self, net: nn.Module) -> Calibrate:
         """Return the pass over calibration images; of no image where none is needed."""
@@ -271,9 +272,10 @@ class OneShot:
                 return Classify(student, recipe=by.training, n_classes=n_classes)
 
     def _of(self, described: Structure) -> list[str]:
-        """Return the names of the chosen sites, in network order."""
+        """Return the names of the chosen sites, in network order; locked ones if all are."""
         endings = tuple(SITES[kind] for kind in self.sites)
-        return [name for name in described.sites if name.endswith(endings)]
+        sites = [site for name, site in described.sites.items() if name.endswith(endings)]
+        return [site.name for site in sites if not site.locked] or [site.name for site in sites]
 
     def _removed(self, cost: Cost) -> dict[str, int]:
         """Return how many units each site will lose, where scores cannot change that."""

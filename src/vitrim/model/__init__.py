@@ -5,9 +5,12 @@ A family is a module here that registers its network classes; only it knows thei
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import singledispatch
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
@@ -56,8 +59,31 @@ def drop(net: nn.Module, branch: str) -> None:
 
 @singledispatch
 def computed(net: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of `net` that are not saved with it but follow from its class, by name."""
-    return {}
+    """Return the buffers of `net` that are not saved with it but follow from its class, by name.
+
+    Those on the meta device, of modules that timm can fill again, in the parameters' type.
+    """
+    dtype = next((tensor.dtype for tensor in net.parameters()), None)
+    found: dict[str, Tensor] = {}
+    for path, module in net.named_modules():
+        empty = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if empty and hasattr(module, "init_non_persistent_buffers"):
+            filled = _filled(module, dtype)
+            found |= {f"{path}.{name}".removeprefix("."): filled[name] for name in empty}
+    return found
+
+
+def _filled(module: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the buffers that a module of timm has on the CPU; `module` itself is not touched."""
+    twin = copy.copy(module)
+    twin._buffers = {
+        name: None if buffer is None else torch.empty_like(buffer, device="cpu")
+        for name, buffer in module._buffers.items()
+    }
+    twin.init_non_persistent_buffers()
+    twin._modules, twin._parameters = {}, {}
+    twin.to(dtype)  # as a whole network is: timm keeps some buffers in float32 even then
+    return dict(twin._buffers)
 
 
 @singledispatch
@@ -75,4 +101,4 @@ def branches(net: nn.Module) -> tuple[str, ...]:
     return tuple(branch.name for branch in structure(net).branches)
 
 
-from vitrim.model import cnn, dinov2_lc, swin, vit  # noqa: E402, F401  (registers the families)
+from vitrim.model import beit, cnn, dinov2_lc, eva, mlp_only, swin, swinv2, vit  # noqa: E402, F401

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,34 +80,14 @@ class SlicedAttention(nn.Module):
 
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
-            return self._attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal)
+            return attended(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
 
-        out_BNV = self.norm(_by_run(self.qkv(x), self.qk_dims, self.v_dims, attend))
+        out_BNV = self.norm(by_run(self.qkv(x), self.qk_dims, self.v_dims, attend))
         gate = getattr(self, "gate", None)
         if gate is not None:
             out_BNV = out_BNV * gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
-
-    def _attend(
-        self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """Return the output of one run of equal heads, shape (B, H, N, W)."""
-        if self.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
-            return F.scaled_dot_product_attention(
-                q_BHNK,
-                k_BHNK,
-                v_BHNW,
-                attn_mask=mask,
-                dropout_p=self.attn_drop.p if self.training else 0.0,
-                is_causal=is_causal,
-                scale=self.scale,
-            )
-        attn_BHNN = _scores(q_BHNK * self.scale, k_BHNK)
-        bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
-        attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
-        out_BHNW: Tensor = self.attn_drop(attn_BHNN) @ v_BHNW
-        return out_BHNW
 
     def extra_repr(self) -> str:
         """Show the widths per head."""
@@ -152,7 +133,7 @@ class SlicedWindowAttention(nn.Module):
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
             return self._attend(q_BHNK, k_BHNK, v_BHNW, bias_LHNN[:, heads])
 
-        out_BNV = _by_run(self.qkv(x), self.qk_dims, self.v_dims, attend)
+        out_BNV = by_run(self.qkv(x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -180,10 +161,35 @@ class SlicedWindowAttention(nn.Module):
         return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
+def attended(
+    attn: Any,
+    q_BHNK: Tensor,
+    k_BHNK: Tensor,
+    v_BHNW: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """Return the output of one run of equal heads of `attn`, shape (B, H, N, W)."""
+    if attn.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
+        return F.scaled_dot_product_attention(
+            q_BHNK,
+            k_BHNK,
+            v_BHNW,
+            attn_mask=mask,
+            dropout_p=attn.attn_drop.p if attn.training else 0.0,
+            is_causal=is_causal,
+            scale=attn.scale,
+        )
+    attn_BHNN = _scores(q_BHNK * attn.scale, k_BHNK)
+    bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
+    attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
+    out_BHNW: Tensor = attn.attn_drop(attn_BHNN) @ v_BHNW
+    return out_BHNW
+
+
 @singledispatch
-def sliced(
-    attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
-) -> SlicedAttention | SlicedWindowAttention:
+def sliced(attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> nn.Module:
     """Return the attention whose sliced layers are those of `attn`, with these widths per head."""
     return SlicedAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
 
@@ -196,14 +202,12 @@ def _(
     return SlicedWindowAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
 
 
-def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def head_dims(attn: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the query-key and the value width of every head, each of shape (heads,)."""
-    if isinstance(attn, SlicedAttention | SlicedWindowAttention):
+    if getattr(attn, "v_dims", ()):
         return attn.qk_dims, attn.v_dims
-    heads: int = attn.num_heads  # type: ignore[assignment]
-    rows: int = attn.qkv.out_features  # type: ignore[union-attr, assignment]
-    dim = rows // (3 * heads)
-    return (dim,) * heads, (dim,) * heads
+    dim = attn.proj.in_features // attn.num_heads
+    return (dim,) * attn.num_heads, (dim,) * attn.num_heads
 
 
 def _scores(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ def _scores(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
     return q_BHNK @ k_BHNK.transpose(-2, -1)
 
 
-def _by_run(
+def by_run(
     qkv_BNC: Tensor,
     qk_dims: Sequence[int],
     v_dims: Sequence[int],

@@ -51,7 +51,8 @@ class Layer:
     `inp` is empty where every row is of its own channel: in a BatchNorm, and in a depthwise Conv.
     `pieces` names the parts of `out` where each could be a layer of its own. `factor` marks one of
     the two that a low-rank layer consists of; `locked` is empty, or the reason why there can be no
-    factors in this layer's place.
+    factors in this layer's place. `beside` is empty, or a layer that is applied at the same
+    positions, where the network reads the weight without calling the layer.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layer:
     pieces: tuple[str, ...] = ()
     factor: bool = False
     locked: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,11 +87,12 @@ _NAMES = ("branch", "qkv", "heads", "qk", "v")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A parameter (rows, units) of no Linear, one column per unit of `site`."""
+    """A parameter of no layer that has, along `axis`, one entry per unit of `site`."""
 
     name: str
     branch: str
     site: str
+    axis: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,6 +317,17 @@ def full(size: int) -> Dim:
     return (Part(site=None, offset=0, size=size),)
 
 
+def joined(parts: Sequence[Structure]) -> Structure:
+    """Return one structure of several."""
+    return Structure(
+        sites={name: site for part in parts for name, site in part.sites.items()},
+        branches=tuple(branch for part in parts for branch in part.branches),
+        layers=tuple(layer for part in parts for layer in part.layers),
+        attentions=tuple(attention for part in parts for attention in part.attentions),
+        tables=tuple(table for part in parts for table in part.tables),
+    )
+
+
 def prefixed(structure: Structure, prefix: str) -> Structure:
     """Return the structure of a network that holds the described one at module path `prefix`."""
 
@@ -347,12 +361,18 @@ def prefixed(structure: Structure, prefix: str) -> Structure:
                 branch=prefix + layer.branch,
                 out=dim(layer.out),
                 inp=dim(layer.inp),
+                beside=layer.beside and prefix + layer.beside,
             )
             for layer in structure.layers
         ),
         attentions=tuple(inside(attention) for attention in structure.attentions),
         tables=tuple(
-            Table(name=prefix + table.name, branch=prefix + table.branch, site=prefix + table.site)
+            replace(
+                table,
+                name=prefix + table.name,
+                branch=prefix + table.branch,
+                site=prefix + table.site,
+            )
             for table in structure.tables
         ),
     )

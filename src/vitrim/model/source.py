@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models import swin_transformer, vision_transformer
 from torch import Tensor, nn
 
@@ -247,7 +248,7 @@ def _takes_any_size(name: str) -> bool:
 def _patch(net: nn.Module) -> tuple[int, int]:
     """Return the sides, in pixels, of which an image's have to be multiples."""
     embedding = getattr(net, "patch_embed", None)
-    return (1, 1) if embedding is None else embedding.patch_size
+    return embedding.patch_size if isinstance(embedding, PatchEmbed | HybridEmbed) else (1, 1)
 
 
 def _counters(net: nn.Module) -> dict[str, Tensor]:

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, computed, drop, stream, structure
 from vitrim.model.attention import SlicedWindowAttention
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Residual, Structure, Table
 from vitrim.model.stream import Branch, Merge, Stream
-from vitrim.model.vit import PLACES, OneBranch, attention_of, mlp_of
+from vitrim.model.vit import PLACES, OneBranch, attention_of
 
 _COPIED = (
     "input_resolution",
@@ -85,7 +86,7 @@ def _(net: SwinTransformer) -> Structure:
     found = [
         attention_of(name, module, context=module.window_area)
         if isinstance(module, _ATTENTIONS)
-        else mlp_of(name, module)
+        else (*mlp_of(name, module), None)
         for name, module in inner.items()
     ]
     return Structure(

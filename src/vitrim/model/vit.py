@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import LayerScale
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vitrim.model import UnsupportedArchitecture, drop, settle, stream, structure
 from vitrim.model.attention import SlicedAttention, head_dims
 from vitrim.model.lowrank import layers_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Attention, Layer, Part, Residual, Site, Structure, full
 from vitrim.model.stream import Branch, Stream
 
@@ -54,7 +55,9 @@ PLACES = {"attn": "1", "mlp": "2"}
 @structure.register
 def _(net: VisionTransformer) -> Structure:
     found = [
-        _attention(name, block.attn) if kind == "attn" else mlp_of(f"{name}.mlp", block.mlp)
+        _attention(name, block.attn)
+        if kind == "attn"
+        else (*mlp_of(f"{name}.mlp", block.get_submodule("mlp")), None)
         for name, block, kind in _branches(net)
     ]
     return Structure(
@@ -189,43 +192,3 @@ def attention_of(
         branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v, context=context
     )
     return sites, layers, attention
-
-
-def mlp_of(name: str, mlp: Any) -> Found:
-    """Describe the MLP at module path `name`, dense or cut."""
-    openers: tuple[str, ...]
-    match mlp:
-        case SwiGLU():
-            openers, copies = ("fc1_g", "fc1_x"), 1
-        case GluMlp():
-            openers, copies = ("fc1",), 2
-        case Mlp():
-            openers, copies = ("fc1",), 1
-        case _:
-            raise UnsupportedArchitecture(
-                f"{name} is a {type(mlp).__name__}; supported: Mlp, GluMlp, SwiGLU"
-            )
-    hidden, wide = mlp.fc2.in_features, getattr(mlp, openers[0]).in_features
-    normed = "" if isinstance(mlp.norm, nn.Identity) else "the hidden units are normalised"
-    sites = (
-        Site(name=f"{name}.input", size=wide),
-        Site(name=f"{name}.hidden", size=hidden, locked=normed),
-    )
-    unit = f"{name}.hidden"
-    rows = tuple(Part(site=unit, offset=copy * hidden, size=hidden) for copy in range(copies))
-    columns = (Part(site=f"{name}.input", offset=0, size=wide),)
-    first = [
-        layer
-        for opener in openers
-        for layer in layers_of(
-            getattr(mlp, opener),
-            Layer(name=f"{name}.{opener}", branch=name, out=rows, inp=columns, gathers=True),
-        )
-    ]
-    second = Layer(
-        name=f"{name}.fc2",
-        branch=name,
-        out=full(mlp.fc2.out_features),
-        inp=(Part(site=unit, offset=0, size=hidden),),
-    )
-    return sites, (*first, *layers_of(mlp.fc2, second)), None

@@ -1,0 +1,47 @@
+"""Fifty budgets and what dense compression makes of them: `python -m tests.dense [timm name]`."""
+
+from __future__ import annotations
+
+import argparse
+
+import timm
+import torch
+
+from vitrim.method.dcvit import dense_widths
+from vitrim.model.site import blocks_of
+from vitrim.plan import Drop, Keep, Plan
+from vitrim.target import Cost, Target
+
+
+def main() -> None:
+    """Print, by share of the MACs, the blocks, the hidden units and how far below they end."""
+    parser = argparse.ArgumentParser(prog="python -m tests.dense", description=__doc__)
+    parser.add_argument("name", nargs="?", default="vit_base_patch16_224")
+    with torch.device("meta"):
+        net = timm.create_model(parser.parse_args().name)
+    cost = Cost(net, 224)
+    whole = cost.plan(Plan(model={}, edits=())).macs
+    pairs = {
+        block: (names[0], names[1]) for block, names in [*blocks_of(cost.structure).items()][1:-1]
+    }
+    print("asked MACs       reached MACs     below  blocks  units left in each")
+    for step in range(50):
+        target = Target(metric="macs", keep=round(0.995 - 0.0115 * step, 4))
+        widths, dropped = dense_widths(cost, target, [*pairs], pairs)
+        keeps = [
+            Keep(site=site, index=tuple(range(width)))
+            for block, width in widths.items()
+            if width < cost.structure.sites[site := f"{block}.mlp.hidden"].size
+        ]
+        drops = [Drop(branch=pairs[block][0]) for block in dropped]
+        reached = cost.plan(Plan(model={}, edits=(*drops, *keeps))).macs
+        allowed = cost.allowed(target)
+        units = " ".join(map(str, widths.values()))
+        print(
+            f"{target.keep:6.2%} {allowed:15,.0f}  {reached / whole:6.2%} {reached:15,}  "
+            f"{allowed - reached:9,.0f}  {len(dropped):2}  {units}"
+        )
+
+
+if __name__ == "__main__":
+    main()

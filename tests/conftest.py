@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ from vitrim.model import sites
 from vitrim.model.site import Site
 
 collect_ignore = ["faults/inject"]
+with suppress(ImportError):  # OpenVINO brings it; it would close the file that pytest captures in
+    from absl.logging import PythonHandler
+
+    PythonHandler.close = logging.StreamHandler.close
 
 settings.register_profile(
     "vitrim",

@@ -94,3 +94,12 @@ def test_how_many_processes_a_trainer_asks_for(trainer: dict[str, Any], processe
 def test_devices_that_are_no_number_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer.devices=many"):
         wanted({"devices": "many"})
+
+
+@pytest.mark.gpu
+def test_a_network_that_is_shared_out_among_gpus_is_saved_whole(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    report = ran("-m", "vitrim.run", *QUICK, "trainer=fsdp", "strength=3", f"out={tmp_path}")
+    found = json.loads(report.read_text())
+    assert found["compact"]["top1"] == pytest.approx(judged(report.parent), abs=1e-4)

@@ -248,7 +248,7 @@ def test_a_target_needs_no_strength() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [{"macs": 0.5, "units": 0.5}, {"macs": 0}, {"macs": "x"}, {"macs": True}, {"latency": 1}],
+    [{"macs": 0.5, "units": 0.5}, {"macs": 0}, {"macs": "x"}, {"macs": True}, {"watts": 1}],
     ids=str,
 )
 def test_targets_that_mean_nothing_are_refused_at_construction(target: dict[str, Any]) -> None:

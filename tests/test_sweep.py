@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,13 @@ def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
     ]
     with lock(killed):
         assert status.missing([killed], []) == [f"{killed}: RUNNING"]
+
+
+def test_two_at_once_share_no_folder(tmp_path: Path) -> None:
+    words = [*RUN, f"out={tmp_path}"]
+    with ThreadPoolExecutor(2) as pool:
+        reports = [*pool.map(lambda _: job(words, out=tmp_path, minutes=None), range(2))]
+    assert reports[0] == reports[1]
+    lines = (Path(reports[0]).parent / "metrics.jsonl").read_text().splitlines()
+    steps = [(found["phase"], found["step"]) for found in map(json.loads, lines)]
+    assert len(steps) == len({*steps})  # nothing was done twice

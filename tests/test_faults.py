@@ -18,7 +18,7 @@ ROWS = (
 
 @pytest.mark.parametrize("row", ROWS)
 def test_nothing_is_lost(row: str) -> None:
-    command = [sys.executable, "-m", "tests.faults", "--kills", "3", "--share", "0.03"]
+    command = [sys.executable, "-m", "tests.faults", "--kills", "2", "--share", "0.02"]
     done = subprocess.run(
         [*command, "--only", row],
         capture_output=True,

@@ -50,7 +50,7 @@ def main() -> None:
     def a_sweep() -> dict[str, int]:
         if chosen.share >= 1:
             return runs.sweep(30, runs.FATES, work, minutes=2.0)
-        return runs.sweep(5, {"raise": 1, "exit": 1, "kill": 1, "term": 1}, work, minutes=5.0)
+        return runs.sweep(4, {"exit": 1, "kill": 1, "term": 1}, work, minutes=5.0)
 
     rows: dict[str, Callable[[], dict[str, int]]] = {
         "kill -9 anywhere": lambda: runs.kills(chosen.kills, work, chosen.seed),

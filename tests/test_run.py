@@ -224,3 +224,25 @@ def test_help_does_not_wait_for_torch() -> None:
     probe = "import sys, vitrim.run, vitrim.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_folder_begun_with_another_recipe_is_refused_with_the_keys(command: Command) -> None:
+    words = (*QUICK, "data=none", "strength=3")
+    folder = command(*words).report.parent
+    (folder / "report.json").unlink()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("l1: 0.0001", "l1: 0.5"))
+    done = command(*words)
+    assert done.code == 1
+    assert "method.l1 (0.5, now 0.0001)" in done.message
+    recipe.write_text("[")
+    assert "cannot be read" in command(*words).message
+    recipe.unlink()
+    assert command(*words).code == 0
+
+
+def test_where_and_how_may_differ_when_a_run_goes_on(command: Command) -> None:
+    words = (*QUICK, "data=none", "strength=3")
+    folder = command(*words).report.parent
+    (folder / "report.json").unlink()
+    assert command(*words, "checkpoint.minutes=3", "latency.repeats=2").code == 0

@@ -13,10 +13,8 @@ import contextlib
 import copy
 import ctypes
 import gc
-import io
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
+from vitrim.formats import write_onnx
 
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +76,7 @@ def _require(engine: str, *packages: str) -> None:
 def prepared(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Call, float | None]:
     """Return the pass to be timed, warm, and the memory it needs; `path` is free for a file."""
     if setting.engine in ("onnxruntime", "openvino"):
-        _export(net, x, path)
+        write_onnx(net, (x.shape[1], x.shape[2], x.shape[3]), path)
         _session(path, x, setting)  # the first one brings libraries and threads along
         return _peak(lambda: _session(path, x, setting), x.device)
     twin = copy.deepcopy(net).to(setting.device, PRECISIONS[setting.precision])
@@ -121,13 +120,6 @@ def _session(path: Path, x: Tensor, setting: Setting) -> Call:
 
     call()
     return call
-
-
-def _export(net: nn.Module, x: Tensor, path: Path) -> None:
-    """Write `net` for inputs like `x` as ONNX."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the exporter's own parts
-        torch.onnx.export(net, (x,), path, dynamo=True, verbose=False)
 
 
 def _peak(do: Callable[[], T], device: torch.device) -> tuple[T, float | None]:

@@ -44,7 +44,7 @@ def check_images(source: Source) -> None:
     images = source.images
     try:
         with torch.no_grad():
-            source.net(_pictures(source, 1))
+            source.net(_pictures(_shape(source), 1))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise FormatError(
             f"the network takes no images of {images.channels} x {images.size[0]} x "
@@ -59,7 +59,7 @@ def onnx(source: Source, path: Path) -> str:
     """
     import onnxruntime
 
-    _write_onnx(source, path)
+    write_onnx(source.net, _shape(source), path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
@@ -77,7 +77,7 @@ def openvino(source: Source, path: Path, *, precision: str) -> str:
 
     core = openvino.Core()
     between = path.with_name("between.onnx")
-    _write_onnx(source, between)
+    write_onnx(source.net, _shape(source), between)
     graph = core.read_model(between)
     if precision == "int8":
         graph = _in_int8(graph)
@@ -103,7 +103,7 @@ def torch_export(source: Source, path: Path) -> str:
     """Write model.pt2, which torch.export.load reads, and return what was found of it."""
     held = BytesIO()
     with _hushed():
-        torch.export.save(_program(source), held)
+        torch.export.save(_program(source.net, _shape(source)), held)
     path.write_bytes(held.getbuffer())
     with _hushed():
         net = torch.export.load(path).module()
@@ -150,11 +150,12 @@ def _config(source: Source) -> dict[str, Any]:
     }
 
 
-def _write_onnx(source: Source, path: Path) -> None:
-    large = sum(tensor.nbytes for tensor in source.net.state_dict().values()) > _ONE_FILE
+def write_onnx(net: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
+    """Write `net` as ONNX, for any number of images (C, H, W)."""
+    large = sum(tensor.nbytes for tensor in net.state_dict().values()) > _ONE_FILE
     with _hushed(), redirect_stdout(StringIO()):
         made = torch.onnx.export(
-            _program(source),
+            _program(net, shape),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
@@ -164,20 +165,23 @@ def _write_onnx(source: Source, path: Path) -> None:
         made.save(path, external_data=large)
 
 
-def _program(source: Source) -> ExportedProgram:
+def _program(net: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
     """Return the graph of the network for any number of images of one size."""
-    net: nn.Module = copy.deepcopy(source.net)
-    settle(net, source.images.size)
-    x = _pictures(source, _TRACED)
+    net = copy.deepcopy(net)
+    settle(net, shape[1:])
+    x = _pictures(shape, _TRACED)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad(), _hushed():
         return torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
 
 
-def _pictures(source: Source, batch: int) -> Tensor:
+def _shape(source: Source) -> tuple[int, int, int]:
+    return (source.images.channels, *source.images.size)
+
+
+def _pictures(shape: tuple[int, int, int], batch: int) -> Tensor:
     """Return images (batch, C, H, W) of noise, the same every time."""
-    shape = (batch, source.images.channels, *source.images.size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
 
 
 def compared(
@@ -196,7 +200,7 @@ def compared(
     with torch.no_grad():
         pairs = [
             (torch.as_tensor(answer(x)), source.net(x))
-            for x in (_pictures(source, batch) for batch in BATCHES)
+            for x in (_pictures(_shape(source), batch) for batch in BATCHES)
         ]
     error = float(torch.stack([(found - said).abs().max() for found, said in pairs]).max())
     scale = float(torch.stack([said.abs().max() for _, said in pairs]).max())

@@ -68,7 +68,6 @@ class Loaders(LightningDataModule, ABC):
             batch_size=min(batch_size, most) if shuffle else batch_size,
             seed=self.seed,
             shuffle=shuffle,
-            whole=shuffle,
             rank=rank,
             world=world,
         )

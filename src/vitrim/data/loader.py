@@ -34,9 +34,9 @@ def _seed_host(*parts: int) -> int:
 class Order(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index): shuffled by seed and epoch, or as they are, from any batch on.
 
-    Of `world` processes, each gives every `world`-th place. With `whole` all of them give as many
-    batches of full size, and what is left over is not seen in this epoch; without, the last batch
-    may be smaller, and every place is given once by one process.
+    Of `world` processes, each gives every `world`-th place. Shuffled, all of them give as many
+    batches of full size, and what is left over is not seen in this epoch; as they are, the last
+    batch may be smaller, and every place is given once by one process.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class Order(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         seed: int,
         shuffle: bool,
-        whole: bool,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -54,14 +53,13 @@ class Order(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.whole = whole
         self.rank = rank
         self.world = world
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        if self.whole:
+        if self.shuffle:
             return self.size // self.world // self.batch_size
         return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
 
@@ -140,6 +138,5 @@ def alike(dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batche
         batch_size=batch_size,
         seed=0,
         shuffle=False,
-        whole=False,
     )
     return Batches(dataset, order, workers=workers)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from conftest import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
 from vitrim import Plan, compose, cut, load, save
+from vitrim.atomic import write
 from vitrim.model import UnsupportedArchitecture
 from vitrim.plan import PlanError, dumps, loads
-from vitrim.store import MANIFEST, PLAN, WEIGHTS, StoreError, seal, write
+from vitrim.store import MANIFEST, PLAN, WEIGHTS, StoreError, seal
 
 FILES = [PLAN, WEIGHTS, MANIFEST]
 KEPT = plan_of(

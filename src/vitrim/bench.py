@@ -25,12 +25,13 @@ import yaml
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from vitrim.atomic import write
 from vitrim.engine import ENGINES, Setting, prepared
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.measure import InputSize, count, image_shape, in_turns, versions
 from vitrim.model import structure
 from vitrim.plan import Plan
-from vitrim.store import load, write
+from vitrim.store import load
 
 
 def main(argv: Sequence[str] | None = None) -> None:

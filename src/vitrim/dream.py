@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from vitrim.atomic import write
 from vitrim.data import ImageSpec
 from vitrim.errors import is_count, is_positive, is_rate, require
-from vitrim.store import write
 
 METRIC_SET = "metric_set"
 """Under which evidence has the images."""

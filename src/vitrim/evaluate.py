@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vitrim.atomic import write
 from vitrim.errors import ConfigError, VitrimError
 
 
@@ -42,7 +43,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     from vitrim import checks
     from vitrim.measure import versions
     from vitrim.run import chosen
-    from vitrim.store import load, write
+    from vitrim.store import load
     from vitrim.trainer.classify import Classify
     from vitrim.trainer.fit import digest
     from vitrim.trainer.recipe import Recipe

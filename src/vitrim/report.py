@@ -7,14 +7,14 @@ import csv
 import io
 import logging
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrim import foresight
+from vitrim import atomic, foresight
 from vitrim.figure import Panel, draw, labelled, line_of
 from vitrim.paper import compare
 from vitrim.paper import table as papers
@@ -272,12 +272,7 @@ def write(
 def _write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        part = folder / f".{name}.{os.getpid()}"
-        try:
-            part.write_bytes(content)
-            part.replace(folder / name)
-        finally:
-            part.unlink(missing_ok=True)
+        atomic.write(folder / name, partial(Path.write_bytes, data=content))
     return [folder.absolute() / name for name in contents]
 
 

@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim import checks, cluster, signals, status, sweep
+from vitrim.atomic import write
 from vitrim.errors import ConfigError, VitrimError
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says and return the path of its report.json."""
     from vitrim import processes
     from vitrim.data import quarantine
-    from vitrim.store import write
     from vitrim.trainer.fit import lock
 
     choices = _build(cfg)
@@ -202,8 +202,6 @@ def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, 
 
 def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> None:
     """Write the report; what was kept to go on from is not needed any more."""
-    from vitrim.store import write
-
     if phases is not None:
         phases.tracker.close(report)
     text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)

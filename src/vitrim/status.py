@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vitrim.atomic import write
 from vitrim.signals import Preempted
 
 _log = logging.getLogger(__name__)
@@ -68,12 +69,8 @@ def refused(reason: str) -> None:
 
 def put(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` by a JSON object in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1, sort_keys=True)
+    write(path, lambda part: part.write_text(text))
 
 
 def missing(unfinished: Sequence[Path], roots: Sequence[Path]) -> list[str]:

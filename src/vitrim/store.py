@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import re
 import reprlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
+from vitrim.atomic import write
 from vitrim.errors import VitrimError
 from vitrim.model import computed
 from vitrim.plan import MAX_BYTES, Plan, PlanError, check_json, dumps, loads
@@ -220,21 +219,6 @@ class _WithoutInit(TorchFunctionMode):
         if func.__name__ in self._FILLS and isinstance(filled, Tensor) and filled.is_meta:
             return filled
         return func(*args, **kwargs)
-
-
-def write(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` write a file beside `path`, flush it, and put it in `path`'s place at once."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        fill(Path(name))
-        with Path(name).open("rb") as written:
-            os.fsync(written.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def seal(folder: Path, names: tuple[str, ...], **facts: Any) -> None:

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitrim.atomic import write
 from vitrim.errors import VitrimError
 from vitrim.measure import InputSize, image_shape, in_turns
 from vitrim.model import structure
 from vitrim.model.site import Attention, Site, Structure, Survivors, resolve
 from vitrim.plan import Keep, Plan
-from vitrim.store import write
 from vitrim.surgery import cut
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of an MLP

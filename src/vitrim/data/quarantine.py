@@ -25,10 +25,10 @@ import torch
 from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset
 
+from vitrim.atomic import write
 from vitrim.data.few import Few
 from vitrim.data.images import Images
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.store import write
 
 LISTED = 10
 """Training images that an error names; quarantine.json has all that were met."""

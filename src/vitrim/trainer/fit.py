@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
 from vitrim import processes, signals
+from vitrim.atomic import write
 from vitrim.data import Loaders
-from vitrim.store import StoreError, misfits, read_tensors, seal, verify, write
+from vitrim.store import StoreError, misfits, read_tensors, seal, verify
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers

@@ -23,9 +23,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
 from vitrim import signals
+from vitrim.atomic import write
 from vitrim.data.loader import seed_all
 from vitrim.errors import VitrimError
-from vitrim.store import StoreError, seal, verify, write
+from vitrim.store import StoreError, seal, verify
 
 _log = logging.getLogger(__name__)
 STATE = "state.ckpt"

@@ -95,6 +95,13 @@ def test_the_report_names_what_is_missing(tmp_path: Path) -> None:
         assert status.missing([killed], []) == [f"{killed}: RUNNING"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 100_000])
+def test_a_status_of_another_kind_is_told_as_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / status.STATUS).write_text(text)
+    assert status.became(tmp_path) == ("unfinished", "status.json cannot be read")
+    assert status.missing([tmp_path], []) == [f"{tmp_path}: unfinished: status.json cannot be read"]
+
+
 def test_two_at_once_share_no_folder(tmp_path: Path) -> None:
     words = [*RUN, f"out={tmp_path}"]
     with ThreadPoolExecutor(2) as pool:

@@ -5,7 +5,6 @@ No scripts, no fonts, figures inlined, everything escaped; links to the run fold
 
 from __future__ import annotations
 
-import json
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vitrim.errors import VitrimError
 from vitrim.paper import of_run, published
 from vitrim.plan import MAX_BYTES, loads
+from vitrim.status import became
 from vitrim.summary import Run, fixed
 from vitrim.widths import Map, left
 
@@ -29,7 +29,6 @@ ALTS = {
     "scores.png": "Scores of trials against the accuracy that each block costs",
 }
 _FILES = ("report.json", "plan.json", "recipe.yaml", "bench.json")
-_MAX_STATUS = 2**16
 
 
 class _Finished(NamedTuple):
@@ -138,16 +137,7 @@ def _map(run: Run) -> tuple[Map | None, str]:
 
 
 def _unfinished(path: Path, folder: Path) -> _Unfinished:
-    status, reason = "unfinished", ""
-    try:
-        with (path / "status.json").open("rb") as file:
-            said = json.loads(file.read(_MAX_STATUS))
-        status, reason = str(said["status"]), str(said.get("reason") or "")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        reason = "status.json cannot be read"
-    return _Unfinished(f"{path.parent.name}/{path.name}", _link(path, folder), status, reason)
+    return _Unfinished(f"{path.parent.name}/{path.name}", _link(path, folder), *became(path))
 
 
 def _link(path: Path, folder: Path) -> str:

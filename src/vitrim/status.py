@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 STATUS = "status.json"
 COPY = "VITRIM_STATUS"
 """Environment variable: a file that is told, too; the sweep looks at it."""
+_MAX_BYTES = 2**22  # of a status file, whose reason can name every bad image
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def put(path: Path, value: Mapping[str, Any]) -> None:
 
 def missing(unfinished: Sequence[Path], roots: Sequence[Path]) -> list[str]:
     """Return a line for every run that has no report, and every job of a sweep that has no run."""
-    lines = [f"{folder}: {_became(folder)}" for folder in unfinished]
+    lines = [f"{folder}: {_line(*became(folder))}" for folder in unfinished]
     for root in roots:
         for record in map(read, sorted(root.glob("sweeps/*.json"))):
             if record.get("status") != "DONE" and "folder" not in record:
@@ -84,22 +85,33 @@ def missing(unfinished: Sequence[Path], roots: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _became(folder: Path) -> str:
-    """Return what a folder without a report says, and whether somebody still works there."""
+def _line(status: str, reason: str) -> str:
+    between = " " if status.isupper() else ": "  # in the words of the run, or in ours
+    return f"{status}{between}{reason}" if reason else status
+
+
+def became(folder: Path) -> tuple[str, str]:
+    """Return the status of a folder without a report, and the reason, which may be empty.
+
+    Where status.json does not tell, the status is "unfinished"; "killed", where it says RUNNING
+    and nobody works there.
+    """
     said = read(folder / STATUS)
-    if said.get("status") != "RUNNING":
-        return f"{said.get('status', 'unfinished')} {said.get('reason', '')}".rstrip()
+    if "status" not in said:
+        return "unfinished", f"{STATUS} cannot be read" if (folder / STATUS).exists() else ""
+    if said["status"] != "RUNNING":
+        return str(said["status"]), str(said.get("reason") or "")
     try:
         with FileLock(folder / ".lock", timeout=0):
-            return "killed: it says RUNNING, and nobody holds its lock; the same command goes on"
+            return "killed", "it says RUNNING, and nobody holds its lock; the same command goes on"
     except (Timeout, OSError):
-        return "RUNNING"
+        return "RUNNING", ""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what a status file says; nothing where it is missing or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
+    """Return what a status file says; nothing where it is missing, damaged or too large."""
+    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
+        found = json.loads(file.read(_MAX_BYTES))
         if isinstance(found, dict):
             return found
     return {}

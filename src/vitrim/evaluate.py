@@ -44,9 +44,8 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     from vitrim.measure import versions
     from vitrim.run import chosen
     from vitrim.store import load
-    from vitrim.trainer.classify import Classify
+    from vitrim.trainer.classify import judge
     from vitrim.trainer.fit import digest
-    from vitrim.trainer.recipe import Recipe
 
     if not (folder / "recipe.yaml").is_file():
         raise ConfigError(
@@ -69,18 +68,15 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     name = said["name"] or f"{said['choices']['data']}-{digest(judged)}"
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ConfigError(f"name={name}: expected letters, digits, dots and dashes, of a file name")
-    recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
-    judge = built["trainer"](
+    trainer = built["trainer"](
         logger=False,
         default_root_dir=folder,
         enable_checkpointing=False,
         enable_progress_bar=said["progress"],
     )
-    classify = Classify(net, recipe=recipe, n_classes=data.n_classes)
-    (found,) = judge.validate(classify, datamodule=loaders, verbose=False)
     result = {
         "format": 1,
-        **{name: found[name] for name in ("top1", "top5")},
+        **judge(net, trainer, loaders, n_classes=data.n_classes),
         "images": len(loaders.val_dataloader().dataset),
         "network": checks.identity(str(folder)),
         "choices": said["choices"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -56,3 +56,13 @@ class Classify(LightningModule):
         """Return AdamW and the cosine schedule of the recipe."""
         steps = int(self.trainer.estimated_stepping_batches)
         return optimisation(self.net, self.recipe, steps=steps)
+
+
+def judge(
+    net: nn.Module, trainer: Trainer, data: LightningDataModule, *, n_classes: int
+) -> dict[str, float]:
+    """Return top-1 and top-5 of `net` in percent over the whole validation set of `data`."""
+    recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
+    classify = Classify(net, recipe=recipe, n_classes=n_classes)
+    (found,) = trainer.validate(classify, datamodule=data, verbose=False)
+    return {name: found[name] for name in ("top1", "top5")}

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from vitrim import processes, signals
 from vitrim.atomic import write
 from vitrim.data import Loaders
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify
-from vitrim.trainer.classify import Classify
+from vitrim.trainer.classify import judge
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
@@ -172,13 +172,8 @@ class Phases:
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
         """Return top-1 and top-5 of `net` in percent over the whole validation set."""
         signals.check()
-        recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
         resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes)
-        trainer = self._trainer(resume, logger=False)
-        found: Sequence[Mapping[str, float]] = trainer.validate(
-            Classify(net, recipe=recipe, n_classes=n_classes), datamodule=self.data, verbose=False
-        )
-        return {name: found[0][name] for name in ("top1", "top5")}
+        return judge(net, self._trainer(resume, logger=False), self.data, n_classes=n_classes)
 
     def _trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
         several: dict[str, Any] = getattr(self.trainer, "keywords", {})

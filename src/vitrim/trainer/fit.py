@@ -96,11 +96,9 @@ class Phases:
     ) -> None:
         """Train `phase`, or load its finished state from `folder`, where it is kept.
 
-        A phase that was stopped goes on from its last checkpoint, exactly as if it had not been. If
-        its attribute `resumes_at` is "epoch" or "never" (not "batch"), it holds more than its
-        state, and goes on from the end of an epoch, or starts over. Either way the callbacks'
-        `on_fit_end` runs, on the trained phase. Its randomness depends on the seed and `name`
-        alone.
+        A phase that was stopped goes on from its last checkpoint, if it has any (`Resume`), exactly
+        as if it had not been. Either way the callbacks' `on_fit_end` runs, on the trained phase.
+        Its randomness depends on the seed and `name` alone.
         """
         signals.check()
         with lock(folder):
@@ -115,7 +113,7 @@ class Phases:
                 phase,
                 epochs=phase.epochs,  # type: ignore[arg-type]
                 callbacks=callbacks,
-                folder=None if getattr(phase, "resumes_at", "batch") == "never" else checkpoints,
+                folder=checkpoints,
             )
             if processes.first():
                 state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}

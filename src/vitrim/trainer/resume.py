@@ -127,8 +127,9 @@ def size_buffers(phase: nn.Module, state: Mapping[str, Tensor]) -> None:
 class Resume(Checkpoint):
     """Seed every step, save every `minutes` and on a request to stop, stop on a loss gone wrong.
 
-    What a step draws hangs on `seed` and its number alone. With `folder` None nothing is saved: the
-    phase starts over when it was stopped.
+    What a step draws hangs on `seed` and its number alone. With `folder` None nothing is saved. A
+    phase whose attribute `resumes_at` is "epoch" or "never" (not "batch") holds more than its
+    state: it is saved at the end of an epoch, or not at all, and starts over when it was stopped.
     """
 
     def __init__(self, folder: Path | None, *, seed: int, minutes: float) -> None:
@@ -181,9 +182,10 @@ class Resume(Checkpoint):
                 "(clip_norm), or look at the images; the last checkpoint is from before"
             )
         self._stopping = stopping
+        resumes_at = getattr(pl_module, "resumes_at", "batch")
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._due = stopping or due
-        elif (stopping or due) and getattr(pl_module, "resumes_at", "batch") == "batch":
+            self._due = (stopping or due) and resumes_at != "never"
+        elif (stopping or due) and resumes_at == "batch":
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Small networks with random numbers everywhere, and strategies that draw plans for them."""
+"""Small networks with random numbers, strategies that draw plans for them, images, a trainer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import timm
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from command import Command
 from vitrim import Keep, Plan
+from vitrim.data.imagefolder import image_folder
+from vitrim.data.images import Images
 from vitrim.model import sites
 from vitrim.model.site import Site
 
@@ -182,6 +185,44 @@ def _agree(
 
 PLANS = plans(sites(small_net()))
 """Plans that fit `small_net()`."""
+
+
+def fit(phase: LightningModule, data: Any, *, epochs: int = 1) -> None:
+    """Train `phase` on a loader or data module, with a real trainer that leaves no trace."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(phase.train(), data)
+
+
+PLAIN = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
+MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+
+
+def images_in(root: Path, **changes: Any) -> Images:
+    """Return the images below `root`, unmixed, of which none may be bad, but for `changes`."""
+    arguments: dict[str, Any] = {
+        "root": str(root),
+        "train": "train",
+        "val": "val",
+        "classes": None,
+        "class_seed": 0,
+        "samples": None,
+        "samples_seed": 0,
+        "batch_size": 4,
+        "workers": 0,
+        "bad_images": {"limit": 0, "evaluation": "fail"},
+        "augmentation": {"auto_augment": None, "color_jitter": 0.0},
+        "mixing": PLAIN,
+    }
+    return image_folder(**{**arguments, **changes})
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from PIL import Image
 
 from command import QUICK, Command
+from conftest import MIXED, fit, images_in
 from vitrim.data import ImageSpec
 from vitrim.data.few import Few, few, shares
-from vitrim.data.imagefolder import image_folder
 from vitrim.data.images import Images
 from vitrim.errors import ConfigError
 
@@ -26,7 +26,6 @@ SPEC = ImageSpec(
     interpolation="bicubic",
     crop_pct=1.0,
 )
-MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(root: Path, samples: int | None, seed: int = 0, **changes: Any) -> Images:
-    arguments: dict[str, Any] = {
-        "root": str(root),
-        "train": "train",
-        "val": "val",
-        "classes": None,
-        "class_seed": 0,
-        "samples": samples,
-        "samples_seed": seed,
-        "batch_size": 8,
-        "workers": 0,
-        "bad_images": {"limit": 0, "evaluation": "fail"},
-        "augmentation": {"auto_augment": None, "color_jitter": 0.0},
-        "mixing": MIXING,
-    }
-    return image_folder(**{**arguments, **changes})
+    settings = {"samples": samples, "samples_seed": seed, "batch_size": 8, "mixing": MIXED}
+    return images_in(root, **settings, **changes)
 
 
 def classes_of(images: Images) -> Counter[str]:
@@ -204,16 +190,7 @@ def test_batches_larger_than_the_set_shrink(
     root: Path, samples: int | None, sizes: list[int]
 ) -> None:
     phase = Count()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(phase, datamodule=opened(root, samples).module(SPEC))
+    fit(phase, opened(root, samples).module(SPEC))
     assert phase.sizes == sizes
 
 

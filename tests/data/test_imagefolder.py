@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from PIL import Image
 
 from command import Command
+from conftest import MIXED, fit, images_in
 from vitrim.data import ImageSpec
-from vitrim.data.imagefolder import image_folder, label_index
-from vitrim.data.images import Images
+from vitrim.data.imagefolder import label_index
 from vitrim.errors import ConfigError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -27,8 +27,6 @@ SPEC = ImageSpec(
     interpolation="bicubic",
     crop_pct=0.9,
 )
-PLAIN = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
-MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
 def make(root: Path, **splits: dict[str, int]) -> Path:
@@ -44,28 +42,10 @@ def make(root: Path, **splits: dict[str, int]) -> Path:
     return root
 
 
-def opened(root: Path, mixing: dict[str, Any] = PLAIN, **changes: Any) -> Images:
-    arguments: dict[str, Any] = {
-        "root": str(root),
-        "train": "train",
-        "val": "val",
-        "classes": None,
-        "class_seed": 0,
-        "samples": None,
-        "samples_seed": 0,
-        "batch_size": 4,
-        "workers": 0,
-        "bad_images": {"limit": 0, "evaluation": "fail"},
-        "augmentation": {"auto_augment": None, "color_jitter": 0.0},
-        "mixing": mixing,
-    }
-    return image_folder(**{**arguments, **changes})
-
-
 def test_wnid_folders_get_imagenets_index_whatever_folders_are_missing(tmp_path: Path) -> None:
     last, first, third = "n15075141", "n01440764", "n01484850"
     root = make(tmp_path, train={first: 1, last: 1}, val={third: 2, last: 1})
-    images = opened(root)
+    images = images_in(root)
     assert images.n_classes == 1000
     assert sorted(set(images.val.labels)) == [2, 999]
     assert sorted(set(images.train.labels)) == [0, 999]
@@ -74,7 +54,7 @@ def test_wnid_folders_get_imagenets_index_whatever_folders_are_missing(tmp_path:
 def test_calibration_images_are_training_images_prepared_like_validation(tmp_path: Path) -> None:
     root = make(tmp_path, train={"a": 5, "b": 4})
     shutil.copytree(root / "train", root / "val")
-    module = opened(root, mixing=MIXED).module(SPEC)
+    module = images_in(root, mixing=MIXED).module(SPEC)
     drawn = torch.cat([images for images, _ in module.calibration_dataloader(9, seed=0)])
     assert torch.equal(drawn, torch.stack([image for image, _ in module.val_set]))
     few, same, others = (
@@ -87,13 +67,13 @@ def test_calibration_images_are_training_images_prepared_like_validation(tmp_pat
 
 
 def test_other_names_are_ranked_over_both_splits(tmp_path: Path) -> None:
-    images = opened(make(tmp_path, train={"a": 1, "c": 1}, val={"b": 1, "c": 1}))
+    images = images_in(make(tmp_path, train={"a": 1, "c": 1}, val={"b": 1, "c": 1}))
     assert images.n_classes == 3
     assert images.val.labels == [1, 2]
 
 
 def test_a_list_of_classes_takes_these_and_ranks_them(tmp_path: Path) -> None:
-    images = opened(make(tmp_path, val={"a": 1, "b": 2, "c": 1}), classes=["c", "a"])
+    images = images_in(make(tmp_path, val={"a": 1, "b": 2, "c": 1}), classes=["c", "a"])
     assert images.n_classes == 2
     assert images.val.labels == [0, 1]
     assert not images.trainable
@@ -110,7 +90,7 @@ def test_a_number_of_classes_is_drawn_with_its_seed() -> None:
 @pytest.mark.parametrize("classes", [0, 4, ["a", "nonsense"], []])
 def test_classes_that_do_not_exist_are_refused(tmp_path: Path, classes: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.classes"):
-        opened(make(tmp_path, val={"a": 1, "b": 1, "c": 1}), classes=classes)
+        images_in(make(tmp_path, val={"a": 1, "b": 1, "c": 1}), classes=classes)
 
 
 class Collect(LightningModule):
@@ -134,19 +114,9 @@ class Collect(LightningModule):
 
 @pytest.fixture
 def seen(tmp_path: Path) -> Iterator[dict[str, list[torch.Tensor]]]:
-    images = opened(make(tmp_path, train={"a": 4, "b": 5}, val={"a": 2, "b": 3}), mixing=MIXED)
+    images = images_in(make(tmp_path, train={"a": 4, "b": 5}, val={"a": 2, "b": 3}), mixing=MIXED)
     phase = Collect()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
-    trainer.fit(phase, datamodule=images.module(SPEC))
+    fit(phase, images.module(SPEC))
     return phase.seen
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from command import QUICK, Command
+from conftest import images_in
 from vitrim.data.few import Few
-from vitrim.data.imagefolder import image_folder
 from vitrim.data.images import Images
 from vitrim.data.quarantine import BadImages, Replacing, allowed, found, listing
 from vitrim.errors import ConfigError
@@ -88,21 +88,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def opened(root: Path, limit: float = 0.5, evaluation: str = "fail", **changes: Any) -> Images:
-    arguments: dict[str, Any] = {
-        "root": str(root),
-        "train": "train",
-        "val": "val",
-        "classes": None,
-        "class_seed": 0,
-        "samples": None,
-        "samples_seed": 0,
-        "batch_size": 4,
-        "workers": 0,
-        "bad_images": {"limit": limit, "evaluation": evaluation},
-        "augmentation": {"auto_augment": None, "color_jitter": 0.0},
-        "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0},
-    }
-    return image_folder(**{**arguments, **changes})
+    return images_in(root, bad_images={"limit": limit, "evaluation": evaluation}, **changes)
 
 
 def spoil(path: Path, kind: str) -> Path:

@@ -9,11 +9,10 @@ import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import randomise, small_net
+from conftest import fit, randomise, small_net
 from vitrim.errors import VitrimError
 from vitrim.method.practise import Practise
 from vitrim.model.site import blocks_of
@@ -42,16 +41,7 @@ def judged(net: nn.Module, blocks: list[str], *, adaptors: bool) -> Tensor:
     phase = Recover(net, blocks=blocks, sampling=SAMPLING, adaptors=adaptors, ridge=1e-6)
     x = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batches = DataLoader(TensorDataset(x, torch.zeros(32)), batch_size=8)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=phase.epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(phase.train(), batches)
+    fit(phase, batches, epochs=phase.epochs)
     return phase.evidence().scores[BLOCKS]
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import SIZE, images, outputs, relative_error, small_net
+from conftest import SIZE, fit, images, outputs, relative_error, small_net
 from vitrim import Evidence, Keep, Plan, cut, masked
 from vitrim.method.vtp import VTP, GateTraining
 from vitrim.model import sites
@@ -284,19 +283,10 @@ def test_the_recovery_trains_the_compact_network_without_gates() -> None:
     assert {name.split(".")[0] for name, _ in recovery.named_parameters()} == {"net"}
 
 
-def fit(phase: GateTraining, n: int = 4) -> GateTraining:
-    """Train for one epoch of `n` steps with the real trainer."""
+def trained(phase: GateTraining, n: int = 4) -> GateTraining:
+    """Train for one epoch of `n` steps."""
     x = images(dtype=torch.float32, batch=2 * n)
-    data = DataLoader(TensorDataset(x, torch.arange(2 * n) % 7), batch_size=2)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(phase.train(), data)
+    fit(phase, DataLoader(TensorDataset(x, torch.arange(2 * n) % 7), batch_size=2))
     return phase
 
 
@@ -308,14 +298,14 @@ def deaf_net() -> nn.Module:
 
 
 def test_the_penalty_alone_shrinks_every_gate_alike() -> None:
-    gates = torch.cat([gate.detach() for gate in fit(gate_training(deaf_net(), l1=1e-3)).gates])
+    gates = torch.cat([gate.detach() for gate in trained(gate_training(deaf_net(), l1=1e-3)).gates])
     assert (gates < 1).all()
     assert gates.min() == gates.max()
     assert gates.min() > 1 - 4 * 0.01 - 1e-6  # at most the rate in each step
 
 
 def test_without_penalty_such_gates_stay() -> None:
-    phase = fit(gate_training(deaf_net(), l1=0.0))
+    phase = trained(gate_training(deaf_net(), l1=0.0))
     assert all((gate == 1).all() for gate in phase.gates)
 
 
@@ -334,6 +324,6 @@ def test_training_moves_weights_and_gates() -> None:
     net = small_net(dtype=torch.float32)
     recipe = Recipe(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
     before = copy.deepcopy(net.state_dict())
-    phase = fit(GateTraining(net, recipe=recipe, l1=1e-4, gate_lr=0.01))
+    phase = trained(GateTraining(net, recipe=recipe, l1=1e-4, gate_lr=0.01))
     assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
     assert all((gate != 1).all() for gate in phase.gates)

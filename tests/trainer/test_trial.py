@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import small_net
+from conftest import fit, small_net
 from vitrim.plan import Drop, Keep, Plan
 from vitrim.surgery import cut
 from vitrim.trainer.calibrate import Sampling
@@ -47,16 +46,7 @@ def tried(net: nn.Module, n: int = 24, **changes: Any) -> Trials:
         "seed": 0,
     }
     phase = Trials(net, **settings | changes)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=phase.epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(phase.train(), loader(n))
+    fit(phase, loader(n), epochs=phase.epochs)
     return phase
 
 

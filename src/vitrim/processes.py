@@ -28,7 +28,7 @@ from vitrim.errors import ConfigError
 
 def wanted(trainer: Mapping[str, Any]) -> int:
     """Return how many processes of this machine a trainer's options ask for."""
-    devices, strategy = trainer.get("devices", 1), str(trainer.get("strategy", "auto"))
+    devices = trainer.get("devices", 1)
     if isinstance(devices, (list, tuple)):
         return len(devices)
     if devices in ("auto", -1, "-1"):
@@ -37,9 +37,7 @@ def wanted(trainer: Mapping[str, Any]) -> int:
     try:
         return int(devices)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"trainer.devices={devices} (strategy {strategy}): expected a number, a list or auto"
-        ) from None
+        raise ConfigError(f"trainer.devices={devices}: expected a number, a list or auto") from None
 
 
 def first() -> bool:

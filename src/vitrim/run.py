@@ -54,7 +54,7 @@ OmegaConf.register_new_resolver("gpus", cluster.gpus, replace=True)  # of hydra/
 
 
 def run(cfg: DictConfig) -> Path:
-    """Compress one network as `cfg` says and return the path of its report.json."""
+    """Compress one network as `cfg` says; print and return the path of its report.json."""
     from vitrim import processes
     from vitrim.data import quarantine
     from vitrim.trainer.fit import lock
@@ -62,11 +62,14 @@ def run(cfg: DictConfig) -> Path:
     choices = _build(cfg)
     recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
     folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    report = folder / "report.json"
     with processes.joined(recipe["resolved"]["trainer"]), lock(_writable(folder)):
-        if processes.agreed((folder / "report.json").is_file()):
+        first = processes.first()
+        if processes.agreed(report.is_file()):
             _log.info("finished before; delete the folder to run it again")
-            status.tell(folder, "DONE")
-        elif processes.first():
+            if first:
+                status.tell(folder, "DONE")
+        elif first:
             checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
             text = OmegaConf.to_yaml(cfg, resolve=True)
             with status.told(folder), quarantine.listing(choices["data"], folder):
@@ -74,7 +77,10 @@ def run(cfg: DictConfig) -> Path:
                 _compress(cfg, choices, recipe, folder)
         else:
             _compress(cfg, choices, recipe, folder)
-    return folder / "report.json"
+    if first:
+        sys.stdout.write(f"{report}\n")
+        sys.stdout.flush()
+    return report
 
 
 def _compress(
@@ -453,11 +459,7 @@ def _job(cfg: DictConfig) -> str:
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
         checks.one_process(cfg.trainer)
         return sweep.job(_words(), out=Path(cfg.out).absolute(), minutes=cfg.sweep.minutes)
-    path = cluster.job(partial(run, cfg)) if submitted else run(cfg)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
-        sys.stdout.write(f"{path}\n")
-        sys.stdout.flush()
-    return str(path)
+    return str(cluster.job(partial(run, cfg)) if submitted else run(cfg))
 
 
 def _words() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from vitrim import signals
 from vitrim.errors import VitrimError
 from vitrim.status import COPY, STATUS, put, read
 
-_log = logging.getLogger(__name__)
 FOLDER = "sweeps"
 _GRACE = 60.0  # seconds to save in, once told to stop, if its time was not shorter
 

@@ -111,10 +111,11 @@ def _compress(
     judged = phases if model.sourced or not cfg.transfer else None
     dense, dense_accuracy = _dense(model, data, judged, recipe)
     cost = Cost(dense, model.spec().size, timing=choices["timing"])
-    start, plan = choices["start"] or (dense, Plan(model={}, edits=()))
+    identity = Plan(model={}, edits=())
+    start, plan = choices["start"] or (dense, identity)
     recovery: Iterable[Any] = ()
     if method.budget.is_identity:
-        compact = cut(start, Plan(model={}, edits=()))
+        compact = cut(start, identity)
         if cfg.transfer:
             recovery = [Classify(compact, recipe=model.training, n_classes=data.n_classes)]
     else:
@@ -147,16 +148,8 @@ def _compress(
     )
     save(folder, compact, plan)
     times = latencies([dense, compact], model.spec().size, **cfg.latency)
-    report = record(
-        (dense, compact),
-        cost,
-        plan,
-        times,
-        dense_accuracy,
-        stages,
-        method.budget,
-    )
-    for side, part in (("dense", Plan(model={}, edits=())), ("compact", plan)):
+    report = record((dense, compact), cost, plan, times, dense_accuracy, stages, method.budget)
+    for side, part in (("dense", identity), ("compact", plan)):
         counted = flops_blog(model.name, cost, part)
         report[side] |= {} if counted is None else {"flops_blog": counted}
     if choices["timing"] is not None:
@@ -165,9 +158,10 @@ def _compress(
         **in_int8,
         **recipe["report"],
         "variant": origin(plan) if cfg.transfer else _variant(),
+        "latency": OmegaConf.to_container(cfg.latency),
+        **quarantine.counted(data),
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
-    report |= {"latency": OmegaConf.to_container(cfg.latency), **quarantine.counted(data)}
-    report["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     _finish(folder, report, phases)
 
 
@@ -349,20 +343,21 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
         choices["method"] = "transfer"
     label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
     dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
+    recipe_hash, series_name = digest(recipe), f"{label}-{digest(series)}"
     return {
         "resolved": resolved,
-        "hash": digest(recipe),
+        "hash": recipe_hash,
         "dense_key": digest(dense),
         "start_key": digest([dense, started_from]) if started_from else digest(dense),
-        "series": f"{label}-{digest(series)}",
-        "name": f"{point}-seed{cfg.seed}-{digest(recipe)}",
+        "series": series_name,
+        "name": f"{point}-seed{cfg.seed}-{recipe_hash}",
         "report": {
             "choices": choices,
             "strength": None if chosen else cfg.strength,
             "seed": cfg.seed,
             "samples": resolved["data"].get("samples"),
-            "recipe_hash": digest(recipe),
-            "series": f"{label}-{digest(series)}",
+            "recipe_hash": recipe_hash,
+            "series": series_name,
             **versions(*(("torchao",) if cfg.quantize else ())),
         },
     }

@@ -24,6 +24,7 @@ from vitrim.data.imagefolder import image_folder
 from vitrim.data.images import Images
 from vitrim.model import sites
 from vitrim.model.site import Site
+from vitrim.store import on_meta
 
 collect_ignore = ["faults/inject"]
 with suppress(ImportError):  # OpenVINO brings it; it would close the file that pytest captures in
@@ -77,7 +78,7 @@ def small_net(
 
 def skeleton_net(name: str = MODEL["name"], **args: Any) -> nn.Module:
     """Return a network without weights, on the meta device."""
-    with torch.device("meta"):
+    with on_meta():
         return timm.create_model(name, pretrained=False, **args)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 import timm
-import torch
 
 from vitrim.method.dcvit import dense_widths
 from vitrim.model.site import blocks_of
 from vitrim.plan import Drop, Keep, Plan
+from vitrim.store import on_meta
 from vitrim.target import Cost, Target
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     """Print, by share of the MACs, the blocks, the hidden units and how far below they end."""
     parser = argparse.ArgumentParser(prog="python -m tests.dense", description=__doc__)
     parser.add_argument("name", nargs="?", default="vit_base_patch16_224")
-    with torch.device("meta"):
+    with on_meta():
         net = timm.create_model(parser.parse_args().name)
     cost = Cost(net, 224)
     whole = cost.plan(Plan(model={}, edits=())).macs

@@ -86,23 +86,25 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     net = skeleton(plan)
     state = {name: _aligned(tensor) for name, tensor in read_tensors(folder / WEIGHTS).items()}
     _check_fit(net, state, where=str(folder / WEIGHTS))
-    return assign(net, state).eval(), plan
+    return assign(net, state, plan).eval(), plan
 
 
-def assign(net: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Give a skeleton its tensors and return it, the buffers that no file holds included.
-
-    Raises:
-        StoreError: a buffer is neither in `state` nor known to its family.
-    """
+def assign(net: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> nn.Module:
+    """Give the skeleton of `plan` its tensors and return it, the buffers that no file holds too."""
     net.load_state_dict(state, strict=True, assign=True)
-    for name, buffer in computed(net).items():
+    _fill(net, computed(net))
+    empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    if empty:  # modules that cannot be asked, as most before timm 1.0.23: built anew
+        twin = carve(timm.create_model(plan.model["name"], **plan.model["args"]), plan)
+        twin.to(next(net.parameters()).dtype)
+        _fill(net, {name: twin.get_buffer(name) for name in empty})
+    return net
+
+
+def _fill(net: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         net.get_submodule(owner).register_buffer(last, buffer, persistent=False)
-    empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
-    if empty:
-        raise StoreError(f"{type(net).__name__}: nothing says what is in the buffer {empty[0]}")
-    return net
 
 
 def skeleton(plan: Plan) -> nn.Module:
@@ -127,7 +129,7 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
         raise PlanError(f"plan.model.args: {', '.join(loading)} may not stand there")
     _check_values(args)
     try:
-        with torch.device("meta"), _WithoutInit(), _bounded():
+        with on_meta(), _bounded():
             net: nn.Module = timm.create_model(name, pretrained=False, **args)
     except (
         TypeError,
@@ -196,8 +198,18 @@ def _bounded() -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks of timm in this context without memory and without random numbers."""
+    with torch.device("meta"), _WithoutInit():
+        yield
+
+
 class _WithoutInit(TorchFunctionMode):
-    """Skip the random initialisation of tensors that have no memory: half of a skeleton's time."""
+    """Skip the random initialisation of tensors that have no memory: half of a skeleton's time.
+
+    The drop path rates that timm 1.0.19 and 1.0.20 read out of a tensor have memory.
+    """
 
     _FILLS = frozenset(
         ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
@@ -215,6 +227,8 @@ class _WithoutInit(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs["device"] = "cpu"
         filled = args[0] if args else kwargs.get("tensor")
         if func.__name__ in self._FILLS and isinstance(filled, Tensor) and filled.is_meta:
             return filled

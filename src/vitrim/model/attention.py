@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import maybe_add_mask, resolve_self_attn_mask
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
@@ -182,10 +181,19 @@ def attended(
             scale=attn.scale,
         )
     attn_BHNN = _scores(q_BHNK * attn.scale, k_BHNK)
-    bias = resolve_self_attn_mask(q_BHNK.shape[-2], attn_BHNN, mask, is_causal)
-    attn_BHNN = maybe_add_mask(attn_BHNN, bias).softmax(dim=-1)
+    bias = _bias(attn_BHNN, mask, is_causal=is_causal)
+    attn_BHNN = (attn_BHNN if bias is None else attn_BHNN + bias).softmax(dim=-1)
     out_BHNW: Tensor = attn.attn_drop(attn_BHNN) @ v_BHNW
     return out_BHNW
+
+
+def _bias(attn_BHNN: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor | None:
+    """Return what a mask adds to scores; as in the fused kernel, a causal run has no other mask."""
+    if is_causal:
+        return attn_BHNN.new_full(attn_BHNN.shape[-2:], -torch.inf).triu(1)
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=attn_BHNN.dtype).masked_fill(~mask, -torch.inf)
 
 
 @singledispatch

@@ -47,6 +47,5 @@ def _built(*, plan: dict[str, Any] | None, drawn: bool, **args: Any) -> nn.Modul
     net = skeleton(merged)  # checks the plan, too
     if drawn:
         return cut(timm.create_model(model["name"], **model["args"]), merged)
-    return assign(
-        net, {name: torch.zeros_like(t, device="cpu") for name, t in net.state_dict().items()}
-    )
+    empty = {name: torch.zeros_like(t, device="cpu") for name, t in net.state_dict().items()}
+    return assign(net, empty, merged)

@@ -37,7 +37,7 @@ class SlicedEvaAttention(nn.Module):
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_prefix_tokens: int = dense.num_prefix_tokens
-        self.rotate_half: bool = dense.rotate_half
+        self.rotate_half: bool = getattr(dense, "rotate_half", False)  # timm from 1.0.20 on
         self.fused_attn: bool = dense.fused_attn
         take_over(self, dense)
 
@@ -79,7 +79,8 @@ class SlicedEvaAttention(nn.Module):
         if rope is None:
             return x_BHNK
         prefix, patches = x_BHNK.tensor_split([self.num_prefix_tokens], dim=2)
-        turned = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
+        how = {"half": True} if self.rotate_half else {}
+        turned = apply_rot_embed_cat(patches, rope, **how)
         return torch.cat([prefix, turned], dim=2)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError
 from vitrim.model import structure
-from vitrim.plan import PlanError
+from vitrim.plan import Plan, PlanError
 from vitrim.store import (
     MANIFEST,
     WEIGHTS,
@@ -172,14 +172,18 @@ class Timm:
                 ) from None
             return net.eval()
         net = self.skeleton()
-        return assign(net, self._state(net)).eval()
+        return assign(net, self._state(net), Plan(model=self._described(), edits=())).eval()
 
     def skeleton(self) -> nn.Module:
         """Return the dense network without weights, on the meta device."""
         try:
-            return dense_skeleton(self.description() | {"name": self.name.split(".")[0]})
+            return dense_skeleton(self._described())
         except PlanError as error:
             raise ConfigError(f"model: {error}") from None
+
+    def _described(self) -> dict[str, Any]:
+        """Return the description without the tag of timm's weights."""
+        return self.description() | {"name": self.name.split(".")[0]}
 
     def _file(self) -> Path:
         path = Path(str(self.checkpoint))

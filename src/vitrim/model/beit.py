@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import attended, by_run, sliced
 from vitrim.model.heads import attention_of, steps_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Structure, joined
 from vitrim.model.stream import Stream
 
@@ -85,7 +85,7 @@ def _(net: Beit) -> Structure:
                 scaled="" if net.rel_pos_bias is None else "all blocks share biases by position",
                 tables={"relative_position_bias_table": 1},
             ),
-            structure_of(f"{name}.mlp", block.mlp),
+            mlp_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitrim.model import UnsupportedArchitecture, stream, structure
 from vitrim.model.attention import attended, by_run, sliced
 from vitrim.model.heads import attention_of, steps_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Structure, joined
 from vitrim.model.stream import Stream
 
@@ -118,7 +118,7 @@ def _(net: Eva) -> Structure:
                 fixed="query-key dims are rotated together, or normalised",
                 scaled=_lock(net, block.attn),
             ),
-            structure_of(f"{name}.mlp", block.mlp),
+            mlp_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
 

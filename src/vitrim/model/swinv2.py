@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrim.model import UnsupportedArchitecture, structure
 from vitrim.model.attention import by_run, sliced
 from vitrim.model.heads import attention_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Layer, Part, Structure, full, joined
 
 _MOST = math.log(100)  # of the logit scale, as in timm
@@ -92,7 +92,7 @@ def _(net: SwinTransformerV2) -> Structure:
                 )
             found += [
                 _attention(f"{name}.attn", block.attn),
-                structure_of(f"{name}.mlp", block.mlp),
+                mlp_of(f"{name}.mlp", block.mlp),
             ]
     return joined(found)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrim.model.attention import head_dims
 from vitrim.model.lowrank import layers_of
@@ -114,14 +114,6 @@ def steps_of(name: str, block: Any, **given: Tensor | None) -> tuple[Branch, Bra
         )
 
     return step("attn", 1, lambda x: block.attn(x, **given)), step("mlp", 2, block.mlp)
-
-
-def take_over(attn: nn.Module, dense: Any) -> None:
-    """Give the sliced `attn` the modules and parameters of the attention that it replaces."""
-    for name, parameter in dense.named_parameters(recurse=False):
-        attn.register_parameter(name, parameter)
-    for name, module in dense.named_children():
-        attn.add_module(name, module)
 
 
 def _projections(attn: Any, qk: Part, v: Part) -> dict[str, tuple[Part, ...]]:

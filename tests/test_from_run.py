@@ -64,15 +64,21 @@ def test_strength_zero_keeps_what_it_begins_with(command: Command, unseen: Path)
     assert vitrim.load(done.report.parent)[1].edits == vitrim.load(unseen)[1].edits
 
 
-@pytest.mark.parametrize("sites", ["[mlp]", "[qk]", "[heads,v]"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("method=oneshot", "method.sites=[mlp]"),
+        ("method=oneshot", "method.sites=[qk]"),
+        ("method=oneshot", "method.sites=[heads,v]"),
+        ("method=dcvit",),
+        ("method=dcvit", "method.accounting=paper"),
+    ],
+)
 def test_units_of_layers_in_two_factors_are_not_ranked(
-    command: Command, unseen: Path, sites: str
+    command: Command, unseen: Path, arguments: tuple[str, ...]
 ) -> None:
     low = command("method=mixed_rank", "target.params=0.6", "data=none", f"from_run={unseen}")
-    done = command(
-        *("method=oneshot", f"method.sites={sites}", "target.params=0.5", "data=none"),
-        f"from_run={low.report.parent}",
-    )
+    done = command(*arguments, "target.macs=0.4", "data=none", f"from_run={low.report.parent}")
     assert done.code == 1
     assert "two factors" in done.message
 

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from conftest import small_net
 from vitrim import signals
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
+from vitrim.dream import Dream
 from vitrim.signals import Preempted
 from vitrim.store import StoreError
+from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.fit import Phases
 from vitrim.trainer.recipe import Recipe
@@ -30,12 +33,17 @@ from vitrim.trainer.resume import (
     newest,
 )
 from vitrim.trainer.tracking import Tracker
+from vitrim.trainer.trial import Trials
 
 SPEC = ImageSpec(
     channels=1, size=(8, 8), mean=(0.3,), std=(0.4,), interpolation="bicubic", crop_pct=1.0
 )
 RECIPE = Recipe(epochs=3, lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_norm=1.0)
 STEPS = 5  # in an epoch
+DIGITS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+DREAM = Dream(
+    images=4, iterations=3, warmup=1, lr=0.2, jitter=1, smooth=1e-3, power=1.0, small=1e-3
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +65,15 @@ class At(Callback):
 
 
 def phase() -> Classify:
-    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "drop_rate": 0.2}
-    return Classify(small_net(dtype=torch.float32, **args), recipe=RECIPE, n_classes=10)
+    net = small_net(dtype=torch.float32, drop_rate=0.2, **DIGITS)
+    return Classify(net, recipe=RECIPE, n_classes=10)
 
 
-def phases(folder: Path, *, minutes: float = 60.0) -> Phases:
+def phases(folder: Path, *, minutes: float = 60.0, batch_size: int = 256) -> Phases:
     folder.mkdir(parents=True, exist_ok=True)
-    digits = Digits(batch_size=256, held_out=0.2, shift=1.0, rotation=10.0, label_smoothing=0.1)
+    digits = Digits(
+        batch_size=batch_size, held_out=0.2, shift=1.0, rotation=10.0, label_smoothing=0.1
+    )
     return Phases(
         trainer=partial(
             Trainer,
@@ -123,6 +133,66 @@ def test_killed_at_every_other_step_the_weights_end_the_same(
             trained(tmp_path, At(step, killed), minutes=0.0)
     assert len([*(tmp_path / "x" / "checkpoints").iterdir()]) == GENERATIONS
     assert equal(trained(tmp_path), uninterrupted)
+
+
+def tried(folder: Path, metric_set: Dream | None, *callbacks: Callback) -> dict[str, Tensor]:
+    """Train trials of two blocks, two epochs each; return scores, moments and the best weights."""
+    trials = Trials(
+        small_net(dtype=torch.float32, depth=3, proj_drop_rate=0.2, **DIGITS),
+        blocks={f"blocks.{i}": (f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in (0, 1)},
+        sampling=Sampling(images=8 * STEPS, tokens=4, readout=1.0),
+        reuse="surgeon",
+        regression=True,
+        ridges=(1e-3, 1e-6),
+        width=0.5,
+        recipe=replace(RECIPE, epochs=2),
+        front=True,
+        metric_set=metric_set,
+        distance="kl",
+        seed=0,
+    )
+    phases(folder, minutes=0.0, batch_size=8).once(
+        folder / "x", trials, name="x", callbacks=callbacks
+    )
+    return trials.state_dict()
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and equal([*one.values()], [*two.values()])
+
+
+@pytest.fixture(scope="module", params=[None, DREAM], ids=["images", "dreams"])
+def trials(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Dream | None, dict[str, Tensor]]:
+    ended = tried(tmp_path_factory.mktemp("trials"), request.param)
+    assert ended["_scores"].shape == (2,)
+    assert ended["_candidate"].numel() > 1000
+    return request.param, ended
+
+
+@pytest.mark.parametrize("step", [STEPS, 2 * STEPS, 2 * STEPS + 3, 3 * STEPS])
+def test_trials_stopped_anywhere_end_the_same(
+    step: int, trials: tuple[Dream | None, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    metric_set, ended = trials
+    with pytest.raises(Preempted), signals.taken():
+        tried(tmp_path, metric_set, At(step, partial(os.kill, os.getpid(), signal.SIGTERM)))
+    saved = [int(at.name) for at in sorted((tmp_path / "x").glob("checkpoints/*"))]
+    epochs = step // STEPS
+    assert saved == [STEPS * n for n in (epochs - 1, epochs) if n > 0]
+    over = At(1, partial(pytest.fail, "started over"))
+    assert same(tried(tmp_path, metric_set, over), ended)
+
+
+def test_trials_killed_again_and_again_end_the_same(
+    trials: tuple[Dream | None, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    metric_set, ended = trials
+    for step in (7, 13, 20):
+        with pytest.raises(SystemError):
+            tried(tmp_path, metric_set, At(step, killed))
+    assert same(tried(tmp_path, metric_set), ended)
 
 
 def test_without_a_checkpoint_the_phase_starts_over(

@@ -47,6 +47,7 @@ from vitrim.trainer.trial import (
     Reuse,
     Trials,
     best_of,
+    end_of,
     frozen,
     hidden_of,
     plan_of_trial,
@@ -482,10 +483,11 @@ def paper_widths(
             f"target.{target.metric}={target.keep} cannot be reached: it takes {n} blocks, and "
             f"there are {len(order)} candidates; spare fewer blocks (method.spare)"
         )
-    first = cost.structure.sites[hidden_of(cost.structure, blocks[order[0]][1])].size
+    mlp_branch = blocks[order[0]][1]
+    first = cost.structure.sites[hidden_of(cost.structure, mlp_branch)].size
     share = 1 - ((gone - n * attention) / n) / mlp
-    expansion = first / _dim(cost, blocks[order[0]][0])
-    width = int(_dim(cost, blocks[order[0]][0]) * (share * expansion))
+    dim = _dim(cost, mlp_branch)
+    width = int(dim * (share * (first / dim)))
     if not 1 <= width <= first:
         raise TargetError(
             f"target.{target.metric}={target.keep}: eqs. 1 and 2 give {width} hidden units in "
@@ -501,7 +503,7 @@ def paper_macs(cost: Cost, blocks: Mapping[str, tuple[str, str]]) -> tuple[int, 
     attention, mlp = next(iter(blocks.values()))
     dense = settle(cost.structure, {})
     macs = cost.of(dense).macs
-    norm = 4 * tokens * _dim(cost, attention)
+    norm = 4 * tokens * _dim(cost, mlp)
     products = tokens * context * dims
     no_attention, no_mlp = (macs - cost.of(dense, dropped={name}).macs for name in (attention, mlp))
     linear = no_attention - products
@@ -509,11 +511,9 @@ def paper_macs(cost: Cost, blocks: Mapping[str, tuple[str, str]]) -> tuple[int, 
     return whole, linear + norm, no_mlp, linear + norm + no_mlp + norm
 
 
-def _dim(cost: Cost, attention: str) -> int:
-    """Return how many numbers the norm before an attention reads."""
-    (name,) = (a.qkv for a in cost.structure.attentions if a.branch == attention)
-    (layer,) = (layer for layer in cost.structure.layers if layer.name == name)
-    return sum(part.size for part in layer.inp)
+def _dim(cost: Cost, mlp: str) -> int:
+    """Return how many numbers a token has in the stream that an MLP adds to."""
+    return sum(part.size for part in end_of(cost.structure, mlp).out)
 
 
 def _same_shapes(one: nn.Module, other: nn.Module) -> bool:

@@ -69,8 +69,7 @@ class SlicedAttention(nn.Module):
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
         self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
-        for name, module in dense.named_children():
-            self.add_module(name, module)
+        take_over(self, dense)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -100,6 +99,7 @@ class SlicedWindowAttention(nn.Module):
     columns of removed heads are gone. A head without query-key dims attends by position alone.
     """
 
+    relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     qkv: nn.Module
     attn_drop: nn.Dropout
@@ -118,11 +118,9 @@ class SlicedWindowAttention(nn.Module):
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
-        self.relative_position_bias_table = dense.get_parameter("relative_position_bias_table")
         index = dense.get_buffer("relative_position_index")
         self.register_buffer("relative_position_index", index, persistent=False)
-        for name, module in dense.named_children():
-            self.add_module(name, module)
+        take_over(self, dense)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
@@ -158,6 +156,25 @@ class SlicedWindowAttention(nn.Module):
     def extra_repr(self) -> str:
         """Show the widths per head."""
         return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+def take_over(attn: nn.Module, dense: Any) -> None:
+    """Give the sliced `attn` the modules and parameters of the attention that it replaces."""
+    for name, parameter in dense.named_parameters(recurse=False):
+        attn.register_parameter(name, parameter)
+    for name, module in dense.named_children():
+        attn.add_module(name, module)
+
+
+def projected(attn: Any, x: Tensor) -> Tensor:
+    """Return queries, keys and values of all heads side by side, (B, N, C).
+
+    Of an attention with one layer for them, whose biases may be no part of it.
+    """
+    qkv_BNC: Tensor = attn.qkv(x)
+    if getattr(attn, "q_bias", None) is None:
+        return qkv_BNC
+    return qkv_BNC + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
 
 
 def attended(

@@ -12,9 +12,9 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, stream, structure
-from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, steps_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.attention import attended, by_run, projected, sliced, take_over
+from vitrim.model.heads import attention_of, steps_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Structure, joined
 from vitrim.model.stream import Stream
 
@@ -39,10 +39,6 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, D) to (B, N, D); a shared bias (heads, N, N) is of all heads there are."""
-        qkv_BNC = self.qkv(x)
-        if self.q_bias is not None:
-            none = torch.zeros_like(self.q_bias)
-            qkv_BNC = qkv_BNC + torch.cat([self.q_bias, none, self.v_bias])
         bias_1HNN = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own_1HNN = self._get_rel_pos_bias()
@@ -52,7 +48,7 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
             bias = None if bias_1HNN is None else bias_1HNN[..., heads, :, :]
             return attended(self, q_BHNK, k_BHNK, v_BHNW, bias, is_causal=False)
 
-        out_BNV = by_run(qkv_BNC, self.qk_dims, self.v_dims, attend)
+        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -85,7 +81,7 @@ def _(net: Beit) -> Structure:
                 scaled="" if net.rel_pos_bias is None else "all blocks share biases by position",
                 tables={"relative_position_bias_table": 1},
             ),
-            structure_of(f"{name}.mlp", block.mlp),
+            mlp_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
 

@@ -15,6 +15,7 @@ input went through a ReLU, too. With other activations ResNet has no branches.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 from timm.layers import DropPath
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
@@ -23,7 +24,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from vitrim.model import UnsupportedArchitecture, drop, structure
-from vitrim.model.site import Dim, Layer, Part, Residual, Site, Structure, full
+from vitrim.model.site import Dim, Layer, Part, Residual, Site, Structure, full, joined
 
 _CHAINS = {
     BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
@@ -94,9 +95,8 @@ def _strange(block: nn.Module) -> str:
 
 def _structure(blocks: Mapping[str, nn.Module], whole: Collection[str]) -> Structure:
     """Return the structure of `blocks`, of which those named in `whole` can be dropped."""
-    described = [_chain(name, block) for name, block in blocks.items()]
-    return Structure(
-        sites={site.name: site for sites, _ in described for site in sites},
+    return replace(
+        joined([_chain(name, block) for name, block in blocks.items()]),
         branches=tuple(
             Residual(
                 name=name,
@@ -106,13 +106,12 @@ def _structure(blocks: Mapping[str, nn.Module], whole: Collection[str]) -> Struc
             )
             for name in whole
         ),
-        layers=tuple(layer for _, layers in described for layer in layers),
     )
 
 
-def _chain(name: str, block: nn.Module) -> tuple[list[Site], list[Layer]]:
-    """Return the sites and layers of one block: each convolution reads what the one before made."""
-    sites: list[Site] = []
+def _chain(name: str, block: nn.Module) -> Structure:
+    """Return the structure of one block: each convolution reads what the one before made."""
+    sites: dict[str, Site] = {}
     layers: list[Layer] = []
     chain = _CHAINS[type(block)]
     flows: Dim = ()
@@ -123,7 +122,7 @@ def _chain(name: str, block: nn.Module) -> tuple[list[Site], list[Layer]]:
         columns: Dim = () if path == "conv_dw" else flows
         if columns and path != chain[-1][0]:
             site = Site(name=f"{name}.{path}.channels", size=conv.out_channels)
-            sites.append(site)
+            sites[site.name] = site
             flows = (Part(site=site.name, offset=0, size=site.size),)
         elif columns:
             flows = full(conv.out_channels)
@@ -137,4 +136,4 @@ def _chain(name: str, block: nn.Module) -> tuple[list[Site], list[Layer]]:
                     locked=f"it is a {kind}, and factors are made of Linears only",
                 )
             )
-    return sites, layers
+    return Structure(sites=sites, layers=tuple(layers))

@@ -14,9 +14,9 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, stream, structure
-from vitrim.model.attention import attended, by_run, sliced
-from vitrim.model.heads import attention_of, steps_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.attention import attended, by_run, projected, sliced, take_over
+from vitrim.model.heads import attention_of, steps_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Structure, joined
 from vitrim.model.stream import Stream
 
@@ -67,12 +67,7 @@ class SlicedEvaAttention(nn.Module):
         parts = dict(self.named_children())
         if "qkv" not in parts:
             return torch.cat([parts[name](x) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
-        qkv_BNC: Tensor = parts["qkv"](x)
-        biases = dict(self.named_parameters(recurse=False))
-        if not biases:
-            return qkv_BNC
-        none = torch.zeros_like(biases["q_bias"])
-        return qkv_BNC + torch.cat([biases["q_bias"], none, biases["v_bias"]])
+        return projected(self, x)
 
     def _rotated(self, x_BHNK: Tensor, rope: Tensor | None) -> Tensor:
         """Turn all but the prefix tokens by their positions."""
@@ -119,7 +114,7 @@ def _(net: Eva) -> Structure:
                 fixed="query-key dims are rotated together, or normalised",
                 scaled=_lock(net, block.attn),
             ),
-            structure_of(f"{name}.mlp", block.mlp),
+            mlp_of(f"{name}.mlp", block.mlp),
         ]
     return joined(found)
 

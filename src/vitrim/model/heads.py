@@ -1,10 +1,11 @@
-"""Attentions that can lose heads and value dims, while the query-key dims of a head stay.
+"""Self-attentions of all families, described in common.
 
-Of BEiT, EVA and Swin v2, described in common (D embed, H heads, K head dim):
+Sites of the attention at a module path (D embed, H heads, K head dim):
     attn.input   (D,)    columns of q, k and v   gathered; not where the forward pass reads the
                                                  weights without calling the layer
     attn.heads   (H,)    whole heads, with what they have of tables and biases
-    attn.qk      (H*K,)  locked, but for those of removed heads
+    attn.qk      (H*K,)  query and key rows, free in every head; locked in BEiT, EVA and Swin v2,
+                         but for those of removed heads
     attn.v       (H*K,)  value rows and proj columns, free in every head
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrim.model.attention import head_dims
 from vitrim.model.lowrank import layers_of
@@ -27,15 +28,15 @@ def attention_of(
     name: str,
     attn: Any,
     *,
-    fixed: str,
+    fixed: str = "",
     scaled: str = "",
     tables: Mapping[str, int] | None = None,
     context: int | None = None,
 ) -> Structure:
     """Describe the attention at module path `name`, dense or cut.
 
-    `fixed` says why query-key dims cannot be cut exactly, `scaled` why heads and value dims cannot,
-    if so. `tables` are parameters with one entry per head, and their axes; `context` is as in
+    `fixed` and `scaled` say why query-key dims, and heads and value dims, cannot be cut exactly, if
+    so. `tables` are parameters with one entry per head, and their axes; `context` is as in
     `Attention`.
     """
     qk_dims, v_dims = head_dims(attn)
@@ -45,6 +46,7 @@ def attention_of(
     projections = _projections(attn, parts[qk], parts[v])
     wide = attn.get_submodule(next(iter(projections))).in_features
     called = getattr(attn, "q_bias", None) is None
+    fused = called and "qkv" in projections
     inp = (Part(site=read, offset=0, size=wide),) if called else full(wide)
     layers: list[Layer] = []
     for path, out in projections.items():
@@ -54,18 +56,18 @@ def attention_of(
             out=out,
             inp=inp,
             gathers=called,
-            pieces=("q", "k", "v") if called and len(out) > 1 else (),
+            pieces=("q", "k", "v") if fused else (),
             locked="" if called else _BY_HAND,
             beside="" if called else f"{name}.proj",
         )
         layers += layers_of(attn.get_submodule(path), layer)
+    dim = full(attn.proj.out_features)
+    proj = Layer(name=f"{name}.proj", branch=name, out=dim, inp=(parts[v],))
+    layers += layers_of(attn.proj, proj)
     if getattr(attn, "gate", None) is not None:
         everything = full(attn.gate.in_features)
         gate = Layer(name=f"{name}.gate", branch=name, out=(parts[v],), inp=everything)
         layers += layers_of(attn.gate, gate)
-    dim = full(attn.proj.out_features)
-    proj = Layer(name=f"{name}.proj", branch=name, out=dim, inp=(parts[v],))
-    layers += layers_of(attn.proj, proj)
     held = {"q_bias": (qk, 0), "v_bias": (v, 0)}
     held |= {table: (heads, axis) for table, axis in (tables or {}).items()}
     sites = (
@@ -78,7 +80,14 @@ def attention_of(
         sites={site.name: site for site in sites},
         layers=tuple(layers),
         attentions=(
-            Attention(branch=name, qkv=proj.name, heads=heads, qk=qk, v=v, context=context),
+            Attention(
+                branch=name,
+                qkv=f"{name}.qkv" if fused else proj.name,
+                heads=heads,
+                qk=qk,
+                v=v,
+                context=context,
+            ),
         ),
         tables=tuple(
             Table(name=f"{name}.{table}", branch=name, site=site, axis=axis)
@@ -105,14 +114,6 @@ def steps_of(name: str, block: Any, **given: Tensor | None) -> tuple[Branch, Bra
         )
 
     return step("attn", 1, lambda x: block.attn(x, **given)), step("mlp", 2, block.mlp)
-
-
-def take_over(attn: nn.Module, dense: Any) -> None:
-    """Give the sliced `attn` the modules and parameters of the attention that it replaces."""
-    for name, parameter in dense.named_parameters(recurse=False):
-        attn.register_parameter(name, parameter)
-    for name, module in dense.named_children():
-        attn.add_module(name, module)
 
 
 def _projections(attn: Any, qk: Part, v: Part) -> dict[str, tuple[Part, ...]]:

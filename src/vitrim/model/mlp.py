@@ -50,8 +50,8 @@ def is_mlp(module: nn.Module) -> bool:
     return type(module) in _KINDS
 
 
-def mlp_of(name: str, mlp: nn.Module) -> tuple[tuple[Site, ...], tuple[Layer, ...]]:
-    """Describe the MLP at module path `name`, dense or cut: its sites and layers.
+def mlp_of(name: str, mlp: nn.Module) -> Structure:
+    """Describe the MLP at module path `name`, dense or cut.
 
     Raises:
         UnsupportedArchitecture: it is of another class than timm's.
@@ -87,13 +87,7 @@ def mlp_of(name: str, mlp: nn.Module) -> tuple[tuple[Site, ...], tuple[Layer, ..
             ),
         )
     ]
-    return sites, tuple(layers)
-
-
-def structure_of(name: str, mlp: nn.Module) -> Structure:
-    """Return what `mlp_of` says as a structure."""
-    sites, layers = mlp_of(name, mlp)
-    return Structure(sites={site.name: site for site in sites}, layers=layers)
+    return Structure(sites={site.name: site for site in sites}, layers=tuple(layers))
 
 
 def _lock(mlp: nn.Module) -> str:

@@ -31,7 +31,7 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from vitrim.model import UnsupportedArchitecture, structure
-from vitrim.model.mlp import SUPPORTED, is_mlp, structure_of
+from vitrim.model.mlp import SUPPORTED, is_mlp, mlp_of
 from vitrim.model.site import Structure, joined
 
 
@@ -58,7 +58,7 @@ from vitrim.model.site import Structure, joined
 @structure.register(VisionTransformerSAM)
 @structure.register(Xcit)
 def _(net: nn.Module) -> Structure:
-    mlps = [structure_of(name, module) for name, module in net.named_modules() if is_mlp(module)]
+    mlps = [mlp_of(name, module) for name, module in net.named_modules() if is_mlp(module)]
     found = joined(mlps)
     if all(site.locked for site in found.sites.values()):
         raise UnsupportedArchitecture(

@@ -16,6 +16,7 @@ are applied to those, too, and counted there. Patch merging is never cut.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from timm.models.swin_transformer import (
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, computed, drop, stream, structure
 from vitrim.model.attention import SlicedWindowAttention
+from vitrim.model.heads import attention_of
 from vitrim.model.mlp import mlp_of
-from vitrim.model.site import Residual, Structure, Table
+from vitrim.model.site import Residual, Structure, joined
 from vitrim.model.stream import Branch, Merge, Stream
-from vitrim.model.vit import PLACES, OneBranch, attention_of
+from vitrim.model.vit import PLACES, OneBranch
 
 _COPIED = (
     "input_resolution",
@@ -81,16 +83,12 @@ class _Part(NamedTuple):
 @structure.register
 def _(net: SwinTransformer) -> Structure:
     parts = [part for stage in range(len(net.layers)) for part in _parts(net, stage)]
-    inner = {part.name: net.get_submodule(part.name) for part in parts}
-    attentions = [name for name, module in inner.items() if isinstance(module, _ATTENTIONS)]
     found = [
-        attention_of(name, module, context=module.window_area)
-        if isinstance(module, _ATTENTIONS)
-        else (*mlp_of(name, module), None)
-        for name, module in inner.items()
+        (_attention if part.kind == "attn" else mlp_of)(part.name, net.get_submodule(part.name))
+        for part in parts
     ]
-    return Structure(
-        sites={site.name: site for sites, _, _ in found for site in sites},
+    return replace(
+        joined(found),
         branches=tuple(
             Residual(
                 name=part.name,
@@ -100,13 +98,12 @@ def _(net: SwinTransformer) -> Structure:
             )
             for part in parts
         ),
-        layers=tuple(layer for _, layers, _ in found for layer in layers),
-        attentions=tuple(attention for _, _, attention in found if attention is not None),
-        tables=tuple(
-            Table(name=f"{name}.relative_position_bias_table", branch=name, site=f"{name}.heads")
-            for name in attentions
-        ),
     )
+
+
+def _attention(name: str, attn: Any) -> Structure:
+    tables = {"relative_position_bias_table": 1}
+    return attention_of(name, attn, tables=tables, context=attn.window_area)
 
 
 @drop.register

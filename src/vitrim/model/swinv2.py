@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import (
     SwinTransformerV2,
@@ -21,9 +20,9 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, structure
-from vitrim.model.attention import by_run, sliced
-from vitrim.model.heads import attention_of, take_over
-from vitrim.model.mlp import structure_of
+from vitrim.model.attention import by_run, projected, sliced, take_over
+from vitrim.model.heads import attention_of
+from vitrim.model.mlp import mlp_of
 from vitrim.model.site import Layer, Part, Structure, full, joined
 
 _MOST = math.log(100)  # of the logit scale, as in timm
@@ -46,10 +45,6 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
-        qkv_BNC = self.qkv(x)
-        if self.q_bias is not None:
-            none = torch.zeros_like(self.q_bias)
-            qkv_BNC = qkv_BNC + torch.cat([self.q_bias, none, self.v_bias])
         scale_H11 = self.logit_scale.clamp(max=_MOST).exp()
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         bias_HNN = 16 * table[self.relative_position_index].movedim(-1, 0).sigmoid()
@@ -63,7 +58,7 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
             out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
             return out_BHNW
 
-        out_BNV = by_run(qkv_BNC, self.qk_dims, self.v_dims, attend)
+        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -92,7 +87,7 @@ def _(net: SwinTransformerV2) -> Structure:
                 )
             found += [
                 _attention(f"{name}.attn", block.attn),
-                structure_of(f"{name}.mlp", block.mlp),
+                mlp_of(f"{name}.mlp", block.mlp),
             ]
     return joined(found)
 

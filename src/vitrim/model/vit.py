@@ -12,6 +12,7 @@ Sites of block i (D embed, H heads, K head dim, M mlp hidden):
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import LayerScale
@@ -20,10 +21,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim.model import UnsupportedArchitecture, drop, settle, stream, structure
-from vitrim.model.attention import SlicedAttention, head_dims
-from vitrim.model.lowrank import layers_of
+from vitrim.model.attention import SlicedAttention
+from vitrim.model.heads import attention_of
 from vitrim.model.mlp import mlp_of
-from vitrim.model.site import Attention, Layer, Part, Residual, Site, Structure, full
+from vitrim.model.site import Residual, Structure, joined
 from vitrim.model.stream import Branch, Stream
 
 
@@ -55,13 +56,11 @@ PLACES = {"attn": "1", "mlp": "2"}
 @structure.register
 def _(net: VisionTransformer) -> Structure:
     found = [
-        _attention(name, block.attn)
-        if kind == "attn"
-        else (*mlp_of(f"{name}.mlp", block.get_submodule("mlp")), None)
+        (_attention if kind == "attn" else mlp_of)(f"{name}.{kind}", block.get_submodule(kind))
         for name, block, kind in _branches(net)
     ]
-    return Structure(
-        sites={site.name: site for sites, _, _ in found for site in sites},
+    return replace(
+        joined(found),
         branches=tuple(
             Residual(
                 name=f"{name}.{kind}",
@@ -75,8 +74,6 @@ def _(net: VisionTransformer) -> Structure:
             )
             for name, _, kind in _branches(net)
         ),
-        layers=tuple(layer for _, layers, _ in found for layer in layers),
-        attentions=tuple(attention for _, _, attention in found if attention is not None),
     )
 
 
@@ -139,56 +136,7 @@ def _branches(net: VisionTransformer) -> Iterator[tuple[str, nn.Module, str]]:
         yield name, block, "mlp"
 
 
-Found = tuple[tuple[Site, ...], tuple[Layer, ...], Attention | None]
-"""Sites and layers of a branch, and what it is as an attention."""
-
-
-def _attention(block_name: str, attn: Any) -> Found:
+def _attention(name: str, attn: Any) -> Structure:
     normed = "" if isinstance(attn.q_norm, nn.Identity) else "q and k are normalised over the head"
     scaled = "" if isinstance(attn.norm, nn.Identity) else "the attention output is normalised"
-    return attention_of(f"{block_name}.attn", attn, normed=normed, scaled=scaled)
-
-
-def attention_of(
-    name: str, attn: Any, *, normed: str = "", scaled: str = "", context: int | None = None
-) -> Found:
-    """Describe the attention at module path `name`, dense or cut.
-
-    `normed` and `scaled` say why query-key dims, and heads and value dims, cannot be cut exactly;
-    `context` is how many tokens each one attends to, as in `Attention`.
-    """
-    qk_dims, v_dims = head_dims(attn)
-    qk, v = f"{name}.qk", f"{name}.v"
-    dim = attn.qkv.in_features
-    sites = (
-        Site(name=f"{name}.input", size=dim),
-        Site(name=f"{name}.heads", size=len(v_dims), locked=scaled),
-        Site(name=qk, size=sum(qk_dims), head_dims=qk_dims, locked=normed),
-        Site(name=v, size=sum(v_dims), head_dims=v_dims, locked=scaled),
-    )
-    q_size, v_size = sum(qk_dims), sum(v_dims)
-    rows = (
-        Part(site=qk, offset=0, size=q_size),
-        Part(site=qk, offset=q_size, size=q_size),
-        Part(site=v, offset=2 * q_size, size=v_size),
-    )
-    inner = (Part(site=v, offset=0, size=v_size),)
-    columns = (Part(site=f"{name}.input", offset=0, size=dim),)
-    qkv = Layer(
-        name=f"{name}.qkv",
-        branch=name,
-        out=rows,
-        inp=columns,
-        gathers=True,
-        pieces=("q", "k", "v"),
-    )
-    proj = Layer(name=f"{name}.proj", branch=name, out=full(attn.proj.out_features), inp=inner)
-    layers = (*layers_of(attn.qkv, qkv), *layers_of(attn.proj, proj))
-    if getattr(attn, "gate", None) is not None:
-        wide = full(attn.gate.in_features)
-        gate = Layer(name=f"{name}.gate", branch=name, out=inner, inp=wide)
-        layers = (*layers, *layers_of(attn.gate, gate))
-    attention = Attention(
-        branch=name, qkv=qkv.name, heads=f"{name}.heads", qk=qk, v=v, context=context
-    )
-    return sites, layers, attention
+    return attention_of(name, attn, fixed=normed, scaled=scaled)

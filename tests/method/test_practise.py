@@ -98,6 +98,14 @@ def test_mir_is_the_same_without_adaptors() -> None:
     assert built(kind="practise").adaptors is True
 
 
+@pytest.mark.parametrize(("objective", "phase"), [("mimic", "Mimic"), ("labels", "Classify")])
+def test_plain_fine_tuning_takes_the_place_of_mimicking(objective: str, phase: str) -> None:
+    method = built(f"method.objective={objective}")
+    (found,) = method.recovery(deep(), deep(), Evidence(scores={}), 10)
+    assert type(found).__name__ == phase
+    assert found.recipe == method.tuning
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -105,6 +113,7 @@ def test_mir_is_the_same_without_adaptors() -> None:
         (["method.adaptors=maybe"], r"method\.adaptors=maybe"),
         (["method.ridge=0"], r"method\.ridge=0"),
         (["method.pooled=-1"], r"method\.pooled=-1"),
+        (["method.objective=bp"], r"method\.objective=bp: expected mimic, labels"),
         (["target.units=10"], r"target\.units: whole blocks are dropped"),
     ],
 )

@@ -4,7 +4,8 @@ PRACTISE (arXiv 2202.07861) drops the blocks that can be recovered best for what
 error of the features without a block, once an adaptor stands in for it, over the share of MACs that
 it takes (the paper: of latency). The adaptors serve that score only. MiR (arXiv 2201.02620) is the
 mimicking; it takes the pruned network from any scheme, here the same score without adaptors. Both
-train the whole network but the classifier on the features before pooling.
+train the whole network but the classifier on the features before pooling; with `objective` labels,
+plain fine-tuning of the whole takes its place, which both papers compare with.
 
 The adaptor is ours, see `vitrim.trainer.recover`; the optimiser is AdamW, the papers' SGD.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -25,12 +26,14 @@ from vitrim.model.site import Structure, blocks_of, settle
 from vitrim.plan import Drop, Evidence, Plan
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
 from vitrim.trainer.calibrate import Sampling
+from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.recover import Recover
 from vitrim.trainer.trial import BLOCKS, frozen
 
 _log = logging.getLogger(__name__)
+Objective = Literal["mimic", "labels"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,7 @@ class Practise:
     adaptors: bool
     ridge: float
     sampling: Sampling
+    objective: Objective
     pooled: float
     tuning: Recipe
 
@@ -59,6 +63,7 @@ class Practise:
             ),
             ("adaptors", isinstance(self.adaptors, bool), "true or false"),
             ("ridge", is_positive(self.ridge), "a number above 0"),
+            ("objective", self.objective in get_args(Objective), ", ".join(get_args(Objective))),
             ("pooled", is_rate(self.pooled), "a number from 0 on"),
         )
         check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
@@ -118,9 +123,11 @@ class Practise:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> list[LightningModule]:
-        """Return the mimicking of the dense network's features."""
+        """Return the mimicking of the dense network's features, or the fine-tuning."""
         if not self.tuning.epochs:
             return []
+        if self.objective == "labels":
+            return [Classify(student, recipe=self.tuning, n_classes=n_classes)]
         return [
             Mimic(
                 student,

@@ -21,6 +21,10 @@ TINY = ("method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
         (["method=nonsense"], ["method/nonsense", "vtp"]),
         (["methods=vtp"], ["methods", "strength", "method"]),
         (["method.nonsense=1"], ["method.nonsense", "levels"]),
+        (
+            ["experiment=dcvit/vit_tiny", "data.augmentation.hflip=0"],
+            ["auto_augment, color_jitter", "+data.augmentation.hflip=... hands it to timm"],
+        ),
         (["strength=-1"], ["strength=-1", "0 to 5"]),
         (["strength=5.1"], ["strength=5.1", "0 to 5"]),
         (["strength=x"], ["strength=x", "0 to 5"]),

@@ -49,6 +49,8 @@ GROUPS = ("model", "method", "data", "trainer")
 TIMES = ("latency", "latency_ms")  # budgets that hang on where they were measured
 NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 """Keys that change where and how, not what."""
+TO_TIMM = ("model.args", "data.augmentation")
+"""Keys below which stand arguments of timm's functions, those that conf/ does not name as well."""
 PHASES = "phases"
 OmegaConf.register_new_resolver("gpus", cluster.gpus, replace=True)  # of hydra/launcher/slurm.yaml
 
@@ -402,8 +404,9 @@ def _explain(error: Exception, arguments: Sequence[str], config: str = "run") ->
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown is not None:
         parent, _, _ = unknown[1].rpartition(".")
-        known = ", ".join(_known_keys(parent, arguments, config))
-        return f"unknown key {unknown[1]}: expected one of {known}"
+        known = _known_keys(parent, arguments, config)
+        added = f"; +{unknown[1]}=... hands it to timm" if parent in TO_TIMM else ""
+        return f"unknown key {unknown[1]}: expected one of {', '.join(known)}{added}"
     if "Config search path" in text:
         return text.split("Config search path")[0].strip()
     if isinstance(error, OSError) and error.filename is not None:
@@ -418,7 +421,8 @@ def _mendable() -> tuple[type[Exception], ...]:
 
 def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
     """Return the keys that stand below `parent` in the configuration that was asked for."""
-    groups = [arg for arg in arguments if arg.partition("=")[0] in GROUPS and "," not in arg]
+    kinds = (*GROUPS, "experiment")
+    groups = [arg for arg in arguments if arg.partition("=")[0] in kinds and "," not in arg]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose(config, overrides=groups)

@@ -21,8 +21,9 @@ TINY = ("method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
         (["method=nonsense"], ["method/nonsense", "vtp"]),
         (["methods=vtp"], ["methods", "strength", "method"]),
         (["method.nonsense=1"], ["method.nonsense", "levels"]),
+        (["method.gate.epochs=1"], ["method.gate.epochs", "gating, fine_tuning"]),
         (
-            ["experiment=dcvit/vit_tiny", "data.augmentation.hflip=0"],
+            ["experiment=vtp/cifar10_tiny", "data.augmentation.hflip=0"],
             ["auto_augment, color_jitter", "+data.augmentation.hflip=... hands it to timm"],
         ),
         (["strength=-1"], ["strength=-1", "0 to 5"]),

@@ -420,13 +420,15 @@ def _mendable() -> tuple[type[Exception], ...]:
 
 
 def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
-    """Return the keys that stand below `parent` in the configuration that was asked for."""
+    """Return the keys below `parent`, or below what there is of it, in what was asked for."""
     kinds = (*GROUPS, "experiment")
     groups = [arg for arg in arguments if arg.partition("=")[0] in kinds and "," not in arg]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose(config, overrides=groups)
-        return [str(key) for key in (OmegaConf.select(cfg, parent) if parent else None) or cfg]
+    while parent and OmegaConf.select(cfg, parent) is None:
+        parent = parent.rpartition(".")[0]
+    return [str(key) for key in (OmegaConf.select(cfg, parent) if parent else cfg)]
 
 
 def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:

@@ -305,6 +305,11 @@ def test_a_figure_of_targets_only(tmp_path: Path, accuracy: float | None) -> Non
     assert draw(rows_of(*targets, tmp_path=tmp_path)).startswith(b"\x89PNG")
 
 
+def test_rows_without_accuracy_are_no_part_of_a_figure_of_accuracies(tmp_path: Path) -> None:
+    rows = rows_of({}, {"method": "aiminify", "top1": None}, tmp_path=tmp_path)
+    assert draw(rows) == draw([row for row in rows if row.mean("compact.top1") is not None])
+
+
 def test_labels_tell_series_apart(tmp_path: Path) -> None:
     rows = rows_of({}, {"method": "mixed_rank"}, {"strength": 1.0}, tmp_path=tmp_path)
     assert {label: len(part) for label, part in labelled(rows).items()} == {

@@ -78,12 +78,15 @@ def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
     """Return the figure as a PNG: a line per series, error bars of one standard deviation.
 
-    Its panels are those `chosen`, or those that suit the rows.
+    Its panels are those `chosen`, or those that suit the rows: where some have an accuracy, the
+    others are left out.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    chosen = chosen or panels(rows)
+    if not chosen:
+        rows = [row for row in rows if row.spreads["compact.top1"]] or rows
+        chosen = panels(rows)
     accuracy = chosen[0].faint is not None
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(7.0, 3.4), layout="constrained")
@@ -122,6 +125,7 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     elif panel.x == "compact.macs" and max(wide) > 20 * min(wide):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     for index, series in enumerate(labelled(rows).values()):
         for by_target, part in groupby(series, key=_target_metric):
             group = list(part)

@@ -10,6 +10,7 @@ This is the only file that knows Hydra. torch is imported when a run starts, not
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -52,7 +53,12 @@ NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 TO_TIMM = ("model.args", "data.augmentation")
 """Keys below which stand arguments of timm's functions, those that conf/ does not name as well."""
 PHASES = "phases"
-OmegaConf.register_new_resolver("gpus", cluster.gpus, replace=True)  # of hydra/launcher/slurm.yaml
+_register: Callable[..., None] = (  # omegaconf 2.4 gave the new function the old one's name
+    OmegaConf.register_resolver
+    if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    else OmegaConf.register_new_resolver
+)
+_register("gpus", cluster.gpus, replace=True)  # of hydra/launcher/slurm.yaml
 
 
 def run(cfg: DictConfig) -> Path:

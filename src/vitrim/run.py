@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from vitrim.trainer.fit import Phases
 
 _log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", ".*version_base parameter is deprecated.*")  # Hydra 1.3 needs it
 _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")

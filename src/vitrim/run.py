@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", ".*version_base parameter is deprecated.*")  # Hydra 1.3 needs it
+warnings.filterwarnings("ignore", r"[\s\S]*_execution_whitelist_")  # of 1.4: `checks` has a list
 _HERE = Path(__file__).parent
 CONF = next(path for path in (_HERE / "conf", _HERE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")

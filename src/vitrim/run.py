@@ -459,7 +459,12 @@ def _checked(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     return composed
 
 
-ConfigLoaderImpl.load_configuration = _checked(ConfigLoaderImpl.load_configuration)  # type: ignore[method-assign]
+_LOADS = (  # Hydra 1.4 has a way of its own to the same end, by which all of it goes
+    "_load_configuration"
+    if hasattr(ConfigLoaderImpl, "_load_configuration")
+    else "load_configuration"
+)
+setattr(ConfigLoaderImpl, _LOADS, _checked(getattr(ConfigLoaderImpl, _LOADS)))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")

@@ -306,7 +306,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
 def test_a_process_whose_parent_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(signals.PARENT, str(os.getppid()))
     assert signals.noted() is None
-    monkeypatch.setenv(signals.PARENT, "1")
+    monkeypatch.setenv(signals.PARENT, str(os.getpid()))  # which is nobody's own parent
     with pytest.raises(Preempted, match="SIGTERM") as caught:
         signals.check()
     assert caught.value.code == 143

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrim.lowrank import METRICS, Metric, curves, decompose, metric_of, weighted
+from vitrim.lowrank import METRICS, Metric, curves, decompose, mattering, metric_of
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
 
@@ -100,20 +100,56 @@ def test_factors_are_contiguous_and_balanced() -> None:
     assert torch.allclose(up.norm(dim=0), down.norm(dim=1))
 
 
-def test_rows_that_count_more_are_nearer() -> None:
-    weight, cov = drawn((8, 8)), metric(8)
-    rows = torch.ones(8, dtype=torch.float64)
-    plain = weighted(weight, cov, rows, 1e-6).factors(3)
-    assert torch.allclose(plain[0] @ plain[1], torch.mm(*decompose(weight, cov).factors(3)))
-    rows[2] = 1e4
-    up, down = weighted(weight, cov, rows, 1e-6).factors(3)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("inputs", ["full", "identity"])
+def test_with_outputs_that_matter_every_rank_loses_the_least(
+    shape: tuple[int, int], inputs: str
+) -> None:
+    weight, g = drawn(shape), metric(shape[0], 4)
+    cov = metric(shape[1]) if inputs == "full" else torch.eye(shape[1], dtype=torch.float64)
+    ridged = cov + 1e-6 * cov.diagonal().mean() * torch.eye(shape[1])
+    known = g if shape[0] <= shape[1] else weight.T @ g @ weight
+    found = decompose(weight, cov if inputs == "full" else None, outputs=known)
+    root = torch.linalg.cholesky(g)
+    singular = torch.linalg.svdvals(root.T @ weight @ torch.linalg.cholesky(ridged))
+    assert torch.allclose(found.energy, singular.square(), rtol=1e-5, atol=1e-9)
+    for rank in range(1, min(shape) + 1):
+        up, down = found.factors(rank)
+        off = root.T @ (weight - up @ down)
+        best = float(singular[rank:].square().sum())
+        assert float((off @ ridged * off).sum()) == pytest.approx(best, rel=1e-5, abs=1e-9)
+    assert torch.allclose(up @ down, weight, atol=1e-8)
 
-    def off(factors: tuple[Tensor, Tensor]) -> float:
-        return float((weight - factors[0] @ factors[1])[2].norm())
 
-    assert off((up, down)) < 0.05 * off(plain)
-    none = weighted(weight, cov, torch.zeros(8), 1e-6).factors(3)
-    assert torch.allclose(none[0] @ none[1], plain[0] @ plain[1])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 8)])
+def test_outputs_that_count_more_are_nearer(shape: tuple[int, int]) -> None:
+    weight, cov = drawn(shape), metric(8)
+    slope = torch.ones(shape[0], dtype=torch.float64)
+
+    def factors(slope: Tensor) -> Tensor:
+        known = mattering(weight, torch.zeros(8, 8), slope, 1.0)
+        up, down = decompose(weight, cov, outputs=known).factors(3)
+        return up @ down
+
+    plain = factors(slope)
+    assert torch.allclose(plain, torch.mm(*decompose(weight, cov).factors(3)))
+    slope[2] = 1e4
+
+    def off(product: Tensor) -> float:
+        return float((weight - product)[2].norm())
+
+    assert off(factors(slope)) < 0.05 * off(plain)
+    assert mattering(weight, torch.zeros(8, 8), torch.zeros(shape[0]), 0.5) is None
+
+
+def test_products_of_derivatives_are_shrunk_to_their_diagonal() -> None:
+    g = torch.tensor([[4.0, 1.0], [1.0, 1e-9]], dtype=torch.float64)
+    weight, slope = drawn((2, 2)), g.diagonal()
+    lifted = 1e-3 * float(slope.mean())
+    half = mattering(weight, g, slope, 0.5)
+    assert half is not None
+    expected = [4.0, 0.5, 0.5, 0.5e-9 + 0.5 * lifted]
+    assert half.flatten().tolist() == pytest.approx(expected)
 
 
 def test_metrics_by_hand() -> None:
@@ -137,12 +173,12 @@ def test_metrics_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (12, 30), (30, 12)])
 @pytest.mark.parametrize("measured", ["identity", "full", "few"])
-@pytest.mark.parametrize("used", ["plain", "full", "rows"])
+@pytest.mark.parametrize("used", ["plain", "full", "outputs"])
 def test_curves_are_those_of_the_factors(shape: tuple[int, int], measured: str, used: str) -> None:
     weight = drawn(shape)
     cov = None if measured == "identity" else metric(shape[1], rows=2 if measured == "few" else 50)
-    rows = drawn((1, shape[0]), 3)[0].square() if used == "rows" else None
-    spectrum = weighted(weight, None if used == "plain" else metric(shape[1], 4), rows, 1e-6)
+    outputs = metric(min(shape), 3) if used == "outputs" else None
+    spectrum = decompose(weight, None if used == "plain" else metric(shape[1], 4), outputs=outputs)
     found = curves(weight, spectrum, cov)
     against = torch.eye(shape[1], dtype=torch.float64) if cov is None else cov
     whole = float((weight @ against * weight).sum())

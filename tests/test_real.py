@@ -127,8 +127,8 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
         )
         x = x - x.mean(0) if decomposition == "centred" else x  # the bias takes the mean
         second = x.T @ x / len(x)
-        aware = method._spectrum(net, piece, evidence)[0]
-        plain = method._spectrum(net, piece, Evidence(scores={}))[0]
+        aware = method._spectrum(net, piece, method._found(name, piece, evidence))
+        plain = method._spectrum(net, piece, {})
         errors = [curves(weight, spectrum, second)["error"] for spectrum in (aware, plain)]
         assert len(errors[0]) > 10
         assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name

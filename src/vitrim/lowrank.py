@@ -7,7 +7,13 @@ by the eigenvectors of the smaller of two Gram matrices:
     out <= in    W C W^T = U E U^T        up = U        down = U^T W            (projection)
     out > in     S S^T = C, S^T W^T W S = V E V^T       up = W S V, down = V^T S^-1
 
-The error of rank r is the sum of E from the r-th on. C is the choice (`METRICS`):
+The error of rank r is the sum of E from the r-th on. Where outputs matter by G, the second moment
+of a loss's derivatives by them, tr(G (W - W_r) C (W - W_r)^T) is least, and no other form changes:
+
+    out <= in    R^T R = G, R W C W^T R^T = U E U^T          up = R^-1 U        down = U^T R W
+    out > in     S^T (W^T G W) S = V E V^T, the rest as above
+
+so that of G only R, or W^T G W, is needed: the smaller of the two. C is the choice (`METRICS`):
 
     plain              identity: the truncated SVD
     asvd               diag(E|x|): ASVD's scaling with exponent 1/2 (arXiv 2312.05821)
@@ -17,8 +23,8 @@ The error of rank r is the sum of E from the r-th on. C is the choice (`METRICS`
     mean_input         X X^T of X the mean over images, token by token: that paper's own heuristic,
                        as far as it is known
     centred            Cov[x], ours: what the factors do to the mean goes into the bias
-    loss               centred, and each output weighted by its derivative's mean square (of the
-                       logits), ours: energies are then in units of the logits' squared change
+    loss               centred, with G of the logits' derivatives, ours: energies are then in units
+                       of the logits' squared change
 """
 
 from __future__ import annotations
@@ -70,22 +76,35 @@ def metric_of(name: Metric, found: Mapping[str, Tensor]) -> Tensor | None:
             return found["cov"].double() + torch.outer(mean, mean)
 
 
-def weighted(weight: Tensor, metric: Tensor | None, rows: Tensor | None, ridge: float) -> Spectrum:
-    """Return the spectrum under C of outputs that count `rows` (out,) in the squared error.
+def mattering(weight: Tensor, moment: Tensor, slope: Tensor, shrinkage: float) -> Tensor | None:
+    """Return how much outputs matter as `decompose` wants it; None where nothing depends on them.
 
-    Rows that count less than a thousandth of the mean count that.
+    Few images give a poor estimate of how derivatives go together: their products are shrunk.
+    Outputs that matter less than a thousandth of the mean count that.
+
+    Args:
+        weight: W, (out, in).
+        moment: of the derivatives by the outputs, G (out, out), or W^T G W (in, in) if that is
+            smaller.
+        slope: the diagonal of G, (out,).
+        shrinkage: share of the products that is left out, in [0, 1].
     """
-    if rows is None:
-        return decompose(weight, metric, ridge=ridge)
-    root = rows.double().clamp_min(1e-3 * float(rows.mean())).sqrt().to(weight)
-    if not bool((root > 0).all()):  # nothing depends on these outputs
-        found = decompose(weight, metric, ridge=ridge)
-        return found._replace(energy=torch.zeros_like(found.energy))
-    found = decompose(weight * root[:, None], metric, ridge=ridge)
-    return found._replace(up=found.up / root[:, None])
+    alone = slope.double().clamp_min(1e-3 * float(slope.double().mean()))
+    if not bool((alone > 0).all()):
+        return None
+    wide = weight.double()
+    narrow = len(weight) <= weight.shape[1]
+    diagonal = torch.diag(alone) if narrow else wide.mT @ (alone[:, None] * wide)
+    return torch.lerp(moment.to(diagonal), diagonal, shrinkage)
 
 
-def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> Spectrum:
+def decompose(
+    weight: Tensor,
+    metric: Tensor | None,
+    *,
+    ridge: float = 1e-6,
+    outputs: Tensor | None = None,
+) -> Spectrum:
     """Return the spectrum of `weight` under the metric C.
 
     Args:
@@ -93,6 +112,8 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
         metric: C, symmetric and positive semidefinite, (in, in); None is the identity.
         ridge: added to the diagonal of C, relative to its mean; without it nothing is known of
             inputs that never occurred.
+        outputs: how much outputs matter: G, positive definite, (out, out), or W^T G W (in, in) if
+            that is smaller; None is the identity.
     """
     rows, columns = weight.shape
     level = 1.0 if metric is None else float(metric.diagonal().double().mean())
@@ -102,18 +123,22 @@ def decompose(weight: Tensor, metric: Tensor | None, *, ridge: float = 1e-6) -> 
     exact = min(rows, columns) <= _EXACT or weight.dtype == torch.float64
     wide = weight.double() if exact else weight.float()
     if rows <= columns:
-        half = wide / 2 if metric is None else _halved(wide, metric.to(wide), level, ridge)
-        energy, u = _eigen(half @ wide.mT)
-        up, down = u, u.mT @ wide
+        root = None if outputs is None else torch.linalg.cholesky(outputs.double()).mT.to(wide)
+        seen = wide if root is None else root @ wide
+        half = seen / 2 if metric is None else _halved(seen, metric.to(wide), level, ridge)
+        energy, u = _eigen(half @ seen.mT)
+        up = u if root is None else torch.linalg.solve_triangular(root, u, upper=True)
+        down = u.mT @ seen
     elif metric is None:
-        energy, v = _eigen(wide.mT @ wide / 2)
+        energy, v = _eigen((wide.mT @ wide if outputs is None else outputs.to(wide)) / 2)
         up, down = wide @ v, v.mT
     else:
         scaled = metric.double() / level
         scaled.diagonal().add_(ridge)
         root, inverse = _root(scaled, ridge)
         narrow = root.to(wide)
-        energy, v = _eigen(narrow.mT @ (wide.mT @ wide) @ narrow / 2)
+        inner = wide.mT @ wide if outputs is None else outputs.to(wide)
+        energy, v = _eigen(narrow.mT @ inner @ narrow / 2)
         up, down = wide @ (narrow @ v), v.double().mT @ inverse
     return Spectrum(
         up.to(weight.dtype), down.to(weight.dtype), energy.double().clamp_min(0.0) * level

@@ -114,8 +114,8 @@ def test_macs_are_a_budget_too() -> None:
 def test_with_ranks_full_nothing_is_lost(decomposition: str) -> None:
     method = built(f"method.decomposition={decomposition}", "method.max_share=1.0")
     evidence = learned(method.scorer(net()))
-    for _, piece in method._pieces(Cost(net(), SIZE).structure):
-        spectrum, _ = method._spectrum(net(), piece, evidence)
+    for name, piece in method._pieces(Cost(net(), SIZE).structure):
+        spectrum = method._spectrum(net(), piece, method._found(name, piece, evidence))
         up, down = spectrum.factors(min(piece.rows, piece.columns))
         weight = net().get_parameter(f"{piece.layer}.weight")
         assert relative_error(up @ down, weight) <= 1e-4
@@ -132,8 +132,8 @@ def test_the_same_components_lose_less_output_than_those_of_the_plain_svd() -> N
         weight = net().get_parameter(f"{piece.layer}.weight").detach().double()
 
         spectra = (
-            aware._spectrum(net(), piece, evidence)[0],
-            plain._spectrum(net(), piece, Evidence(scores={}))[0],
+            aware._spectrum(net(), piece, aware._found(name, piece, evidence)),
+            plain._spectrum(net(), piece, {}),
         )
         for rank in range(1, min(piece.rows, piece.columns) - 4, 4):
             ours, theirs = (
@@ -219,6 +219,7 @@ def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) ->
         ("method.tuning.trained=x", r"method\.tuning\.trained=x.*uncompressed"),
         ("method.tuning.pooled=-1", r"method\.tuning\.pooled=-1.*from 0"),
         ("method.ridges.metric=0", r"method\.ridges\.metric=0.*above 0"),
+        ("method.ridges.derivatives=1.5", r"method\.ridges\.derivatives=1\.5.*0\.\.1"),
         ("target.units=100", r"target\.units.*params or macs"),
         ("strength=6", r"strength=6.*from 0 to 5"),
     ],

@@ -31,7 +31,7 @@ from vitrim.plan import dumps, loads
 from vitrim.store import on_meta
 from vitrim.target import Cost
 from vitrim.trainer.calibrate import Calibrate, Sampling, watch
-from vitrim.trainer.profile import Profile
+from vitrim.trainer.profile import Piece, Profile
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.refit import Refit
 from vitrim.trainer.regress import Regress
@@ -626,8 +626,12 @@ def test_first_order_effects_are_those_of_a_gate_on_each_unit() -> None:
 @pytest.mark.parametrize("drops", [(), (BRANCHES[2], BRANCHES[3])], ids=["all blocks", "three"])
 def test_profiles_are_of_the_maps_tokens(drops: Collection[str]) -> None:
     plan = Plan(model=MODEL, edits=tuple(Drop(branch=name) for name in drops))
-    small, layers = cut(net(), plan), ["layers.0.blocks.0.attn.qkv", "layers.1.blocks.1.attn.proj"]
-    phase = Profile(small, layers=layers, metric="whitening", sampling=ALL, loss_images=0)
+    small = cut(net(), plan)
+    pieces = {
+        name: Piece(name, 0, *small.get_parameter(f"{name}.weight").shape)
+        for name in ("layers.0.blocks.0.attn.qkv", "layers.1.blocks.1.attn.proj")
+    }
+    phase = Profile(small, pieces=pieces, metric="whitening", sampling=ALL, loss_images=0)
     phase.on_train_start()
     phase.training_step((pictures(), None), 0)
     phase.on_train_end()

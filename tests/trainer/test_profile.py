@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import images, small_net
 from vitrim.lowrank import Metric
 from vitrim.moments import MomentsError
 from vitrim.trainer.calibrate import Sampling, watch
-from vitrim.trainer.profile import Profile
+from vitrim.trainer.profile import Piece, Profile
 
 ALL = Sampling(images=24, tokens=None, readout=1.0)
 LAYERS = ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"]
+PIECES = {
+    "blocks.0.attn.qkv.k": Piece("blocks.0.attn.qkv", 24, 24, 24),
+    "blocks.0.attn.qkv": Piece("blocks.0.attn.qkv", 0, 72, 24),
+    "blocks.1.mlp.fc2": Piece("blocks.1.mlp.fc2", 0, 24, 48),
+}
 
 
 def profiled(metric: Metric, *, loss_images: int = 0, batch: int = 8) -> Profile:
     phase = Profile(
-        small_net(), layers=LAYERS, metric=metric, sampling=ALL, loss_images=loss_images
+        small_net(), pieces=PIECES, metric=metric, sampling=ALL, loss_images=loss_images
     )
     phase.on_train_start()
     for at in range(0, 24, batch):
@@ -63,35 +68,59 @@ def test_magnitudes_and_mean_inputs() -> None:
         assert torch.allclose(tokens[name]["tokens"], inputs(name).mean(0))
 
 
-def test_slopes_are_those_of_all_logits_on_average() -> None:
-    found = profiled("loss", loss_images=24, batch=2).evidence().moments
-    net = small_net()
+def derivatives(net: nn.Module) -> dict[str, list[Tensor]]:
+    """Return by layer what every logit's derivatives are, (images x tokens, out) each."""
     with watch(net, [(name, True) for name in LAYERS]) as flows:
         logits = net(images(batch=24))
-    for name in LAYERS:
-        total = torch.zeros(flows[name].shape[-1], dtype=torch.float64)
-        for logit in logits.T:
-            (slope,) = torch.autograd.grad(logit.sum(), flows[name], retain_graph=True)
-            total += slope.square().sum((0, 1)) / 24
-        ratio = found[name]["slope"].sum() / total.sum()
+    return {
+        name: [
+            torch.autograd.grad(logit.sum(), flows[name], retain_graph=True)[0].flatten(0, 1)
+            for logit in logits.T
+        ]
+        for name in LAYERS
+    }
+
+
+def test_slopes_are_those_of_all_logits_on_average() -> None:
+    found = profiled("loss", loss_images=24, batch=2).evidence().moments
+    for name, slopes in derivatives(small_net()).items():
+        total = sum(slope.square().sum(0) for slope in slopes) / 24
+        ratio = found[name]["slope"].sum() / total.sum()  # type: ignore[union-attr]
         assert 0.6 < float(ratio) < 1.5  # one draw of signs per image
+
+
+def test_products_are_second_moments_of_derivatives() -> None:
+    found = profiled("loss", loss_images=24, batch=2).evidence().moments
+    net = small_net()
+    slopes = derivatives(net)
+    for name, piece in PIECES.items():
+        rows = torch.cat(slopes[piece.layer])[:, piece.start : piece.start + piece.rows]
+        if piece.rows > piece.columns:
+            rows = rows @ piece.of(net.get_parameter(f"{piece.layer}.weight"))
+        expected, products = rows.T @ rows / 24, found[name]["products"]
+        assert products.shape == (min(piece.rows, piece.columns),) * 2
+        assert 0.6 < float(products.trace() / expected.trace()) < 1.5
+        along = (products * expected).sum() / (products.norm() * expected.norm())
+        assert float(along) > 0.8
+    fc2 = found["blocks.1.mlp.fc2"]
+    assert torch.allclose(fc2["products"].diagonal(), fc2["slope"])
 
 
 def test_only_as_many_images_as_said_are_differentiated() -> None:
     some = profiled("loss", loss_images=3, batch=8).evidence().moments
-    assert all(float(found["slope"].sum()) > 0 for found in some.values())
+    assert all(float(some[name]["slope"].sum()) > 0 for name in LAYERS)
     assert all(parameter.grad is None for parameter in profiled("loss").net.parameters())
 
 
 def test_settings_tell_results_apart_and_results_come_back() -> None:
     phase = profiled("loss", loss_images=4)
-    other = Profile(small_net(), layers=LAYERS, metric="loss", sampling=ALL, loss_images=4)
+    other = Profile(small_net(), pieces=PIECES, metric="loss", sampling=ALL, loss_images=4)
     assert phase.settings == other.settings
     assert phase.settings != profiled("asvd").settings
     assert other.evidence().moments == {}
 
 
 def test_numbers_that_are_not_finite_are_an_error_naming_the_layer() -> None:
-    phase = Profile(small_net(), layers=LAYERS, metric="asvd", sampling=ALL, loss_images=0)
+    phase = Profile(small_net(), pieces=PIECES, metric="asvd", sampling=ALL, loss_images=0)
     with pytest.raises(MomentsError, match=r"blocks\.0\.attn\.qkv"):
         phase.training_step((torch.full((2, 3, 32, 32), torch.nan, dtype=torch.float64), None), 0)

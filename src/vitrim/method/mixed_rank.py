@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.errors import is_count, is_positive, is_rate, require
-from vitrim.lowrank import METRICS, Metric, Spectrum, curves, metric_of, weighted
+from vitrim.lowrank import METRICS, Metric, Spectrum, curves, decompose, mattering, metric_of
 from vitrim.model import structure
 from vitrim.model.lowrank import LowRankLinear
 from vitrim.model.site import Structure, runs_of, settle
@@ -32,7 +32,7 @@ from vitrim.ranks import Curve, allocate, least
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
-from vitrim.trainer.profile import Profile
+from vitrim.trainer.profile import Piece, Profile
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.regress import Regress
 from vitrim.trainer.residual import Residual
@@ -49,15 +49,23 @@ Trained = Literal["none", "uncompressed", "all"]
 class Ridges:
     """How strongly least squares is held back, relative to the mean variance of its inputs.
 
-    `metric` in decompositions, `regression` in solving the ends of branches anew.
+    `metric` in decompositions, `regression` in solving the ends of branches anew; `derivatives` is
+    the share of the products of derivatives by different outputs that is left out.
     """
 
     metric: float
     regression: float
+    derivatives: float
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require("method.ridges", self, (name, is_positive(value), "a number above 0"))
+        share = is_rate(self.derivatives) and self.derivatives <= 1
+        require(
+            "method.ridges",
+            self,
+            ("metric", is_positive(self.metric), "a number above 0"),
+            ("regression", is_positive(self.regression), "a number above 0"),
+            ("derivatives", share, "a number in 0..1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,18 +98,6 @@ class Tuning:
             ("pooled", is_rate(self.pooled), "a number from 0 on"),
         ):
             require("method.tuning", self, rule)
-
-
-class _Piece(NamedTuple):
-    """A layer, or a piece of one: the layer's path and the piece's rows, and its columns."""
-
-    layer: str
-    start: int
-    rows: int
-    columns: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor.detach()[self.start : self.start + self.rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,12 +164,12 @@ class MixedRank:
 
     def scorer(self, net: nn.Module) -> Profile:
         """Return the pass over proxy images; of no image where none is needed."""
-        pieces = self._pieces(structure(net))
+        pieces = dict(self._pieces(structure(net)))
         by_loss = "loss" in (self.decomposition, self.allocation)
         needed = self.decomposition != "plain" or by_loss
         return Profile(
             net,
-            layers=[*dict.fromkeys(piece.layer for _, piece in pieces)] if needed else [],
+            pieces=pieces if needed else {},
             metric=self.decomposition,
             sampling=self.sampling,
             loss_images=self.loss_images if by_loss else 0,
@@ -187,8 +183,9 @@ class MixedRank:
             rule = "uniform"
         energies, drawn = {}, {}
         for name, piece in self._pieces(cost.structure):
-            spectrum, slope = self._spectrum(net, piece, evidence)
-            energies[name] = self._worth(spectrum, slope, rule).tolist()
+            found = self._found(name, piece, evidence)
+            spectrum = self._spectrum(net, piece, found)
+            energies[name] = self._worth(spectrum, found, rule).tolist()
             if self.curves:
                 drawn[name] = self._curves(net, piece, spectrum, evidence)
         ranks = self._ranks(cost, energies, rule)
@@ -219,7 +216,7 @@ class MixedRank:
             piece = pieces[edit.linear]
             layer = compact.get_submodule(edit.linear)
             assert isinstance(layer, LowRankLinear)
-            spectrum, _ = self._spectrum(net, piece, evidence)
+            spectrum = self._spectrum(net, piece, self._found(edit.linear, piece, evidence))
             factors = spectrum.factors(max(1, edit.rank - self.residual.rank))
             up, down = torch.zeros_like(layer.up.weight), torch.zeros_like(layer.down.weight)
             up[:, : factors[0].shape[1]], down[: len(factors[1])] = factors
@@ -256,7 +253,7 @@ class MixedRank:
                 frozen=frozen,
             )
 
-    def _pieces(self, described: Structure) -> Iterator[tuple[str, _Piece]]:
+    def _pieces(self, described: Structure) -> Iterator[tuple[str, Piece]]:
         """Iterate over what may be factorised, by the names that plans have for it."""
         for layer in described.layers:
             if layer.factor or layer.locked or _kind(layer.name) not in self.layers:
@@ -265,44 +262,51 @@ class MixedRank:
             columns = sum(part.size for part in layer.inp)
             for name, out in pieces if self.qkv == "split" and pieces else [whole]:
                 rows = sum(part.size for part in out)
-                yield name, _Piece(layer.name, out[0].offset, rows, columns)
+                yield name, Piece(layer.name, out[0].offset, rows, columns)
 
-    def _spectrum(
-        self, net: nn.Module, piece: _Piece, evidence: Evidence
-    ) -> tuple[Spectrum, Tensor | None]:
-        """Return the spectrum of a piece, and how much its outputs matter, (rows,), if known."""
+    def _found(self, name: str, piece: Piece, evidence: Evidence) -> dict[str, Tensor]:
+        """Return what is known of a piece: its layer's moments, and derivatives by its outputs."""
+        found = {**evidence.moments.get(piece.layer, {}), **evidence.moments.get(name, {})}
+        return found | ({"slope": piece.of(found["slope"])} if "slope" in found else {})
+
+    def _metric(self, found: Mapping[str, Tensor], *, biased: bool) -> Tensor | None:
+        centred = self.decomposition in ("centred", "loss")  # without a bias, nothing takes means
+        return metric_of("whitening" if centred and not biased else self.decomposition, found)
+
+    def _spectrum(self, net: nn.Module, piece: Piece, found: Mapping[str, Tensor]) -> Spectrum:
         weight = piece.of(net.get_parameter(f"{piece.layer}.weight"))
-        found = evidence.moments.get(piece.layer)
-        if found is None:
-            return weighted(weight, None, None, self.ridges.metric), None
-        slope = piece.of(found["slope"]) if "slope" in found else None
-        rows = slope if self.decomposition == "loss" else None
-        name = self.decomposition
-        if name in ("centred", "loss") and net.get_submodule(piece.layer).bias is None:
-            name = "whitening"  # nothing can take the mean over
-        metric = metric_of(name, found)
-        return weighted(weight, metric, rows, self.ridges.metric), slope
+        if not found:
+            return decompose(weight, None, ridge=self.ridges.metric)
+        biased = net.get_submodule(piece.layer).bias is not None
+        metric, outputs = self._metric(found, biased=biased), None
+        if self.decomposition == "loss":
+            how = found["products"], found["slope"], self.ridges.derivatives
+            outputs = mattering(weight, *how)
+        spectrum = decompose(weight, metric, ridge=self.ridges.metric, outputs=outputs)
+        if self.decomposition == "loss" and outputs is None:  # nothing depends on these outputs
+            return spectrum._replace(energy=torch.zeros_like(spectrum.energy))
+        return spectrum
 
     def _curves(
-        self, net: nn.Module, piece: _Piece, spectrum: Spectrum, evidence: Evidence
+        self, net: nn.Module, piece: Piece, spectrum: Spectrum, evidence: Evidence
     ) -> dict[str, Sequence[float]]:
         """Return what figures draw of a layer; errors of outputs as they are, the mean included."""
         found = evidence.moments.get(piece.layer, {})
         metric = metric_of("whitening", found) if "cov" in found else None
         return curves(piece.of(net.get_parameter(f"{piece.layer}.weight")), spectrum, metric)
 
-    def _worth(self, spectrum: Spectrum, slope: Tensor | None, rule: Rule) -> Tensor:
+    def _worth(self, spectrum: Spectrum, found: Mapping[str, Tensor], rule: Rule) -> Tensor:
         """Return what leaving out each component costs: output error, or its effect on logits."""
-        if slope is None or rule in ("uniform", "energy"):
+        by_loss = self.decomposition == "loss"
+        if rule == "error" and by_loss and "cov" in found:
+            down, parts = spectrum.down.double(), spectrum.up.double().square().sum(0)
+            errors = parts * (down @ found["cov"].double() * down).sum(1)
+            return torch.where(spectrum.energy > 0, errors, 0.0)
+        if rule != "loss" or by_loss or "slope" not in found:
             return spectrum.energy
         parts = spectrum.up.double().square()
-        gain = (slope[:, None] * parts).sum(0) / parts.sum(0).clamp_min(1e-300)
-        by_loss = self.decomposition == "loss"
-        if rule == "loss":
-            return spectrum.energy if by_loss else spectrum.energy * gain
-        if not by_loss:
-            return spectrum.energy
-        return torch.where(gain > 0, spectrum.energy / gain.clamp_min(1e-300), 0.0)
+        gain = (found["slope"][:, None] * parts).sum(0) / parts.sum(0).clamp_min(1e-300)
+        return spectrum.energy * gain
 
     def _ranks(
         self, cost: Cost, energies: Mapping[str, Sequence[float]], rule: Rule

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -20,14 +20,28 @@ from vitrim.trainer.calibrate import Sampling, full_precision, take, watch
 _MOMENTS = ("whitening", "normalised_output", "centred", "loss")
 
 
+class Piece(NamedTuple):
+    """A layer, or a piece of one: the layer's path and the piece's rows, and its columns."""
+
+    layer: str
+    start: int
+    rows: int
+    columns: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the piece's rows of what has the layer's."""
+        return tensor.detach()[self.start : self.start + self.rows]
+
+
 class Profile(LightningModule):
     """Pass proxy images through a network once and keep what the metric of its layers needs.
 
     Evidence has no scores but `moments`, by layer: `weight`, `mean` and `cov` of its inputs (for
     normalised_output every token counts 1 / ||W x||^2), `abs` E|x| for asvd, `tokens` (N, in), the
-    mean over images, for mean_input. With `loss_images` above 0 also `slope` (out,): the squared
-    derivative of the logits by each output, summed over logits and tokens and averaged over as many
-    images, by random signs. All take the same memory whatever the number of images.
+    mean over images, for mean_input. With `loss_images` above 0 also, of the derivatives of the
+    logits by its outputs, summed over logits and tokens and averaged over as many images, by random
+    signs: `slope` (out,), their squares, and by piece `products`, G (out, out), or W^T G W (in, in)
+    if that is smaller. All take the same memory whatever the number of images.
     """
 
     resumes_at = "never"
@@ -38,7 +52,7 @@ class Profile(LightningModule):
         self,
         net: nn.Module,
         *,
-        layers: Sequence[str],
+        pieces: Mapping[str, Piece],
         metric: Metric,
         sampling: Sampling,
         loss_images: int,
@@ -46,18 +60,20 @@ class Profile(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.net = net
+        layers = [*dict.fromkeys(piece.layer for piece in pieces.values())]
         self.epochs = 1 if layers else 0
         self.samples = sampling.images
         self.sampling = sampling
         self.metric = metric
         self.loss_images = loss_images
         self.settings: dict[str, Any] = {
-            "layers": list(layers),
+            "pieces": {name: [*piece] for name, piece in pieces.items()},
             "metric": metric,
             "sampling": asdict(sampling),
             "loss_images": loss_images,
         }
-        self._layers = list(layers)
+        self._layers = layers
+        self._pieces = dict(pieces) if loss_images else {}
         self._stream = stream(net)
         branches = {branch.name: branch for branch in self._stream.branches}
         self._tokens = {
@@ -70,6 +86,8 @@ class Profile(LightningModule):
                 self.moments[key_of(name)] = Moments(name, width)
             for what in self._sums():
                 self.register_buffer(key_of(f"{name}.{what}"), torch.empty(0))
+        for name in self._pieces:
+            self.register_buffer(key_of(f"{name}.products"), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
         self._seen = 0
 
@@ -87,14 +105,24 @@ class Profile(LightningModule):
 
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Take in one batch of images (B, C, H, W)."""
-        images = batch[0]
-        places = [(name, False) for name in self._layers]
-        with torch.no_grad(), full_precision(images), watch(self.net, places) as flows:
-            self.net(images)
+        images, left = batch[0], max(0, self.loss_images - self._seen)
+        for part, differentiated in ((images[:left], True), (images[left:], False)):
+            if len(part):
+                self._look(part, differentiated=differentiated)
+
+    def _look(self, images: Tensor, *, differentiated: bool) -> None:
+        inputs, outputs = ([(name, after) for name in self._layers] for after in (False, True))
+        with (
+            torch.set_grad_enabled(differentiated),
+            full_precision(images),
+            watch(self.net, inputs) as flows,
+            watch(self.net, outputs if differentiated else []) as ends,
+        ):
+            logits = self.net(images)
+        with torch.no_grad():
             self._take_in(flows)
-        left = self.loss_images - self._seen
-        if left > 0:
-            self._slopes(images[:left])
+        if differentiated:
+            self._slopes(logits, ends)
         self._seen += len(images)
 
     def _take_in(self, flows: Mapping[str, Tensor]) -> None:
@@ -134,16 +162,19 @@ class Profile(LightningModule):
             weights = weights / outputs.square().sum(-1).clamp_min(1e-12)
         return weights
 
-    def _slopes(self, images: Tensor) -> None:
-        """Add up squared derivatives of the logits, by random signs (Hutchinson's estimator)."""
-        places = [(name, True) for name in self._layers]
-        with full_precision(images), torch.enable_grad(), watch(self.net, places) as flows:
-            logits = self.net(images)
+    def _slopes(self, logits: Tensor, ends: Mapping[str, Tensor]) -> None:
+        """Add up products of the logits' derivatives, by random signs (Hutchinson's estimator)."""
         generator = torch.Generator().manual_seed(self._seen)
         signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
-        found = torch.autograd.grad((logits * signs).sum(), [flows[name] for name in self._layers])
-        for name, slope in zip(self._layers, found, strict=True):
-            self._add(f"{name}.slope", slope.square().sum(tuple(range(slope.ndim - 1))))
+        found = torch.autograd.grad((logits * signs).sum(), [ends[name] for name in self._layers])
+        slopes = {n: g.flatten(0, -2) for n, g in zip(self._layers, found, strict=True)}
+        for name, slope in slopes.items():
+            self._add(f"{name}.slope", slope.square().sum(0))
+        for name, piece in self._pieces.items():
+            rows = slopes[piece.layer][:, piece.start : piece.start + piece.rows]
+            if piece.rows > piece.columns:
+                rows = rows @ piece.of(self.net.get_parameter(f"{piece.layer}.weight"))
+            self._add(f"{name}.products", rows.mT @ rows)
 
     def _add(self, name: str, part: Tensor) -> None:
         if not bool(torch.isfinite(part).all()):
@@ -162,15 +193,19 @@ class Profile(LightningModule):
         seen = int(self.images)
         if not seen:
             return Evidence(scores={})
+        differentiated = min(seen, self.loss_images)
         found: dict[str, dict[str, Tensor]] = {}
         for name in self._layers:
-            images = {"slope": min(seen, self.loss_images)}
             found[name] = {
-                what: self.get_buffer(key_of(f"{name}.{what}")).cpu() / images.get(what, seen)
+                what: self.get_buffer(key_of(f"{name}.{what}")).cpu()
+                / (differentiated if what == "slope" else seen)
                 for what in self._sums()
             }
             if key_of(name) in self.moments:
                 moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
                 found[name] |= moments.tensors()
+        for name in self._pieces:
+            products = self.get_buffer(key_of(f"{name}.products")).cpu() / differentiated
+            found.setdefault(name, {})["products"] = products
         return Evidence(scores={}, moments=found)

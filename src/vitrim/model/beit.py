@@ -106,4 +106,5 @@ def _(net: Beit) -> Stream:
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=int(net.global_pool == "token"),
+        alone=True,
     )

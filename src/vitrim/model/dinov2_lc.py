@@ -133,7 +133,7 @@ def _(net: LinearClassifier) -> Stream:
         replace(branch, name=f"backbone.{branch.name}", before=f"backbone.{branch.before}")
         for branch in inner.branches
     )
-    return replace(inner, steps=steps, after=f"backbone.{inner.after}", readout=1)
+    return replace(inner, steps=steps, after=f"backbone.{inner.after}", readout=1, alone=False)
 
 
 def _fetched(cache_dir: str | None) -> dict[str, Tensor]:

@@ -137,6 +137,7 @@ def _(net: Eva) -> Stream:
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=int(net.global_pool == "token"),
+        alone=True,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,8 @@ class Stream:
 
     `embed` makes it of images (B, C, H, W); `after` is the module path of the norm that reads it
     when all steps are through; of its tokens the first `prefix` are no patches, and the first
-    `readout` of them are what the classifier reads.
+    `readout` of them are what the classifier reads. `alone`: that norm's output is all that the
+    network's features are.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -63,11 +64,23 @@ class Stream:
     after: str
     prefix: int
     readout: int
+    alone: bool
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The steps that are branches."""
         return tuple(step for step in self.steps if isinstance(step, Branch))
+
+    def features(self, net: nn.Module, x: Tensor, first: int) -> Tensor:
+        """Return what `net` makes of its stream x before the step at place `first`: its features.
+
+        `net` is the described network, and `alone`.
+        """
+        assert self.alone
+        for step in self.steps[first:]:
+            x = step.advance(x)
+        found: Tensor = net.get_submodule(self.after)(x)
+        return found
 
     def following(self, step: Branch | Merge) -> str:
         """Return the path of the module whose input is the stream after `step`."""

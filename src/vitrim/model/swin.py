@@ -125,7 +125,9 @@ def _(net: SwinTransformer) -> Stream:
         if not isinstance(stage.downsample, nn.Identity):
             steps.append(Merge(before=f"layers.{index}.downsample", apply=stage.downsample))
         steps += [_branch(part) for part in _parts(net, index)]
-    return Stream(embed=net.patch_embed, steps=tuple(steps), after="norm", prefix=0, readout=0)
+    return Stream(
+        embed=net.patch_embed, steps=tuple(steps), after="norm", prefix=0, readout=0, alone=True
+    )
 
 
 @computed.register

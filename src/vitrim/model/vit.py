@@ -101,6 +101,7 @@ def _(net: VisionTransformer) -> Stream:
         after="norm",
         prefix=net.num_prefix_tokens,
         readout=min(net.num_prefix_tokens, 1 + hasattr(net, "head_dist")) if reads_tokens else 0,
+        alone=True,
     )
 
 

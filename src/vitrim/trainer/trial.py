@@ -21,8 +21,9 @@ from vitrim.compensation import fitted
 from vitrim.criteria import surgeon
 from vitrim.dream import METRIC_SET, Dream
 from vitrim.errors import ConfigError
-from vitrim.model import structure
+from vitrim.model import stream, structure
 from vitrim.model.site import Layer, Structure, blocks_of
+from vitrim.model.stream import Branch
 from vitrim.moments import Moments, key_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.surgery import cut
@@ -118,7 +119,7 @@ class Trials(Calibrate):
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Look at a batch of images (B, C, H, W) in the first epoch, then train on it."""
         if self.current_epoch == 0:
-            if self.metric_set is None or not self._images:
+            if self.metric_set is None or sum(map(len, self._images)) < self.metric_set.images:
                 self._images.append(batch[0])
             self._bound(batch[0])
             super().training_step(batch, batch_index)
@@ -211,17 +212,38 @@ class Trials(Calibrate):
         self._judged = self._images
         if self.metric_set is not None:
             with torch.enable_grad():
+                seen = torch.cat(self._images)
                 self._metric_set, self._labels = self.metric_set.run(
-                    net,
-                    n_classes=logits.shape[1],
-                    low=low,
-                    high=high,
-                    size=self._images[0].shape[2:],  # type: ignore[arg-type]
+                    net, seen, n_classes=logits.shape[1], low=low, high=high
                 )
         self._scores = torch.zeros(len(self.blocks), device=low.device)
-        for at, block in enumerate(self.blocks if not self.recipe_of_trials.epochs else ()):
-            self._judge(at, self._compressed(block))
+        if not self.recipe_of_trials.epochs:
+            self._judge_all()
         self._images = []
+
+    @torch.no_grad()
+    def _judge_all(self) -> None:
+        """Score the trials by least squares; up to its block, each is the dense network.
+
+        That part is run once for all of them, and its stream, held in memory meanwhile: images x
+        tokens x D numbers.
+        """
+        if not self._stream.alone:
+            for at, block in enumerate(self.blocks):
+                self._judge(at, self._compressed(block))
+            return
+        places = {
+            branch.name: at
+            for at, branch in enumerate(self._stream.steps)
+            if isinstance(branch, Branch)
+        }
+        streams, run = [self._stream.embed(x) for x in self._metric_images()], 0
+        for at, (block, (attention, _)) in enumerate(self.blocks.items()):
+            first = places[attention]
+            for step in self._stream.steps[run:first]:
+                streams = [step.advance(x) for x in streams]
+            run = first
+            self._judge(at, self._compressed(block), begun=(first, streams))
 
     def _compressed(self, block: str) -> nn.Module:
         """Return the network with one block compressed, its last layer solved if asked for."""
@@ -239,28 +261,38 @@ class Trials(Calibrate):
         """Return what the solved last layers of compressed blocks are in `net`, by name."""
         return solved(net, plan, evidence, self._ends, self.fold_ridge) if self.regression else {}
 
+    def _metric_images(self) -> list[Tensor]:
+        """Return the batches of images that trials are judged on."""
+        return self._judged if self.metric_set is None else [*torch.split(self._metric_set, 50)]
+
     @torch.no_grad()
-    def _judge(self, at: int, net: nn.Module) -> None:
-        """Score a trial on the metric set."""
-        if self.metric_set is not None:
-            self._judged = [*torch.split(self._metric_set, 50)]
+    def _judge(
+        self, at: int, net: nn.Module, *, begun: tuple[int, list[Tensor]] | None = None
+    ) -> None:
+        """Score a trial on the metric set, or from a step of the stream on, its streams given."""
+        judged = self._metric_images()
         if not self._wanted:
-            self._wanted = [self._said(self.net.eval(), x) for x in self._judged]
+            dense = self.net.eval()
+            self._wanted = [self._said(dense, dense.forward_features(x)) for x in judged]  # type: ignore[operator]
+        net.eval()
         total = torch.zeros((), dtype=torch.float64)
-        for x, wanted in zip(self._judged, self._wanted, strict=True):
-            found = self._said(net.eval(), x)
+        for place, wanted in enumerate(self._wanted):
+            if begun is None:
+                features = net.forward_features(judged[place])  # type: ignore[operator]
+            else:
+                features = stream(net).features(net, begun[1][place], begun[0])
+            found = self._said(net, features)
             if self.distance == "kl":
                 total += F.kl_div(found, wanted, log_target=True, reduction="sum").cpu()
             else:
-                total += len(x) * F.mse_loss(found, wanted).cpu()
-        self._scores[at] = total / sum(map(len, self._judged))
+                total += len(found) * F.mse_loss(found, wanted).cpu()
+        self._scores[at] = total / sum(map(len, judged))
 
-    def _said(self, net: nn.Module, images: Tensor) -> Tensor:
+    def _said(self, net: nn.Module, features: Tensor) -> Tensor:
         """Return what trials are judged by: log-probabilities (B, classes), or features."""
         if self.distance == "kl":
-            logits: Tensor = net(images)
+            logits: Tensor = net.forward_head(features)  # type: ignore[operator]
             return logits.log_softmax(-1)
-        features: Tensor = net.forward_features(images)  # type: ignore[operator]
         return features
 
     def _begin(self, at: int) -> None:

@@ -121,6 +121,19 @@ def test_with_outputs_that_matter_every_rank_loses_the_least(
     assert torch.allclose(up @ down, weight, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_few_derivatives_full_rank_is_still_the_weight(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, g = drawn(shape, dtype=dtype), metric(shape[0], 4, rows=1) * 1e-20
+    known = g if shape[0] <= shape[1] else weight.T.double() @ g @ weight.double()
+    for shrinkage in (0.0, 0.3):
+        mattered = mattering(weight, known, g.diagonal(), shrinkage)
+        up, down = decompose(weight, metric(shape[1]), outputs=mattered).factors(min(shape))
+        assert float((up @ down - weight).abs().max()) <= (1e-3 if dtype.itemsize == 4 else 1e-6)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (12, 8)])
 def test_outputs_that_count_more_are_nearer(shape: tuple[int, int]) -> None:
     weight, cov = drawn(shape), metric(8)

@@ -123,11 +123,11 @@ def decompose(
     exact = min(rows, columns) <= _EXACT or weight.dtype == torch.float64
     wide = weight.double() if exact else weight.float()
     if rows <= columns:
-        root = None if outputs is None else torch.linalg.cholesky(outputs.double()).mT.to(wide)
-        seen = wide if root is None else root @ wide
+        root, inverse = (None, None) if outputs is None else _root(outputs.double(), ridge)
+        seen = wide if root is None else root.mT.to(wide) @ wide
         half = seen / 2 if metric is None else _halved(seen, metric.to(wide), level, ridge)
         energy, u = _eigen(half @ seen.mT)
-        up = u if root is None else torch.linalg.solve_triangular(root, u, upper=True)
+        up = u if inverse is None else inverse.mT.to(wide) @ u
         down = u.mT @ seen
     elif metric is None:
         energy, v = _eigen((wide.mT @ wide if outputs is None else outputs.to(wide)) / 2)
@@ -201,14 +201,14 @@ def _errors(spectrum: Spectrum, metric: Tensor | None) -> Tensor:
     return torch.cat([corners / whole, corners.new_zeros(1)]).sqrt()
 
 
-def _root(metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def _root(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return S with S S^T = C, and S^-1; what rounding made negative counts as the ridge."""
-    root, failed = torch.linalg.cholesky_ex(metric)
+    root, failed = torch.linalg.cholesky_ex(moment)
     if not int(failed):
-        eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+        eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         return root, torch.linalg.solve_triangular(root, eye, upper=False)
-    values, vectors = torch.linalg.eigh(metric)
-    scale = values.clamp_min(ridge).sqrt()
+    values, vectors = torch.linalg.eigh(moment)
+    scale = values.clamp_min(ridge * float(moment.diagonal().mean())).sqrt()
     return vectors * scale, vectors.T / scale[:, None]
 
 

@@ -40,9 +40,7 @@ def main() -> None:
         return max(1, round(n * chosen.share))
 
     def some_damage() -> dict[str, int]:
-        whole = work / "whole-0"
-        if not [*whole.glob(runs.WEIGHTS)]:
-            runs.attempt((*runs.QUICK, "seed=0", f"out={whole}"), after=None, signum=0)
+        whole, _ = runs.uninterrupted(work, 0)
         run = next(whole.glob(runs.WEIGHTS)).parent
         phase = next(whole.glob("phases/score-*"))
         return damage.damaged(share(10_000), run, phase, work, chosen.seed)

@@ -66,20 +66,26 @@ def attempt(words: Sequence[str], *, after: float | None, signum: int) -> int:
         time.sleep(0.005)
 
 
+def uninterrupted(work: Path, seed: int) -> tuple[Path, float]:
+    """Return the folder of a run that nothing happened to, and the seconds it took; run it once."""
+    whole = work / f"whole-{seed}"
+    took = whole / "seconds"
+    if not took.is_file():
+        begun = time.monotonic()
+        attempt((*QUICK, f"seed={seed}", f"out={whole}"), after=None, signum=0)
+        took.write_text(str(time.monotonic() - begun))
+    return whole, float(took.read_text())
+
+
 def interrupted(
     n: int, signums: Sequence[int], allowed: Sequence[int], work: Path, seed: int
 ) -> dict[str, int]:
     """Interrupt runs `n` times in all, each until it ends; count what came of it."""
     generator = random.Random(seed)
     found: Counter[str] = Counter(runs=0, kills=0, lost=0, different=0, wrong_codes=0)
-    seconds = 60.0  # that a run takes; less where one is measured
     while found["kills"] < n:
         words = (*QUICK, f"seed={found['runs'] % 2}")
-        whole = work / f"whole-{found['runs'] % 2}"
-        if not [*whole.glob(WEIGHTS)]:
-            begun = time.monotonic()
-            attempt((*words, f"out={whole}"), after=None, signum=0)
-            seconds = min(seconds, time.monotonic() - begun)
+        whole, seconds = uninterrupted(work, found["runs"] % 2)
         out = work / f"run-{found['runs']}"
         code, tries = 1, 0
         while code != 0 and tries < 50:
@@ -134,9 +140,7 @@ def small_disk(megabytes: float) -> Iterator[Path]:
 
 def full_disks(sizes: Sequence[float], work: Path) -> dict[str, int]:
     """Run on disks of too few megabytes; when there is room, the same command has to end it."""
-    whole = work / "whole-0"
-    if not [*whole.glob(WEIGHTS)]:
-        attempt((*QUICK, "seed=0", f"out={whole}"), after=None, signum=0)
+    whole, _ = uninterrupted(work, 0)
     found = Counter(runs=0, failed=0, lost=0, different=0)
     for size in sizes:
         with small_disk(size) as disk:

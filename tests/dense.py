@@ -6,7 +6,7 @@ import argparse
 
 import timm
 
-from vitrim.method.dcvit import dense_widths
+from vitrim.blocks import dense_widths
 from vitrim.model.site import blocks_of
 from vitrim.plan import Drop, Keep, Plan
 from vitrim.store import on_meta

@@ -14,8 +14,9 @@ from torch import nn
 from command import QUICK, Command
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
+from vitrim.blocks import dense_widths, paper_macs, paper_widths
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.method.dcvit import DCViT, dense_widths, paper_macs, paper_widths
+from vitrim.method.dcvit import DCViT
 from vitrim.model.site import blocks_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.run import CONF

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.blocks import hidden_of
 from vitrim.compensation import fitted
 from vitrim.criteria import surgeon
 from vitrim.dream import METRIC_SET, Dream
-from vitrim.errors import ConfigError
 from vitrim.model import stream, structure
-from vitrim.model.site import Layer, Structure, blocks_of
+from vitrim.model.site import blocks_of
 from vitrim.model.stream import Branch
 from vitrim.moments import Moments, key_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
@@ -386,28 +386,6 @@ def plan_of_trial(
     keep = best_of(evidence.scores[site], max(1, round(width * size)))
     edits = (Drop(branch=attention), Keep(site=site, index=keep))
     return Plan(model={}, edits=edits if len(keep) < size else edits[:1])
-
-
-def end_of(described: Structure, mlp: str) -> Layer:
-    """Return the last layer of the MLP branch `mlp`.
-
-    Raises:
-        ConfigError: it is in two factors.
-    """
-    (end,) = next(branch.ends for branch in described.branches if branch.name == mlp)
-    layer = next((layer for layer in described.layers if layer.name == end), None)
-    if layer is None:
-        raise ConfigError(
-            f"{end}: units are ranked by the layer that reads them, and this one is in two "
-            "factors: compress blocks first and factorise then"
-        )
-    return layer
-
-
-def hidden_of(described: Structure, mlp: str) -> str:
-    """Return the site of the units that the MLP branch `mlp` reads in its last layer."""
-    (site,) = (part.site for part in end_of(described, mlp).inp if part.site is not None)
-    return site
 
 
 def best_of(scores: Tensor, n: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vitrim.errors import ConfigError
-from vitrim.model.site import Layer, Structure, settle
+from vitrim.model.site import Layer, Structure, blocks_of, settle
 from vitrim.plan import Plan
 from vitrim.target import Cost, Target, TargetError
 
@@ -97,62 +97,93 @@ def _counted(chosen: Sequence[str], units: Sequence[tuple[float, int, str]]) -> 
     return widths
 
 
-def paper_widths(
-    cost: Cost, target: Target, order: Sequence[str], blocks: Mapping[str, tuple[str, str]]
-) -> dict[str, int]:
+def paper_widths(cost: Cost, target: Target, order: Sequence[str]) -> dict[str, int]:
     """Return hidden widths by block as the paper's code finds them, its rounding included.
 
     It counts Linears and convolutions without the products of attention, and a LayerNorm as four
     MACs a number; eqs. 1 and 2 in binary floating point give ViT-B 2304, 1535, 1151 and 920 units
-    in 2 to 5 blocks for the MACs of 1 to 4 blocks.
+    in 2 to 5 blocks for the MACs of 1 to 4 blocks. Where blocks differ, as those of Swin's stages
+    do, the equations have the mean of the chosen ones, each of which keeps the same share.
 
     Raises:
         TargetError: the budget needs more blocks than there are candidates.
     """
-    whole, attention, mlp, block = paper_macs(cost, blocks)
+    whole, block, held = paper_macs(cost)
     ratio = (
         (whole - target.keep * block) / whole if target.metric == "blocks" else float(target.keep)
     )
     if ratio > 1:
         ratio = ratio / whole
     gone = whole * (1 - ratio)
-    n = math.ceil(gone / (attention + mlp))
-    if n > len(order):
+
+    def needed(n: int) -> int:
+        """Return how many blocks of the mean size of the first n it takes: eq. 1."""
+        return math.ceil(gone / (sum(sum(held[name]) for name in order[:n]) / n))
+
+    n = next((n for n in range(1, len(order) + 1) if needed(n) <= n), None)
+    if n is None:
         raise TargetError(
-            f"target.{target.metric}={target.keep} cannot be reached: it takes {n} blocks, and "
-            f"there are {len(order)} candidates; spare fewer blocks (method.spare)"
+            f"target.{target.metric}={target.keep} cannot be reached: it takes "
+            f"{needed(len(order))} blocks, and there are {len(order)} candidates; spare fewer "
+            "blocks (method.spare)"
         )
-    mlp_branch = blocks[order[0]][1]
-    first = cost.structure.sites[hidden_of(cost.structure, mlp_branch)].size
-    share = 1 - ((gone - n * attention) / n) / mlp
-    dim = _dim(cost, mlp_branch)
-    width = int(dim * (share * (first / dim)))
-    if not 1 <= width <= first:
-        raise TargetError(
-            f"target.{target.metric}={target.keep}: eqs. 1 and 2 give {width} hidden units in "
-            f"each of {n} blocks, of {first}; choose another budget or method.accounting=exact"
-        )
-    return dict.fromkeys(order[:n], width)
+    attentions, mlps = (sum(held[name][part] for name in order[:n]) for part in (0, 1))
+    share = 1 - ((gone - attentions) / n) / (mlps / n)
+    widths, branches = {}, whole_blocks(cost.structure)
+    for name in order[:n]:
+        end = end_of(cost.structure, branches[name][1])
+        dim = _rows(end)
+        first = cost.structure.sites[hidden_of(cost.structure, branches[name][1])].size
+        widths[name] = int(dim * (share * (first / dim)))
+        if not 1 <= widths[name] <= first:
+            raise TargetError(
+                f"target.{target.metric}={target.keep}: eqs. 1 and 2 give {widths[name]} of "
+                f"{first} hidden units in each of {n} blocks such as {name}; choose another "
+                "budget or method.accounting=exact"
+            )
+    return widths
 
 
-def paper_macs(cost: Cost, blocks: Mapping[str, tuple[str, str]]) -> tuple[int, int, int, int]:
-    """Return MACs as the paper counts them: network, attention with its norm, MLP, block."""
-    attended = [*cost.attended(Plan(model={}, edits=()))]
-    tokens, context, _, dims = attended[0]
-    attention, mlp = next(iter(blocks.values()))
-    dense = settle(cost.structure, {})
+def paper_macs(cost: Cost) -> tuple[int, int, dict[str, tuple[int, int]]]:
+    """Return MACs as the paper counts them: network, block of mean size, the parts of each block.
+
+    Those are its attention with the norm before it, and its MLP without. The norms between Swin's
+    stages are left out.
+    """
+    described, dense = cost.structure, settle(cost.structure, {})
     macs = cost.of(dense).macs
-    norm = 4 * tokens * _dim(cost, mlp)
-    products = tokens * context * dims
-    no_attention, no_mlp = (macs - cost.of(dense, dropped={name}).macs for name in (attention, mlp))
-    linear = no_attention - products
-    whole = macs - sum(t * c * d for t, c, _, d in attended) + norm * (2 * len(attended) + 1)
-    return whole, linear + norm, no_mlp, linear + norm + no_mlp + norm
+    attended = cost.attended(Plan(model={}, edits=()))
+    products = {
+        attention.branch: tokens * context * dims
+        for attention, (tokens, context, _, dims) in zip(
+            described.attentions, attended, strict=True
+        )
+    }
+    held, norms = {}, []
+    for block, (attention, mlp) in whole_blocks(described).items():
+        end = end_of(described, mlp)
+        norms.append(4 * cost.positions(end.name) * _rows(end))
+        no_attention, no_mlp = (
+            macs - cost.of(dense, dropped={name}).macs for name in (attention, mlp)
+        )
+        held[block] = no_attention - products[attention] + norms[-1], no_mlp
+    whole = macs - sum(products.values()) + 2 * sum(norms) + norms[-1]
+    return whole, (sum(map(sum, held.values())) + sum(norms)) // len(held), held
 
 
-def _dim(cost: Cost, mlp: str) -> int:
-    """Return how many numbers a token has in the stream that an MLP adds to."""
-    return sum(part.size for part in end_of(cost.structure, mlp).out)
+def whole_blocks(described: Structure) -> dict[str, tuple[str, str]]:
+    """Return the attention and the MLP branch of every block that has these and no others."""
+    attentions = {attention.branch for attention in described.attentions}
+    return {
+        block: (names[0], names[1])
+        for block, names in blocks_of(described).items()
+        if len(names) == 2 and names[0] in attentions and names[1] not in attentions
+    }
+
+
+def _rows(end: Layer) -> int:
+    """Return how many numbers a token has in the stream that a branch adds to."""
+    return sum(part.size for part in end.out)
 
 
 def end_of(described: Structure, mlp: str) -> Layer:

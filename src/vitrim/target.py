@@ -288,6 +288,10 @@ class Cost:
             resolve(self.structure, plan), scored, ranks, dropped_of(self.structure, plan)
         )
 
+    def positions(self, layer: str) -> int:
+        """Return at how many positions of one image a layer is applied."""
+        return self._positions[layer]
+
     def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
         """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""
         left, dropped = resolve(self.structure, plan), dropped_of(self.structure, plan)

@@ -54,16 +54,48 @@ def pairs(cost: Cost) -> dict[str, tuple[str, str]]:
 def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple[int, ...]) -> None:
     cost = cost_of(name)
     for n, width in enumerate(widths, start=1):
-        found = paper_widths(cost, Target(metric="blocks", keep=n), [*pairs(cost)], pairs(cost))
+        found = paper_widths(cost, Target(metric="blocks", keep=n), [*pairs(cost)])
         assert list(found.values()) == [width] * (n + 1)
 
 
 def test_the_papers_count_of_vit_base() -> None:
     cost = cost_of("vit_base_patch16_224")
-    whole, attention, mlp, block = paper_macs(cost, pairs(cost))
+    whole, block, held = paper_macs(cost)
+    attention, mlp = held["blocks.1"]
     assert (whole, block) == (16_863_630_336, 1_395_554_304)
     assert (attention, mlp) == (465_386_496, 929_562_624)
     assert (whole - 3 * block) / whole == pytest.approx(0.751734186, abs=1e-9)
+
+
+SWIN = "swin_base_patch4_window7_224"
+
+
+def test_the_papers_count_of_swins_stages() -> None:
+    _, block, held = paper_macs(cost_of(SWIN))
+    total = 0
+    for stage, depth in enumerate((2, 2, 18, 2)):
+        tokens, dim = 56**2 >> 2 * stage, 128 << stage
+        found = {held[f"layers.{stage}.blocks.{at}"] for at in range(depth)}
+        assert found == {(4 * tokens * dim * (dim + 1), 8 * tokens * dim**2)}
+        total += depth * 4 * tokens * dim * (3 * dim + 2)
+    assert block == total // 24
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.5, 2.5, 4, 7])
+def test_blocks_of_several_stages_meet_the_papers_budget_with_one_share(keep: float) -> None:
+    cost = cost_of(SWIN)
+    _, block, held = paper_macs(cost)
+    order = [f"layers.{stage}.blocks.{at}" for at in (0, 1) for stage in (0, 3, 2, 1)]
+    widths = paper_widths(cost, Target(metric="blocks", keep=keep), order)
+    assert [*widths] == order[: len(widths)]
+    sizes = {name: 512 << int(name.split(".")[1]) for name in widths}
+    gone = sum(
+        held[name][0] + held[name][1] * (size - widths[name]) / size for name, size in sizes.items()
+    )
+    unit = sum(held[name][1] / size for name, size in sizes.items())
+    assert -1 <= gone - keep * block < unit
+    shares = [widths[name] / size for name, size in sizes.items()]
+    assert max(shares) - min(shares) < 1 / 512
 
 
 @pytest.mark.parametrize("metric", ["macs", "params"])

@@ -28,7 +28,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.blocks import dense_widths, hidden_of, paper_widths
+from vitrim.blocks import dense_widths, hidden_of, paper_widths, whole_blocks
 from vitrim.dream import Dream
 from vitrim.errors import ConfigError, is_count, is_positive, require
 from vitrim.model import structure
@@ -325,16 +325,10 @@ class DCViT:
 
     def _candidates(self, described: Structure) -> dict[str, tuple[str, str]]:
         """Return the attention and the MLP branch of every block that may be compressed."""
-        attentions = {attention.branch for attention in described.attentions}
-        whole = {
-            block: (names[0], names[1])
-            for block, names in blocks_of(described).items()
-            if len(names) == 2 and names[0] in attentions and names[1] not in attentions
-        }
         first, last = self.spare
         order = [*blocks_of(described)]
         inner = set(order[first : len(order) - last])
-        return {block: names for block, names in whole.items() if block in inner}
+        return {block: names for block, names in whole_blocks(described).items() if block in inner}
 
     def _eligible(self, candidates: Mapping[str, tuple[str, str]]) -> list[str]:
         """Return the candidates that may be chosen: all, or those that are asked for.
@@ -365,7 +359,7 @@ class DCViT:
             TargetError: the candidates, all of them compressed, are above the budget.
         """
         if self.accounting == "paper":
-            widths = paper_widths(cost, self.budget, order, self._candidates(cost.structure))
+            widths = paper_widths(cost, self.budget, order)
             return widths, list(widths)
         return dense_widths(
             cost, self.budget, order, self._candidates(cost.structure), extra=self.extra

@@ -21,19 +21,17 @@ def main() -> None:
         net = timm.create_model(parser.parse_args().name)
     cost = Cost(net, 224)
     whole = cost.plan(Plan(model={}, edits=())).macs
-    pairs = {
-        block: (names[0], names[1]) for block, names in [*blocks_of(cost.structure).items()][1:-1]
-    }
+    order = [(block,) for block in [*blocks_of(cost.structure)][1:-1]]
     print("asked MACs       reached MACs     below  blocks  units left in each")
     for step in range(50):
         target = Target(metric="macs", keep=round(0.995 - 0.0115 * step, 4))
-        widths, dropped = dense_widths(cost, target, [*pairs], pairs)
+        widths, dropped = dense_widths(cost, target, order)
         keeps = [
             Keep(site=site, index=tuple(range(width)))
             for block, width in widths.items()
             if width < cost.structure.sites[site := f"{block}.mlp.hidden"].size
         ]
-        drops = [Drop(branch=pairs[block][0]) for block in dropped]
+        drops = [Drop(branch=f"{block}.attn") for block in dropped]
         reached = cost.plan(Plan(model={}, edits=(*drops, *keeps))).macs
         allowed = cost.allowed(target)
         units = " ".join(map(str, widths.values()))

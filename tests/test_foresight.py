@@ -44,6 +44,14 @@ def test_scores_are_set_against_what_blocks_cost(tmp_path: Path) -> None:
     assert group.correlation == pytest.approx(1.0)
 
 
+def test_a_group_of_blocks_goes_by_its_first(tmp_path: Path) -> None:
+    for block, top1 in zip(SCORES, (70.0, 88.0, 80.0), strict=True):
+        ran(tmp_path / block, block, top1, blocks=[block, f"{block}9"])
+    (group,) = foreseen([read(tmp_path / block) for block in SCORES])
+    assert group.blocks == ["blocks.1", "blocks.2", "blocks.3"]
+    assert group.lost == [20.0, 2.0, 10.0]
+
+
 def test_the_correlation_has_a_sign(tmp_path: Path) -> None:
     (group,) = foreseen([read(folder) for folder in three(tmp_path, 88.0, 70.0, 80.0)])
     assert group.correlation == pytest.approx(-1.0)

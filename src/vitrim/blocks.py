@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, groupby
 
 import torch
 
@@ -12,53 +13,57 @@ from vitrim.model.site import Layer, Structure, blocks_of, settle
 from vitrim.plan import Plan
 from vitrim.target import Cost, Target, TargetError
 
+Group = tuple[str, ...]
+"""Successive blocks of a stage that are compressed together, by path, in network order."""
+
 
 def dense_widths(
-    cost: Cost,
-    target: Target,
-    order: Sequence[str],
-    blocks: Mapping[str, tuple[str, str]],
-    *,
-    extra: int = 0,
+    cost: Cost, target: Target, order: Sequence[Group], *, extra: int = 0
 ) -> tuple[dict[str, int], list[str]]:
     """Return hidden widths by block and the blocks without attention: the largest within `target`.
 
-    The fewest blocks of `order` that can meet it, and `extra` more, keep the same share of their
+    The fewest groups of `order` that can meet it, and `extra` more, keep the same share of their
     units, or one unit more. So little may have to go that an attention would be too much: then the
-    blocks at the end of them keep theirs.
+    groups at the end of them keep theirs.
 
     Raises:
-        TargetError: not even all blocks of `order` with one unit each are within `target`.
+        TargetError: not even all of `order` with one unit a block are within `target`.
     """
     described, limit = cost.structure, cost.allowed(target)
-    sites = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
+    blocks = whole_blocks(described)
+    sites = {block: hidden_of(described, blocks[block][1]) for block in _flat(order)}
     sizes = {block: described.sites[site].size for block, site in sites.items()}
 
-    def left(widths: Mapping[str, int], attended: Sequence[str]) -> int:
+    def left(widths: Mapping[str, int], attended: Collection[str]) -> int:
         kept = {sites[block]: torch.arange(width) for block, width in widths.items()}
         dropped = {blocks[block][0] for block in widths if block not in attended}
         amount = cost.of(settle(described, kept), (), None, dropped)
         return int(getattr(amount, target.unit))
 
     enough = next(
-        (n for n in range(1, len(order) + 1) if left(dict.fromkeys(order[:n], 1), ()) <= limit),
+        (
+            n
+            for n in range(1, len(order) + 1)
+            if left(dict.fromkeys(_flat(order[:n]), 1), ()) <= limit
+        ),
         None,
     )
     if enough is None:
-        lowest = left(dict.fromkeys(order, 1), ())
+        lowest = left(dict.fromkeys(_flat(order), 1), ())
         whole = cost.whole(target.unit)
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: compressing all "
-            f"{len(order)} candidate blocks leaves {lowest:,} of {whole:,} {target.unit} "
-            f"({lowest / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
+            f"{len(order)} candidates ({len(_flat(order))} blocks) leaves {lowest:,} of {whole:,} "
+            f"{target.unit} ({lowest / whole:.4f}), not {limit:,}; spare fewer blocks "
+            "(method.spare)"
         )
     n = enough + extra
     if n > len(order):
         raise TargetError(
-            f"method.extra={extra}: {enough} blocks and these are more than the {len(order)} "
-            "candidates; set fewer"
+            f"method.extra={extra}: {len(_flat(order[:enough]))} blocks and these are more than "
+            f"the {len(order)} candidates ({len(_flat(order))} blocks); set fewer"
         )
-    chosen = order[:n]
+    chosen = _flat(order[:n])
     units = sorted(
         ((place + 1) / sizes[block], at, block)
         for at, block in enumerate(chosen)
@@ -67,16 +72,16 @@ def dense_widths(
     ones, full = dict.fromkeys(chosen, 1), {block: sizes[block] for block in chosen}
     attended = next(  # as many attentions go as still leave units to take
         (
-            chosen[at:]
-            for at in range(n, -1, -1)
-            if left(ones, chosen[at:]) <= limit <= left(full, chosen[at:])
+            rest
+            for rest in (_flat(order[at:n]) for at in range(n, -1, -1))
+            if left(ones, rest) <= limit <= left(full, rest)
         ),
         None,
     )
     if attended is None:
         raise TargetError(
-            f"target.{target.metric}={target.keep} lies between what {n} blocks with and without "
-            "an attention leave; set another target or method.extra"
+            f"target.{target.metric}={target.keep} lies between what {n} candidates with and "
+            "without attentions leave; set another target or method.extra"
         )
     low, high = 0, len(units)
     while low < high:  # the most units within the limit
@@ -97,13 +102,13 @@ def _counted(chosen: Sequence[str], units: Sequence[tuple[float, int, str]]) -> 
     return widths
 
 
-def paper_widths(cost: Cost, target: Target, order: Sequence[str]) -> dict[str, int]:
+def paper_widths(cost: Cost, target: Target, order: Sequence[Group]) -> dict[str, int]:
     """Return hidden widths by block as the paper's code finds them, its rounding included.
 
     It counts Linears and convolutions without the products of attention, and a LayerNorm as four
     MACs a number; eqs. 1 and 2 in binary floating point give ViT-B 2304, 1535, 1151 and 920 units
     in 2 to 5 blocks for the MACs of 1 to 4 blocks. Where blocks differ, as those of Swin's stages
-    do, the equations have the mean of the chosen ones, each of which keeps the same share.
+    do, the equations have the mean of the chosen groups, whose blocks all keep the same share.
 
     Raises:
         TargetError: the budget needs more blocks than there are candidates.
@@ -117,20 +122,21 @@ def paper_widths(cost: Cost, target: Target, order: Sequence[str]) -> dict[str, 
     gone = whole * (1 - ratio)
 
     def needed(n: int) -> int:
-        """Return how many blocks of the mean size of the first n it takes: eq. 1."""
-        return math.ceil(gone / (sum(sum(held[name]) for name in order[:n]) / n))
+        """Return how many groups of the mean size of the first n it takes: eq. 1."""
+        return math.ceil(gone / (sum(sum(held[name]) for name in _flat(order[:n])) / n))
 
     n = next((n for n in range(1, len(order) + 1) if needed(n) <= n), None)
     if n is None:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: it takes "
-            f"{needed(len(order))} blocks, and there are {len(order)} candidates; spare fewer "
-            "blocks (method.spare)"
+            f"{needed(len(order)) * len(order[0])} blocks, and there are {len(order)} candidates "
+            f"({len(_flat(order))} blocks); spare fewer blocks (method.spare)"
         )
-    attentions, mlps = (sum(held[name][part] for name in order[:n]) for part in (0, 1))
+    chosen = _flat(order[:n])
+    attentions, mlps = (sum(held[name][part] for name in chosen) for part in (0, 1))
     share = 1 - ((gone - attentions) / n) / (mlps / n)
     widths, branches = {}, whole_blocks(cost.structure)
-    for name in order[:n]:
+    for name in chosen:
         end = end_of(cost.structure, branches[name][1])
         dim = _rows(end)
         first = cost.structure.sites[hidden_of(cost.structure, branches[name][1])].size
@@ -138,8 +144,8 @@ def paper_widths(cost: Cost, target: Target, order: Sequence[str]) -> dict[str, 
         if not 1 <= widths[name] <= first:
             raise TargetError(
                 f"target.{target.metric}={target.keep}: eqs. 1 and 2 give {widths[name]} of "
-                f"{first} hidden units in each of {n} blocks such as {name}; choose another "
-                "budget or method.accounting=exact"
+                f"{first} hidden units in {name}, of {len(chosen)} blocks; choose another budget "
+                "or method.accounting=exact"
             )
     return widths
 
@@ -179,6 +185,28 @@ def whole_blocks(described: Structure) -> dict[str, tuple[str, str]]:
         for block, names in blocks_of(described).items()
         if len(names) == 2 and names[0] in attentions and names[1] not in attentions
     }
+
+
+def groups_of(described: Structure, blocks: Collection[str], together: int) -> list[Group]:
+    """Return `blocks`, in network order, in groups of `together` successive ones of a stage.
+
+    A stage is what has one parent and one width of stream. Groups are counted from its first block,
+    whichever blocks are asked for: a pair of Swin has plain windows and then shifted ones. One that
+    lacks a block, asked for or not there, is left out.
+    """
+    branches = whole_blocks(described)
+
+    def place(block: str) -> tuple[str, int, int]:
+        stage, _, number = block.rpartition(".")
+        return stage, _rows(end_of(described, branches[block][1])), int(number) // together
+
+    found = [tuple(group) for _, group in groupby(blocks, key=place)]
+    return [group for group in found if len(group) == together]
+
+
+def _flat(groups: Sequence[Group]) -> list[str]:
+    """Return the blocks of groups, one after the other."""
+    return [*chain.from_iterable(groups)]
 
 
 def _rows(end: Layer) -> int:

@@ -1,7 +1,7 @@
 """How well trials of dense compression foresee what a block costs: DC-ViT's figure 4.
 
-From runs that each compressed one block (`method.only=[blocks.3]`): the block's score in the trials
-against the top-1 that the network lost.
+From runs that each compressed one block (`method.only=[blocks.3]`), or one group of blocks, which
+goes by the name of its first: its score in the trials against the top-1 that the network lost.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def foreseen(runs: Sequence[Run]) -> list[Foreseen]:
     for run in runs:
         trials, blocks = trials_of(run)
         dense, final = run.record.get("dense.top1"), run.record.get("compact.top1")
-        if len(blocks) != 1 or blocks[0] not in trials or dense is None or final is None:
+        tried = [block for block in blocks if block in trials]
+        if len(tried) != 1 or dense is None or final is None:
             continue
         aim = f"{run.record['target.metric']}={run.record['target.keep']}"
         label = f"{run.record['choices.model']}, {aim}, seed {run.record['seed']}"
         group = groups.setdefault((label, tuple(sorted(trials.items()))), {})
-        group[blocks[0]] = (trials[blocks[0]], dense - final)
+        group[tried[0]] = (trials[tried[0]], dense - final)
     return [
         Foreseen(
             label,

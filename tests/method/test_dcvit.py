@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 from torch import nn
 
-from command import QUICK, Command
+from command import QUICK, Command, Done
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
-from vitrim.blocks import dense_widths, paper_macs, paper_widths
+from vitrim.blocks import Group, dense_widths, groups_of, paper_macs, paper_widths
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.method.dcvit import DCViT
 from vitrim.model.site import blocks_of
@@ -36,9 +38,8 @@ def cost_of(name: str) -> Cost:
     return Cost(skeleton_net(name), 224)
 
 
-def pairs(cost: Cost) -> dict[str, tuple[str, str]]:
-    inner = [*blocks_of(cost.structure).items()][1:-1]
-    return {block: (names[0], names[1]) for block, names in inner}
+def singles(cost: Cost) -> list[Group]:
+    return [(block,) for block in [*blocks_of(cost.structure)][1:-1]]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def pairs(cost: Cost) -> dict[str, tuple[str, str]]:
 def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple[int, ...]) -> None:
     cost = cost_of(name)
     for n, width in enumerate(widths, start=1):
-        found = paper_widths(cost, Target(metric="blocks", keep=n), [*pairs(cost)])
+        found = paper_widths(cost, Target(metric="blocks", keep=n), singles(cost))
         assert list(found.values()) == [width] * (n + 1)
 
 
@@ -86,7 +87,8 @@ def test_blocks_of_several_stages_meet_the_papers_budget_with_one_share(keep: fl
     cost = cost_of(SWIN)
     _, block, held = paper_macs(cost)
     order = [f"layers.{stage}.blocks.{at}" for at in (0, 1) for stage in (0, 3, 2, 1)]
-    widths = paper_widths(cost, Target(metric="blocks", keep=keep), order)
+    groups = [(block,) for block in order]
+    widths = paper_widths(cost, Target(metric="blocks", keep=keep), groups)
     assert [*widths] == order[: len(widths)]
     sizes = {name: 512 << int(name.split(".")[1]) for name in widths}
     gone = sum(
@@ -104,7 +106,7 @@ def test_fifty_targets_are_met_to_within_a_hidden_unit_a_block(metric: Any) -> N
     unit = 2 * 192 * 197 if metric == "macs" else 2 * 192 + 1
     for step in range(50):
         target = Target(metric=metric, keep=0.995 - 0.0115 * step)
-        widths, dropped = dense_widths(cost, target, [*pairs(cost)], pairs(cost))
+        widths, dropped = dense_widths(cost, target, singles(cost))
         plan = plan_of(cost, widths, dropped)
         left = getattr(cost.plan(plan), metric)
         assert 0 <= cost.allowed(target) - left < unit, (target, widths)
@@ -123,9 +125,7 @@ def plan_of(cost: Cost, widths: dict[str, int], dropped: list[str]) -> Any:
 
 def test_so_little_may_go_that_an_attention_stays() -> None:
     cost = cost_of("deit_tiny_patch16_224")
-    widths, dropped = dense_widths(
-        cost, Target(metric="blocks", keep=0.1), [*pairs(cost)], pairs(cost)
-    )
+    widths, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), singles(cost))
     assert dropped == []
     assert list(widths) == ["blocks.1"]
 
@@ -133,8 +133,8 @@ def test_so_little_may_go_that_an_attention_stays() -> None:
 def test_more_blocks_take_less_of_each() -> None:
     cost = cost_of("deit_tiny_patch16_224")
     target = Target(metric="blocks", keep=2)
-    few, _ = dense_widths(cost, target, [*pairs(cost)], pairs(cost))
-    more, dropped = dense_widths(cost, target, [*pairs(cost)], pairs(cost), extra=1)
+    few, _ = dense_widths(cost, target, singles(cost))
+    more, dropped = dense_widths(cost, target, singles(cost), extra=1)
     assert len(more) == len(few) + 1 == len(dropped)
     assert min(more.values()) > max(few.values())
 
@@ -159,6 +159,9 @@ def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
         (["method.reuse=magic"], "method.reuse=magic"),
         (["method.accounting=mine"], "method.accounting=mine"),
         (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
+        (["method.together=0"], "method.together=0: expected a whole number of blocks from 1 on"),
+        (["method.together=1.5"], "method.together=1.5"),
+        (["method.together=two"], "method.together=two"),
         (["method.spare=[1]"], r"method\.spare=\[1\]"),
         (["method.extra=-1"], "method.extra=-1"),
         (["method.extra=1", "method.accounting=paper"], "method.extra=1: .* 0 with accounting"),
@@ -187,6 +190,17 @@ def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
         (["target.macs=0.2"], "target.macs=0.2 cannot be reached: compressing all 4 candidate"),
         (["target.blocks=1", "method.extra=3"], "method.extra=3: 2 blocks and these are more than"),
         (["method.only=[blocks.0]"], "method.only: blocks.0: expected some of blocks.1, blocks.2"),
+        (["method.together=2", "target.macs=0.7"], "all 1 candidates (2 blocks) leaves"),
+        (
+            ["method.together=2", "target.blocks=1", "method.extra=1"],
+            "method.extra=1: 2 blocks and these are more than the 1 candidates (2 blocks)",
+        ),
+        (
+            ["method.together=2", "target.blocks=2", "method.accounting=paper"],
+            "it takes 4 blocks, and there are 1 candidates (2 blocks)",
+        ),
+        (["method.together=2", "method.only=[blocks.1]"], "expected some of blocks.2, blocks.3"),
+        (["method.together=5"], "method.together=5, method.spare=[1, 1]: no stage has 5"),
         (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
         (
             ["target.blocks=4.5", "method.accounting=paper"],
@@ -197,7 +211,7 @@ def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
 def test_unreachable_targets_are_refused_before_any_training(
     overrides: list[str], said: str
 ) -> None:
-    with pytest.raises(VitrimError, match=said.replace(".", r"\.")):
+    with pytest.raises(VitrimError, match=re.escape(said)):
         built(*overrides).check(Cost(deep_net(), 32))
 
 
@@ -276,3 +290,132 @@ def test_a_network_without_attention_is_refused_in_words() -> None:
     cost = Cost(skeleton_net("resnet18"), 64)
     with pytest.raises(ConfigError, match="no blocks of an attention and an MLP"):
         built("strength=2").check(cost)
+
+
+def small_swin() -> nn.Module:
+    """Return a random Swin: maps of 8x8 and 4x4 tokens in windows of 4x4."""
+    return randomise(
+        timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=32,
+            window_size=4,
+            embed_dim=12,
+            depths=(4, 5),
+            num_heads=(2, 3),
+            num_classes=7,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("together", "spare", "stages"),
+    [(1, 1, [1, 2, 18, 1]), (2, 1, [0, 1, 9, 0]), (2, 0, [1, 1, 9, 1]), (4, 0, [0, 0, 4, 0])],
+)
+def test_successive_blocks_of_a_stage_are_one_candidate(
+    together: int, spare: int, stages: list[int]
+) -> None:
+    described = cost_of(SWIN).structure
+    blocks = [*blocks_of(described)]
+    groups = groups_of(described, blocks[spare : len(blocks) - spare], together)
+    assert [sum(f"layers.{i}" in group[0] for group in groups) for i in range(4)] == stages
+    for group in groups:
+        places = [blocks.index(block) for block in group]
+        assert places == [*range(places[0], places[0] + together)]
+        assert int(group[0].rpartition(".")[2]) % together == 0
+
+
+@pytest.mark.parametrize("budget", ["strength=1.5", "strength=2.5", "target.params=0.7"])
+def test_pairs_lose_both_attentions_and_the_same_share_of_units(budget: str) -> None:
+    net, method = small_swin(), built(budget, "method.together=2")
+    cost = Cost(net, 32)
+    plan = method.plan(net, Evidence(scores={}), cost)
+    unit, limit = method.budget.unit, cost.allowed(method.budget)
+    assert 0 <= limit - getattr(cost.plan(plan), unit) < 2 * 12 * 8 * 8
+    blocks = plan.provenance["blocks"]
+    expected = [f"layers.{i}.blocks.{j}" for i, j in ((0, 2), (0, 3), (1, 0), (1, 1))]
+    assert blocks == expected[: len(blocks)]
+    assert len(blocks) in (2, 4)
+    assert [edit.branch for edit in plan.drops()] == [f"{block}.attn" for block in blocks]
+    shares = [
+        width / (48 << int(block.split(".")[1]))
+        for block, width in zip(blocks, plan.provenance["widths"], strict=True)
+    ]
+    assert max(shares) - min(shares) < 1.01 / 48
+    small = cut(net, plan)
+    assert count(small, 32)[:2] == cost.plan(plan)[:2]
+    assert bool(torch.isfinite(small(torch.ones(1, 3, 32, 32))).all())
+
+
+def test_extra_is_in_pairs_and_so_are_attentions_that_stay() -> None:
+    cost = Cost(small_swin(), 32)
+    order = groups_of(cost.structure, [*blocks_of(cost.structure)], 2)
+    few, dropped = dense_widths(cost, Target(metric="blocks", keep=1), order)
+    more, _ = dense_widths(cost, Target(metric="blocks", keep=1), order, extra=2)
+    assert (len(few), len(more)) == (2, 6)
+    assert dropped == list(order[0])
+    little, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), order)
+    assert (list(little), dropped) == (list(order[0]), [])
+
+
+@pytest.mark.parametrize(
+    ("only", "blocks"),
+    [("layers.1.blocks.3", (2, 3)), ("layers.1.blocks.0", (0, 1))],
+)
+def test_a_pair_is_asked_for_by_one_of_its_blocks(only: str, blocks: tuple[int, int]) -> None:
+    net = small_swin()
+    method = built("target.blocks=1", "method.together=2", f"method.only=[{only}]")
+    plan = method.plan(net, Evidence(scores={}), Cost(net, 32))
+    assert plan.provenance["blocks"] == [f"layers.1.blocks.{at}" for at in blocks]
+
+
+def test_pairs_of_the_papers_accounting_in_swin() -> None:
+    cost = cost_of(SWIN)
+    _, block, held = paper_macs(cost)
+    order = groups_of(cost.structure, [*blocks_of(cost.structure)][1:-1], 2)
+    widths = paper_widths(cost, Target(metric="blocks", keep=4), order[1:])
+    attention, mlp = held["layers.2.blocks.0"]
+    ratio = 1 - (4 * block - 6 * attention) / (6 * mlp)
+    assert list(widths) == [f"layers.2.blocks.{at}" for at in range(6)]
+    assert list(widths.values()) == [int(2048 * ratio)] * 6
+
+
+DIGITS_SWIN = (
+    "model=swin_tiny",
+    "model.num_classes=10",
+    "model.image_size=8",
+    "+model.args.in_chans=1",
+    "+model.args.patch_size=1",
+    "+model.args.window_size=3",
+    "+model.args.embed_dim=12",
+    "+model.args.depths=[2,4]",
+    "+model.args.num_heads=[2,3]",
+    "method=dcvit",
+    "method.together=2",
+    "method.spare=[2,0]",
+    "method.accounting=paper",
+    "target.blocks=2.5",
+)
+"""Two pairs to choose from, in the second stage; both are needed, with equal widths."""
+
+
+def provenance(done: Done) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    return found
+
+
+def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) -> None:
+    done = command(*DIGITS_SWIN, *QUICK, "data=none")
+    (width,) = set(provenance(done)["widths"])
+    steps = {"cut", "refit", "mimic"}, {"cut", "refit", "mimic", "refit-2", "mimic-2"}
+    for share, stages in zip((width / 96, 0.9), steps, strict=True):
+        trained = ("method.trial.training.epochs=1", f"method.trial.width={share}")
+        done = command(*DIGITS_SWIN, *QUICK, "method.tuning.training.epochs=1", *trained)
+        assert done.code == 0, done.output
+        plan = provenance(done)
+        first, second = sorted(plan["trials"], key=lambda block: plan["trials"][block])
+        assert {first, second} == {"layers.1.blocks.0", "layers.1.blocks.2"}
+        assert plan["blocks"] == [
+            f"{start[:-1]}{int(start[-1]) + at}" for start in (first, second) for at in (0, 1)
+        ]
+        report = json.loads(done.report.read_text())
+        assert set(report["stages"]) == stages  # the best trial is a step, if its width fits

@@ -139,7 +139,7 @@ def tried(folder: Path, metric_set: Dream | None, *callbacks: Callback) -> dict[
     """Train trials of two blocks, two epochs each; return scores, moments and the best weights."""
     trials = Trials(
         small_net(dtype=torch.float32, depth=3, proj_drop_rate=0.2, **DIGITS),
-        blocks={f"blocks.{i}": (f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in (0, 1)},
+        groups=[("blocks.0",), ("blocks.1",)],
         sampling=Sampling(images=8 * STEPS, tokens=4, readout=1.0),
         reuse="surgeon",
         regression=True,

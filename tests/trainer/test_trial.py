@@ -17,8 +17,8 @@ from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.trial import BLOCKS, METRIC_SET, Trials, best_of, frozen, solved
 
-PAIRS = {f"blocks.{i}": (f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in (1, 2)}
-ENDS = {block: f"{block}.mlp.fc2" for block in PAIRS}
+SINGLES = [("blocks.1",), ("blocks.2",)]
+ENDS = {block: f"{block}.mlp.fc2" for (block,) in SINGLES}
 NONE = Recipe(epochs=0, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0)
 
 
@@ -33,7 +33,7 @@ def loader(n: int = 24) -> DataLoader[Any]:
 
 def tried(net: nn.Module, n: int = 24, **changes: Any) -> Trials:
     settings: dict[str, Any] = {
-        "blocks": PAIRS,
+        "groups": SINGLES,
         "sampling": Sampling(images=n, tokens=None, readout=1.0),
         "reuse": "surgeon",
         "regression": True,
@@ -88,6 +88,28 @@ def test_the_score_is_the_distance_of_the_network_with_that_block_compressed() -
     assert scores(phase)[1].item() == pytest.approx(distance.item(), rel=1e-4)
 
 
+def test_a_group_is_one_trial_of_all_its_blocks() -> None:
+    net = deep()
+    phase = tried(net, groups=[("blocks.1", "blocks.2")], width=1.0, regression=False)
+    compact = cut(net, Plan(model={}, edits=tuple(Drop(branch=f"{b}.attn") for b in ENDS)))
+    x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
+    distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    assert scores(phase).tolist() == pytest.approx([distance.item()], rel=1e-4)
+
+
+def test_groups_train_as_single_blocks_do() -> None:
+    recipe = Recipe(epochs=3, lr=2e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=1.0)
+    how: dict[str, Any] = {"distance": "mse", "regression": False}
+    both = [("blocks.1", "blocks.2")]
+    still, phase = (tried(deep(), groups=both, recipe=by, **how) for by in (NONE, recipe))
+    assert phase.epochs == 4
+    assert bool((scores(phase) < scores(still)).all())
+    single = scores(tried(deep(), recipe=recipe, **how))
+    assert bool((scores(phase) > single.max()).all())
+
+
 def test_training_brings_a_trial_nearer() -> None:
     recipe = Recipe(epochs=6, lr=2e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=1.0)
     net = deep()
@@ -104,13 +126,14 @@ def test_the_rear_and_the_classifier_stay() -> None:
     parts = {".".join(name.split(".")[:2]) for name in names}
     assert parts == {"head.weight", "head.bias", "blocks.3"}
     assert frozen(deep(), ["blocks.1"], front=False) == {"head.weight", "head.bias"}
+    assert frozen(deep(), ["blocks.0", "blocks.1"], front=True) == names
     assert frozen(deep(), ["blocks.3"], front=True) == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("reuse", ["surgeon", "activation", "random"])
 def test_every_way_to_choose_units_ranks_all_of_them(reuse: str) -> None:
     found = tried(deep(), reuse=reuse).evidence().scores
-    for block in PAIRS:
+    for (block,) in SINGLES:
         ranked = found[f"{block}.mlp.hidden"]
         assert ranked.shape == (48,)
         assert bool(torch.isfinite(ranked).all())

@@ -4,7 +4,9 @@ A few blocks lose their attention and most of their MLP; so few of them, and so 
 budget is met to within one hidden unit a block, where dropping whole blocks reaches a handful of
 sizes only. Which blocks: those whose trial (`vitrim.trainer.trial`) leaves the network nearest to
 what it said of a set of images. Then the network mimics the dense one's features on a few
-unlabelled images, in the front part up to the neighbour of the last compressed block.
+unlabelled images, in the front part up to the neighbour of the last compressed block. In Swin the
+paper takes successive blocks in pairs, with plain windows and shifted ones (`together: 2`): a
+candidate is a group, with one trial, and is compressed in all its blocks or in none.
 
 The paper's: eqs. 1-6, Algorithm 1, that set dreamt up by the network (`metric_set: dream`), the
 ablations of its Table 6 (`reuse` random, activation or none, `distance` mse, `mimic` class, `front`
@@ -28,7 +30,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.blocks import dense_widths, hidden_of, paper_widths, whole_blocks
+from vitrim.blocks import Group, dense_widths, groups_of, hidden_of, paper_widths, whole_blocks
 from vitrim.dream import Dream
 from vitrim.errors import ConfigError, is_count, is_positive, require
 from vitrim.model import structure
@@ -78,10 +80,10 @@ class Ridges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One block by itself: the share `width` of its units kept, then mimicking by `training`.
+    """One candidate by itself: the share `width` of its units kept, then mimicking by `training`.
 
-    0 epochs rank blocks by least squares alone. All strengths share the trials; the paper's, of the
-    width that a budget needs, are asked for by that width.
+    0 epochs rank candidates by least squares alone. All strengths share the trials; the paper's, of
+    the width that a budget needs, are asked for by that width.
     """
 
     width: float
@@ -124,6 +126,7 @@ class DCViT:
     target: Mapping[str, Any]
     levels: Sequence[float]
     accounting: Accounting
+    together: int
     spare: Sequence[int]
     extra: int
     only: Sequence[str] | None
@@ -144,6 +147,7 @@ class DCViT:
             "method",
             self,
             ("accounting", self.accounting in get_args(Accounting), "exact or paper"),
+            ("together", is_count(self.together), "a whole number of blocks from 1 on"),
             (
                 "spare",
                 len(self.spare) == 2 and all(n == 0 or is_count(n) for n in self.spare),
@@ -183,15 +187,15 @@ class DCViT:
         return choose(self.strength, self.levels, self.target, metric="macs")
 
     def check(self, cost: Cost) -> None:
-        """Raise TargetError if the candidate blocks alone cannot meet the budget."""
+        """Raise TargetError if the candidates alone cannot meet the budget."""
         if not self.budget.is_identity:
-            self._widths(cost, self._eligible(self._candidates(cost.structure)))
+            self._widths(cost, self._eligible(cost.structure))
 
     def scorer(self, net: nn.Module) -> Trials:
         """Return the pass over the few images, and the trials."""
         return Trials(
             net,
-            blocks=self._candidates(structure(net)),
+            groups=self._candidates(structure(net)),
             sampling=self.sampling,
             reuse=self.reuse,
             regression=self.regression,
@@ -205,19 +209,23 @@ class DCViT:
         )
 
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
-        """Compress the blocks with the lowest scores, as many as the budget needs."""
+        """Compress the candidates with the lowest scores, as many as the budget needs.
+
+        The provenance has `trials`, the scores, by the first block of each candidate.
+        """
         candidates = self._candidates(cost.structure)
         if BLOCKS in evidence.scores:
             found = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
         else:
             _log.info("no images to try blocks on: they are taken in the network's order")
-            found = {block: float(place) for place, block in enumerate(candidates)}
-        order = sorted(self._eligible(candidates), key=lambda block: found[block])
+            found = {group: float(place) for place, group in enumerate(candidates)}
+        order = sorted(self._eligible(cost.structure), key=lambda group: found[group])
         edits: list[Drop | Keep] = []
         widths, dropped = self._widths(cost, order)
+        branches = whole_blocks(cost.structure)
         for block, width in widths.items():
-            attention, _ = candidates[block]
-            site = hidden_of(cost.structure, candidates[block][1])
+            attention, mlp = branches[block]
+            site = hidden_of(cost.structure, mlp)
             size = cost.structure.sites[site].size
             if block in dropped:
                 edits.append(Drop(branch=attention))
@@ -230,7 +238,9 @@ class DCViT:
             "accounting": self.accounting,
             "blocks": list(widths),
             "widths": list(widths.values()),
-            "trials": found if BLOCKS in evidence.scores else {},
+            "trials": {group[0]: score for group, score in found.items()}
+            if BLOCKS in evidence.scores
+            else {},
         }
         return Plan(model={}, edits=tuple(edits), provenance=provenance)
 
@@ -261,35 +271,39 @@ class DCViT:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[LightningModule]:
-        """Yield regression and mimicking, block by block where `progressive`, at once where not.
+        """Yield regression and mimicking, group by group where `progressive`, at once where not.
 
-        Between the phases of progressive compression the network has the blocks so far; the others
+        Between the phases of progressive compression the network has the groups so far; the others
         are the dense network's own until it is their turn.
         """
-        candidates = self._candidates(structure(teacher))
-        scores = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
-        done = [
-            block
-            for block in candidates
-            if not _same_shapes(student.get_submodule(block), teacher.get_submodule(block))
+        described = structure(teacher)
+        candidates, branches = self._candidates(described), whole_blocks(described)
+        scores = evidence.scores[BLOCKS].tolist()
+        steps = [
+            [
+                block
+                for block in group
+                if not _same_shapes(student.get_submodule(block), teacher.get_submodule(block))
+            ]
+            for _, group in sorted(zip(scores, candidates, strict=True), key=lambda pair: pair[0])
         ]
-        done.sort(key=lambda block: scores[block])
-        groups = [[block] for block in done] if self.progressive else [done]
+        done = [block for step in steps for block in step]
+        steps = [step for step in steps if step] if self.progressive else [done]
         compressed = {block: student.get_submodule(block) for block in done}
         tried = self._tried(teacher, evidence, candidates) if self.progressive else None
-        for group in groups[1:]:
-            for block in group:
+        for step in steps[1:]:
+            for block in step:
                 whole = (tried or teacher).get_submodule(block)
                 student.set_submodule(block, copy.deepcopy(whole))
         taken = tried is not None and _same_shapes(student, tried)
         if tried is not None and taken:  # the best trial is the first step, done already
             student.load_state_dict(tried.state_dict())
         ready: list[str] = []
-        for group in groups:
-            for block in group:
+        for step in steps:
+            for block in step:
                 student.set_submodule(block, compressed[block])
-            ready += group
-            if taken and group is groups[0]:
+            ready += step
+            if taken and step is steps[0]:
                 continue
             if self.regression and self.reuse != "none":
                 yield Refit(
@@ -298,7 +312,7 @@ class DCViT:
                     sampling=self.sampling,
                     ridge=self.ridges.fold,
                     closing_ridge=self.ridges.closing,
-                    branches=[candidates[block][1] for block in group],
+                    branches=[branches[block][1] for block in step],
                 )
             if self.tuning.training.epochs:
                 yield Mimic(
@@ -311,48 +325,62 @@ class DCViT:
                 )
 
     def _tried(
-        self, teacher: nn.Module, evidence: Evidence, candidates: Mapping[str, tuple[str, str]]
+        self, teacher: nn.Module, evidence: Evidence, candidates: Sequence[Group]
     ) -> nn.Module | None:
         """Return the network of the best trial, if trials were trained."""
         found = evidence.moments.get(CANDIDATE)
         if found is None:
             return None
-        attention, mlp = [*candidates.values()][int(found["place"])]
-        plan = plan_of_trial(teacher, attention, mlp, evidence, self.trial.width)
+        group = candidates[int(found["place"])]
+        plan = plan_of_trial(teacher, group, evidence, self.trial.width)
         net = cut(teacher, plan)
         nn.utils.vector_to_parameters(found["parameters"], net.parameters())
         return net
 
-    def _candidates(self, described: Structure) -> dict[str, tuple[str, str]]:
-        """Return the attention and the MLP branch of every block that may be compressed."""
+    def _candidates(self, described: Structure) -> list[Group]:
+        """Return the groups of blocks that may be compressed: none of them is spared."""
         first, last = self.spare
         order = [*blocks_of(described)]
         inner = set(order[first : len(order) - last])
-        return {block: names for block, names in whole_blocks(described).items() if block in inner}
+        blocks = [block for block in whole_blocks(described) if block in inner]
+        return groups_of(described, blocks, self.together)
 
-    def _eligible(self, candidates: Mapping[str, tuple[str, str]]) -> list[str]:
-        """Return the candidates that may be chosen: all, or those that are asked for.
+    def _eligible(self, described: Structure) -> list[Group]:
+        """Return the candidates that may be chosen: all, or those with a block that is asked for.
 
         Raises:
-            ConfigError: one of these is none.
+            ConfigError: there are none, or one of these blocks is in none.
         """
-        if not candidates:
+        if not whole_blocks(described):
             raise ConfigError(
                 f"method={self.name}: the network has no blocks of an attention and an MLP to "
                 "compress; method=practise and mir drop whole blocks, fskd and cd cut channels"
             )
-        wrong = sorted(set(self.only or ()) - set(candidates))
+        candidates = self._candidates(described)
+        if not candidates:
+            raise ConfigError(
+                f"method.together={self.together}, method.spare={list(self.spare)}: no stage has "
+                f"{self.together} successive blocks that are not spared; set less of either"
+            )
+        known = [block for group in candidates for block in group]
+        wrong = sorted(set(self.only or ()) - set(known))
         if wrong:
             raise ConfigError(
-                f"method.only: {', '.join(wrong[:3])}: expected some of {', '.join(candidates)}"
+                f"method.only: {', '.join(wrong[:3])}: expected some of {', '.join(known)}"
             )
-        return [block for block in candidates if self.only is None or block in self.only]
+        asked = set(known if self.only is None else self.only)
+        return [group for group in candidates if not asked.isdisjoint(group)]
 
     def _ends(self, described: Structure) -> dict[str, str]:
         ends = {branch.name: branch.ends[0] for branch in described.branches}
-        return {block: ends[mlp] for block, (_, mlp) in self._candidates(described).items()}
+        branches = whole_blocks(described)
+        return {
+            block: ends[branches[block][1]]
+            for group in self._candidates(described)
+            for block in group
+        }
 
-    def _widths(self, cost: Cost, order: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    def _widths(self, cost: Cost, order: Sequence[Group]) -> tuple[dict[str, int], list[str]]:
         """Return the hidden width of each compressed block, and those that lose their attention.
 
         Raises:
@@ -361,9 +389,7 @@ class DCViT:
         if self.accounting == "paper":
             widths = paper_widths(cost, self.budget, order)
             return widths, list(widths)
-        return dense_widths(
-            cost, self.budget, order, self._candidates(cost.structure), extra=self.extra
-        )
+        return dense_widths(cost, self.budget, order, extra=self.extra)
 
 
 def _same_shapes(one: nn.Module, other: nn.Module) -> bool:

@@ -1,10 +1,10 @@
-"""Trials of dense compression: how well the network does with one block compressed by itself.
+"""Trials of dense compression: how well the network does with one candidate compressed by itself.
 
-A trial (DC-ViT, arXiv 2403.18708, Algorithm 1) takes the attention out of a block and most units
-out of its MLP, mends what it can, and scores what the network then says of the metric set. Beyond
-the paper, units are ranked on what they are without the attention, and the last layer is first
-solved by least squares towards what the whole block did; both come from one pass over the images,
-for all blocks at once, and with `epochs` 0 that is all.
+A trial (DC-ViT, arXiv 2403.18708, Algorithm 1) takes the attention out of a block, or of each of a
+group of successive blocks, and most units out of its MLP, mends what it can, and scores what the
+network then says of the metric set. Beyond the paper, units are ranked on what they are without the
+attention, and the last layer is first solved by least squares towards what the whole block did;
+both come from one pass over the images, for all blocks at once, and with `epochs` 0 that is all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim.blocks import hidden_of
+from vitrim.blocks import Group, hidden_of, whole_blocks
 from vitrim.compensation import fitted
 from vitrim.criteria import surgeon
 from vitrim.dream import METRIC_SET, Dream
@@ -38,7 +38,7 @@ CANDIDATE = "candidate"
 
 
 class Trials(Calibrate):
-    """Calibrate all candidate blocks, then try each one, and score it (higher: harder to lose).
+    """Calibrate all candidates' blocks, then try each candidate, and score it (high: hard to lose).
 
     Evidence has, beside what `Calibrate` finds for the candidates' MLPs, `scores` by hidden site
     and, under "blocks", one a candidate in their order; `moments` of "metric_set", if it was dreamt
@@ -47,7 +47,7 @@ class Trials(Calibrate):
 
     Trials that train do so on the calibration images, in their order, towards the features that the
     dense network had for them in the first epoch. Of the best one the parameters are kept, one
-    after another, (n,), under "candidate", with the place of its block.
+    after another, (n,), under "candidate", with the place of its group.
     """
 
     resumes_at = "epoch"
@@ -56,7 +56,7 @@ class Trials(Calibrate):
         self,
         net: nn.Module,
         *,
-        blocks: Mapping[str, Sequence[str]],
+        groups: Sequence[Group],
         sampling: Sampling,
         reuse: Reuse,
         regression: bool,
@@ -69,6 +69,8 @@ class Trials(Calibrate):
         seed: int,
     ) -> None:
         described = structure(net)
+        whole = whole_blocks(described)
+        blocks = {block: whole[block] for group in groups for block in group}
         self.hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
         super().__init__(
             net,
@@ -77,7 +79,8 @@ class Trials(Calibrate):
             taylor=False,
             targets=True,
         )
-        self.blocks = dict(blocks)
+        self.groups = list(groups)
+        self.blocks = blocks
         self.reuse = reuse
         self.regression = regression
         self.order_ridge, self.fold_ridge = ridges
@@ -87,9 +90,9 @@ class Trials(Calibrate):
         self.metric_set = metric_set
         self.distance = distance
         self.seed = seed
-        self.epochs = 1 + len(blocks) * recipe.epochs
+        self.epochs = 1 + len(groups) * recipe.epochs
         self.settings |= {
-            "blocks": list(blocks),
+            "blocks": ["+".join(group) for group in groups],
             "reuse": reuse,
             "regression": regression,
             "ridges": list(ridges),
@@ -216,21 +219,21 @@ class Trials(Calibrate):
                 self._metric_set, self._labels = self.metric_set.run(
                     net, seen, n_classes=logits.shape[1], low=low, high=high
                 )
-        self._scores = torch.zeros(len(self.blocks), device=low.device)
+        self._scores = torch.zeros(len(self.groups), device=low.device)
         if not self.recipe_of_trials.epochs:
             self._judge_all()
         self._images = []
 
     @torch.no_grad()
     def _judge_all(self) -> None:
-        """Score the trials by least squares; up to its block, each is the dense network.
+        """Score the trials by least squares; up to its first block, each is the dense network.
 
         That part is run once for all of them, and its stream, held in memory meanwhile: images x
         tokens x D numbers.
         """
         if not self._stream.alone:
-            for at, block in enumerate(self.blocks):
-                self._judge(at, self._compressed(block))
+            for at, group in enumerate(self.groups):
+                self._judge(at, self._compressed(group))
             return
         places = {
             branch.name: at
@@ -238,18 +241,17 @@ class Trials(Calibrate):
             if isinstance(branch, Branch)
         }
         streams, run = [self._stream.embed(x) for x in self._metric_images()], 0
-        for at, (block, (attention, _)) in enumerate(self.blocks.items()):
-            first = places[attention]
+        for at, group in enumerate(self.groups):
+            first = places[self.blocks[group[0]][0]]
             for step in self._stream.steps[run:first]:
                 streams = [step.advance(x) for x in streams]
             run = first
-            self._judge(at, self._compressed(block), begun=(first, streams))
+            self._judge(at, self._compressed(group), begun=(first, streams))
 
-    def _compressed(self, block: str) -> nn.Module:
-        """Return the network with one block compressed, its last layer solved if asked for."""
+    def _compressed(self, group: Group) -> nn.Module:
+        """Return the network with one group compressed, its last layers solved if asked for."""
         evidence = self.evidence()
-        attention, mlp = self.blocks[block]
-        plan = plan_of_trial(self.net, attention, mlp, evidence, self.width)
+        plan = plan_of_trial(self.net, group, evidence, self.width)
         net = cut(self.net, plan)
         values = self.values(net, plan, evidence)
         with torch.no_grad():
@@ -296,9 +298,9 @@ class Trials(Calibrate):
         return features
 
     def _begin(self, at: int) -> None:
-        block = [*self.blocks][at]
-        trial = self._compressed(block).train()
-        fixed = frozen(trial, [block], front=self.front)
+        group = self.groups[at]
+        trial = self._compressed(group).train()
+        fixed = frozen(trial, group, front=self.front)
         for name, parameter in trial.named_parameters():
             parameter.requires_grad_(name not in fixed)
         self._trial = [trial]
@@ -376,16 +378,19 @@ def step(
     return loss.detach()
 
 
-def plan_of_trial(
-    net: nn.Module, attention: str, mlp: str, evidence: Evidence, width: float
-) -> Plan:
-    """Return the plan of one trial: the attention goes, the share `width` of the units stays."""
+def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float) -> Plan:
+    """Return the plan of one trial: attentions go, the share `width` of the units stays."""
     described = structure(net)
-    site = hidden_of(described, mlp)
-    size = described.sites[site].size
-    keep = best_of(evidence.scores[site], max(1, round(width * size)))
-    edits = (Drop(branch=attention), Keep(site=site, index=keep))
-    return Plan(model={}, edits=edits if len(keep) < size else edits[:1])
+    branches = whole_blocks(described)
+    edits: list[Drop | Keep] = []
+    for attention, mlp in (branches[block] for block in group):
+        site = hidden_of(described, mlp)
+        size = described.sites[site].size
+        keep = best_of(evidence.scores[site], max(1, round(width * size)))
+        edits.append(Drop(branch=attention))
+        if len(keep) < size:
+            edits.append(Keep(site=site, index=keep))
+    return Plan(model={}, edits=tuple(edits))
 
 
 def best_of(scores: Tensor, n: int) -> tuple[int, ...]:

@@ -42,6 +42,18 @@ def test_a_sliced_network_is_factorised_within_a_joint_budget(
     assert report["stages"].keys() == {"cut", "regress"}
 
 
+@pytest.mark.parametrize("trained", [0, 1])
+def test_dense_compression_goes_on_from_itself(command: Command, trained: int) -> None:
+    words = ("method=dcvit", *QUICK, "method.tuning.training.epochs=1")
+    first = command(*words, "target.blocks=0.9", "method.only=[blocks.1]")
+    trials = f"method.trial.training.epochs={trained}"
+    done = command(*words, "target.macs=0.6", trials, f"from_run={first.report.parent}")
+    assert done.code == 0, done.message
+    _, plan = vitrim.load(done.report.parent)
+    assert {edit.branch for edit in plan.drops()} == {"blocks.1.attn", "blocks.2.attn"}
+    assert "mimic" in json.loads(done.report.read_text())["stages"]
+
+
 def test_the_start_matters_and_its_folder_does_not(
     command: Command, sliced: Path, tmp_path: Path
 ) -> None:

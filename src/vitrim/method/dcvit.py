@@ -277,7 +277,12 @@ class DCViT:
         are the dense network's own until it is their turn.
         """
         described = structure(teacher)
-        candidates, branches = self._candidates(described), whole_blocks(described)
+        branches = whole_blocks(described)
+        candidates = [  # of the network that was scored, which an earlier run may have compressed
+            group
+            for group in self._candidates(described)
+            if all(hidden_of(described, branches[block][1]) in evidence.scores for block in group)
+        ]
         scores = evidence.scores[BLOCKS].tolist()
         steps = [
             [
@@ -327,13 +332,15 @@ class DCViT:
     def _tried(
         self, teacher: nn.Module, evidence: Evidence, candidates: Sequence[Group]
     ) -> nn.Module | None:
-        """Return the network of the best trial, if trials were trained."""
+        """Return the network of the best trial, if trials were trained, and of the dense one."""
         found = evidence.moments.get(CANDIDATE)
         if found is None:
             return None
         group = candidates[int(found["place"])]
         plan = plan_of_trial(teacher, group, evidence, self.trial.width)
         net = cut(teacher, plan)
+        if len(found["parameters"]) != sum(tensor.numel() for tensor in net.parameters()):
+            return None  # of a network that an earlier run had compressed
         nn.utils.vector_to_parameters(found["parameters"], net.parameters())
         return net
 

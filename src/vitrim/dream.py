@@ -1,8 +1,7 @@
 """Images that a network dreams up, to judge other networks by when there are few real ones.
 
 DeepInversion's image prior on DeepDream, as DC-ViT uses it (arXiv 2403.18708, eqs. 4 and 5): from
-noise, pixels are optimised until the network is sure of given classes, held smooth and small. Ours:
-dreams may begin with the few images instead, as DeepDream's own do.
+noise, pixels are optimised until the network is sure of given classes, held smooth and small.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +22,16 @@ from vitrim.errors import is_count, is_positive, is_rate, require
 METRIC_SET = "metric_set"
 """Under which evidence has the images."""
 
-Start = Literal["noise", "images"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dream:
-    """How images are made; conf/method/dcvit.yaml has the paper's code's numbers.
+    """How images are made; the defaults of conf/method/dcvit.yaml are the paper's code's.
 
-    From `start` on, `images` of as many distinct classes, `iterations` of Adam with peak rate `lr`
-    (linear warm-up, then cosine decay), shifted by up to `jitter` pixels and mirrored at random in
-    each; `smooth` weighs the total variation, each direction's to the power `power`, `small` the
-    images' norms.
+    `images` of as many distinct classes, `iterations` of Adam with peak rate `lr` (linear warm-up,
+    then cosine decay), shifted by up to `jitter` pixels and mirrored at random in each; `smooth`
+    weighs the total variation, each direction's to the power `power`, `small` the images' norms.
     """
 
-    start: Start
     images: int
     iterations: int
     warmup: int
@@ -52,7 +46,6 @@ class Dream:
         require(
             "method.dream",
             self,
-            ("start", self.start in get_args(Start), "noise or images"),
             ("images", is_count(self.images), whole),
             ("iterations", is_count(self.iterations), whole),
             ("warmup", self.warmup == 0 or is_count(self.warmup), "a whole number from 0 on"),
@@ -64,7 +57,7 @@ class Dream:
         )
 
     def run(
-        self, net: nn.Module, seen: Tensor, *, n_classes: int, low: Tensor, high: Tensor
+        self, net: nn.Module, *, n_classes: int, low: Tensor, high: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return images (n, C, H, W) as `net` wants them and the classes (n,) they stand for.
 
@@ -72,19 +65,16 @@ class Dream:
 
         Args:
             net: in eval mode; its parameters are left alone.
-            seen: real images, (m, C, H, W), whose size the others have; `start=images` begins with
-                them, in turn.
             n_classes: of its logits.
             low: the least value that a pixel may have, (C,).
             high: the largest.
+            size: height and width in pixels.
         """
         generator = torch.Generator().manual_seed(0)
         classes = torch.randperm(n_classes, generator=generator)
         labels = classes.repeat(-(-self.images // n_classes))[: self.images].to(low.device)
-        if self.start == "images":
-            pixels = seen[torch.arange(self.images, device=seen.device) % len(seen)].to(low)
-        else:
-            pixels = torch.randn((self.images, *seen.shape[1:]), generator=generator).to(low)
+        shape = (self.images, len(low), *size)
+        pixels = torch.randn(shape, generator=generator).to(low)
         pixels.requires_grad_()
         adam = torch.optim.Adam([pixels], lr=self.lr, betas=(0.5, 0.9))
         floor, ceiling = low[:, None, None], high[:, None, None]
@@ -96,12 +86,12 @@ class Dream:
             adam.param_groups[0]["lr"] = self.lr * self._pace(step)
             shifts = [
                 int(torch.randint(-self.jitter, self.jitter + 1, (), generator=generator))
-                for _ in "hw"
+                for _ in size
             ]
-            moved = torch.roll(pixels, shifts, dims=(2, 3))
+            seen = torch.roll(pixels, shifts, dims=(2, 3))
             if torch.rand((), generator=generator) < 0.5:
-                moved = moved.flip(3)
-            losses = F.cross_entropy(net(moved), labels, reduction="none")
+                seen = seen.flip(3)
+            losses = F.cross_entropy(net(seen), labels, reduction="none")
             with torch.no_grad():
                 better = losses < best
                 best = torch.where(better, losses, best)

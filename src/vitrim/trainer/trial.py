@@ -122,7 +122,7 @@ class Trials(Calibrate):
     def training_step(self, batch: Any, batch_index: int) -> None:
         """Look at a batch of images (B, C, H, W) in the first epoch, then train on it."""
         if self.current_epoch == 0:
-            if self.metric_set is None or sum(map(len, self._images)) < self.metric_set.images:
+            if self.metric_set is None or not self._images:
                 self._images.append(batch[0])
             self._bound(batch[0])
             super().training_step(batch, batch_index)
@@ -215,9 +215,12 @@ class Trials(Calibrate):
         self._judged = self._images
         if self.metric_set is not None:
             with torch.enable_grad():
-                seen = torch.cat(self._images)
                 self._metric_set, self._labels = self.metric_set.run(
-                    net, seen, n_classes=logits.shape[1], low=low, high=high
+                    net,
+                    n_classes=logits.shape[1],
+                    low=low,
+                    high=high,
+                    size=self._images[0].shape[2:],  # type: ignore[arg-type]
                 )
         self._scores = torch.zeros(len(self.groups), device=low.device)
         if not self.recipe_of_trials.epochs:

@@ -22,6 +22,21 @@ QUICK = (
 """Overrides for a run that shows that it works, not how well."""
 
 
+def swin(depths: str) -> tuple[str, ...]:
+    """Return a Swin for the digits: maps of 8x8 and 4x4 tokens in windows of 3x3."""
+    return (
+        "model=swin_tiny",
+        "model.num_classes=10",
+        "model.image_size=8",
+        "+model.args.in_chans=1",
+        "+model.args.patch_size=1",
+        "+model.args.window_size=3",
+        "+model.args.embed_dim=12",
+        f"+model.args.depths={depths}",
+        "+model.args.num_heads=[2,3]",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """What a finished command leaves behind."""

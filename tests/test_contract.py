@@ -9,22 +9,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import vitrim
-from command import QUICK, Command, Done
+from command import QUICK, Command, Done, swin
 from vitrim.run import CONF
 
 METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))
-SWIN = (
-    "model=swin_tiny",
-    "model.num_classes=10",
-    "model.image_size=8",
-    "+model.args.in_chans=1",
-    "+model.args.patch_size=1",
-    "+model.args.window_size=3",
-    "+model.args.embed_dim=12",
-    "+model.args.depths=[2,2]",
-    "+model.args.num_heads=[2,3]",
-)
-"""Maps of 8x8 and 4x4 tokens in windows of 3x3, for the digits."""
 
 
 COARSE = ("mir", "practise")
@@ -67,7 +55,7 @@ def run(command: Command, method: str, strength: float, *more: str) -> Done:
     return done
 
 
-@pytest.mark.parametrize("model", [("model=vit_digits",), SWIN], ids=["vit", "swin"])
+@pytest.mark.parametrize("model", [("model=vit_digits",), swin("[2,2]")], ids=["vit", "swin"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_from_yaml_to_report(
     command: Command, method: str, model: tuple[str, ...]

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from PIL import Image
 from torch import nn
 
-from command import QUICK, Command, Done
+from command import QUICK, Command, Done, swin
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
 from vitrim.blocks import Group, dense_widths, groups_of, paper_macs, paper_widths
@@ -380,15 +380,7 @@ def test_pairs_of_the_papers_accounting_in_swin() -> None:
 
 
 DIGITS_SWIN = (
-    "model=swin_tiny",
-    "model.num_classes=10",
-    "model.image_size=8",
-    "+model.args.in_chans=1",
-    "+model.args.patch_size=1",
-    "+model.args.window_size=3",
-    "+model.args.embed_dim=12",
-    "+model.args.depths=[2,4]",
-    "+model.args.num_heads=[2,3]",
+    *swin("[2,4]"),
     "method=dcvit",
     "method.together=2",
     "method.spare=[2,0]",

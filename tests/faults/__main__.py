@@ -7,6 +7,7 @@ files, and a sweep whose jobs fail in every way. `--share 0.05` does a twentieth
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ def main() -> None:
     from tests.faults import damage, runs
 
     torch.set_num_threads(1)
+    logging.getLogger("vitrim").setLevel(logging.ERROR)  # of every save that was cut short
     work = Path(tempfile.mkdtemp(dir=Path.cwd(), prefix=".faults-"))
 
     def share(n: int) -> int:

@@ -26,6 +26,10 @@ TINY = ("method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
             ["experiment=vtp/cifar10_tiny", "data.augmentation.hflip=0"],
             ["auto_augment, color_jitter", "+data.augmentation.hflip=... hands it to timm"],
         ),
+        (
+            ["model=mobilenetv2", "model.args={pad_type: same}"],
+            ["unknown key model.args.pad_type: +model.args.pad_type=... hands it to timm"],
+        ),
         (["strength=-1"], ["strength=-1", "0 to 5"]),
         (["strength=5.1"], ["strength=5.1", "0 to 5"]),
         (["strength=x"], ["strength=x", "0 to 5"]),

@@ -412,10 +412,13 @@ def _explain(error: Exception, arguments: Sequence[str], config: str = "run") ->
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown is not None:
-        parent, _, _ = unknown[1].rpartition(".")
+        full = str(getattr(error.__cause__, "full_key", None))
+        key = full if full.startswith(f"{unknown[1]}.") else unknown[1]  # within a value {key: ...}
+        parent, _, _ = key.rpartition(".")
         known = _known_keys(parent, arguments, config)
-        added = f"; +{unknown[1]}=... hands it to timm" if parent in TO_TIMM else ""
-        return f"unknown key {unknown[1]}: expected one of {', '.join(known)}{added}"
+        ways = [f"expected one of {', '.join(known)}"] if known else []
+        ways += [f"+{key}=... hands it to timm"] if parent in TO_TIMM else []
+        return f"unknown key {key}: {'; '.join(ways)}"
     if "Config search path" in text:
         return text.split("Config search path")[0].strip()
     if isinstance(error, OSError) and error.filename is not None:

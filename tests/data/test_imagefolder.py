@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -131,6 +132,20 @@ def test_every_validation_image_is_seen_once_and_plain(
     seen: dict[str, list[torch.Tensor]],
 ) -> None:
     assert torch.cat(seen["val"]).tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m10-n20-inc1", "augmix-m10", "v0", "original"]
+)
+def test_no_augmentation_ends_a_run(tmp_path: Path, policy: str) -> None:
+    root = make(tmp_path, train={"a": 1}, val={"a": 1})
+    module = images_in(root, augmentation={"auto_augment": policy}).module(SPEC)
+    transform = module.train_set.transform
+    image = Image.open(tmp_path / "train" / "a" / "0.png")
+    for seed in range(300):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(image).shape == (3, 32, 32)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the measuring data beside the checkout")

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -83,9 +85,7 @@ class _Module(Loaders):
         }
         self.train_set = None if images.train is None else copy.copy(images.train)
         if self.train_set is not None:
-            self.train_set.transform = create_transform(
-                **prepare, is_training=True, **images.augmentation
-            )
+            self.train_set.transform = _augmented(**prepare, **images.augmentation)
         plain = create_transform(**prepare, crop_pct=spec.crop_pct)
         self.val_set = copy.copy(images.val)
         self.val_set.transform = plain
@@ -119,3 +119,21 @@ class _Module(Loaders):
         if self.mix is not None:
             return self.mix(images, labels)
         return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
+
+
+def _augmented(**options: Any) -> Any:
+    """Return timm's training transform, but for its posterising, which Pillow can refuse."""
+    transform: Any = create_transform(is_training=True, **options)
+    for step in transform.transforms:
+        sets = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+        for operation in (operation for some in sets for operation in some):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """Keep the highest bits of every channel; of none is left black, an error in Pillow 13."""
+    if bits > 0:
+        return posterize(image, bits)  # type: ignore[no-any-return]
+    return Image.new(image.mode, image.size)

@@ -94,6 +94,34 @@ def dense_widths(
     return _counted(chosen, units[:low]), [block for block in chosen if block not in attended]
 
 
+def fewest(cost: Cost, target: Target, order: Sequence[str]) -> list[str]:
+    """Return the fewest first blocks of `order` without which `target` is met.
+
+    Raises:
+        TargetError: all of them are not enough.
+    """
+    limit, unit = cost.allowed(target), target.unit
+    dense, branches = settle(cost.structure, {}), blocks_of(cost.structure)
+    for n in range(len(order) + 1):
+        gone = {name for block in order[:n] for name in branches[block]}
+        left = getattr(cost.of(dense, dropped=gone), unit)
+        if left <= limit:
+            return list(order[:n])
+    whole = cost.whole(unit)
+    raise TargetError(
+        f"target.{target.metric}={target.keep} cannot be reached: dropping all "
+        f"{len(order)} candidate blocks leaves {left:,} of {whole:,} {unit} "
+        f"({left / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
+    )
+
+
+def share_of(cost: Cost, block: str) -> float:
+    """Return which share of the MACs goes with `block`."""
+    dense = settle(cost.structure, {})
+    without = cost.of(dense, dropped=blocks_of(cost.structure)[block]).macs
+    return 1 - without / cost.of(dense).macs
+
+
 def _counted(chosen: Sequence[str], units: Sequence[tuple[float, int, str]]) -> dict[str, int]:
     """Return how many units each block has, the first one that all have included."""
     widths = dict.fromkeys(chosen, 1)
@@ -185,6 +213,11 @@ def whole_blocks(described: Structure) -> dict[str, tuple[str, str]]:
         for block, names in blocks_of(described).items()
         if len(names) == 2 and names[0] in attentions and names[1] not in attentions
     }
+
+
+def lone_blocks(described: Structure) -> list[str]:
+    """Return the blocks that are one branch each, as those of convolutional networks are."""
+    return [block for block, names in blocks_of(described).items() if names == [block]]
 
 
 def groups_of(described: Structure, blocks: Collection[str], together: int) -> list[Group]:

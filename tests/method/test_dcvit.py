@@ -16,7 +16,7 @@ from torch import nn
 from command import QUICK, Command, Done, swin
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
-from vitrim.blocks import Group, dense_widths, groups_of, paper_macs, paper_widths
+from vitrim.blocks import Group, dense_widths, groups_of, paper_macs, paper_widths, share_of
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.method.dcvit import DCViT
 from vitrim.model.site import blocks_of
@@ -24,6 +24,7 @@ from vitrim.plan import Drop, Evidence, Keep, Plan
 from vitrim.run import CONF
 from vitrim.surgery import cut
 from vitrim.target import Cost, Target
+from vitrim.trainer.trial import BLOCKS, CANDIDATE, learnt, plan_of_trial
 
 
 def built(*overrides: str) -> DCViT:
@@ -286,10 +287,46 @@ def test_compression_leaves_the_dense_network_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_a_network_without_attention_is_refused_in_words() -> None:
-    cost = Cost(skeleton_net("resnet18"), 64)
+def test_a_network_without_anything_to_drop_is_refused_in_words() -> None:
+    cost = Cost(skeleton_net("mixer_s32_224"), 224)
     with pytest.raises(ConfigError, match="no blocks of an attention and an MLP"):
         built("strength=2").check(cost)
+
+
+def test_of_a_convolutional_network_the_fewest_blocks_go_by_score_for_their_share() -> None:
+    net = skeleton_net("mobilenetv2_100")
+    cost, method = Cost(net, 64), built("target.macs=0.9", "method.spare=[0,0]")
+    blocks = [*blocks_of(cost.structure)]
+    shares = torch.tensor([share_of(cost, block) for block in blocks])
+    scores = shares * torch.arange(len(blocks), 0, -1)  # for their share, the last is the easiest
+    plan = method.plan(net, Evidence(scores={BLOCKS: scores}), cost)
+    dropped = [edit.branch for edit in plan.drops()]
+    assert dropped == blocks[: -len(dropped) - 1 : -1]
+    assert len(dropped) == len(plan.edits)
+    limit = cost.allowed(method.budget)
+    assert cost.plan(plan).macs <= limit
+    fewer = Plan(model={}, edits=plan.edits[:-1])
+    assert cost.plan(fewer).macs > limit
+
+
+def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:
+    net = randomise(deep_net())
+    method = built("target.macs=0.8", "method.trial.width=0.9", "method.regression=false")
+    cost = Cost(net, 32)
+    hidden = {f"blocks.{i}.mlp.hidden": torch.arange(48.0) for i in range(1, 5)}
+    scores = {**hidden, BLOCKS: torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    first = plan_of_trial(net, ("blocks.1",), Evidence(scores=scores), 0.9)
+    tried = torch.cat([7 * tensor.flatten() for tensor in learnt(cut(net, first))])
+    found = {CANDIDATE: {"parameters": tried, "place": torch.tensor(0)}}
+    evidence = Evidence(scores=scores, moments=found)
+    plan = method.plan(net, evidence, cost)
+    assert plan.provenance["blocks"] == ["blocks.1", "blocks.2"]
+    student = cut(net, plan)
+    next(iter(method.recovery(student, net, evidence, 10)))
+    for block in ("blocks.0", "blocks.2", "blocks.3"):
+        for part in ("mlp.fc2.weight", "attn.proj.weight"):
+            path = f"{block}.{part}"
+            assert torch.equal(student.get_parameter(path), net.get_parameter(path)), path
 
 
 def small_swin() -> nn.Module:

@@ -374,6 +374,8 @@ BY_WEIGHT = (
     "method.compensation=none",
 )
 
+DENSE = ("method=dcvit", "method.spare=[0,0]", "method.tuning.training.epochs=1")
+
 
 @pytest.mark.parametrize(
     "method",
@@ -384,8 +386,10 @@ BY_WEIGHT = (
         ("method=cd", "method.fine_tuning.epochs=1"),
         ("method=practise", "target.macs=0.99", "method.tuning.epochs=1"),
         ("method=mir", "target.macs=0.99", "method.tuning.epochs=1"),
+        (*DENSE, "target.blocks=1"),
+        (*DENSE, "target.blocks=1", "method.trial.training.epochs=1"),
     ],
-    ids=["oneshot", "vtp", "fskd", "cd", "practise", "mir"],
+    ids=["oneshot", "vtp", "fskd", "cd", "practise", "mir", "dcvit", "dcvit-trained"],
 )
 def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
     done = command(*DIGITS, *method, "strength=3")
@@ -408,7 +412,11 @@ def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
         ),
         ((*BY_WEIGHT, "method.compensation=ridge"), "no residual stream of tokens"),
         (("method=mixed_rank",), "this network has none that can be factorised"),
-        (("method=dcvit",), "no blocks of an attention and an MLP"),
+        ((*DENSE, "method.extra=1"), "method.extra=1: this network has no attentions"),
+        ((*DENSE, "method.together=2"), "method.together=2: this network has no attentions"),
+        ((*DENSE, "method.accounting=paper"), "method.accounting=paper: this network has no"),
+        ((*DENSE, "+model.args.act_layer=gelu"), "nor any that could go whole"),
+        (("method=dcvit", "target.blocks=1"), "target.blocks=1"),
     ],
 )
 def test_what_needs_tokens_is_refused_before_any_training(
@@ -418,6 +426,29 @@ def test_what_needs_tokens_is_refused_before_any_training(
     assert done.code == 1
     assert said in done.message
     assert not (command.out / "phases").exists()
+
+
+def test_dense_compression_drops_block_after_block(command: Command) -> None:
+    words = (*DIGITS, *DENSE, "+model.args.layers=[1,2,2,2]", "strength=3")
+    first = command(*words, "target.blocks=1", "method.only=[layer3.1]")
+    assert json.loads(first.report.read_text())["stages"].keys() == {"cut", "mimic"}
+    plain, begun = (
+        command(*words, "target.blocks=2", *begin)
+        for begin in ((), ("method.trial.training.epochs=1",))
+    )
+    on = command(*words, "target.blocks=2", f"from_run={first.report.parent}")
+    for done, stages in (
+        (plain, {"cut", "mimic", "mimic-2"}),
+        (begun, {"cut", "mimic"}),  # the best trial is the first step
+        (on, {"cut", "mimic"}),
+    ):
+        assert done.code == 0, done.message
+        compact, plan = load(done.report.parent)
+        dropped = [edit.branch for edit in plan.drops()]
+        assert len(dropped) == len(plan.edits) == 2
+        assert all(type(compact.get_submodule(name)) is nn.Identity for name in dropped)
+        assert json.loads(done.report.read_text())["stages"].keys() == stages
+    assert "layer3.1" in dropped
 
 
 @pytest.mark.parametrize("words", ["model.mean=[0.5,0.5]", "model.std=[0.0]", "model.std=[a]"])

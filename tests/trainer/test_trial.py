@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import fit, small_net
+from conftest import fit, randomise, small_net
 from vitrim.plan import Drop, Keep, Plan
 from vitrim.surgery import cut
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.recipe import Recipe
-from vitrim.trainer.trial import BLOCKS, METRIC_SET, Trials, best_of, frozen, solved
+from vitrim.trainer.trial import (
+    BLOCKS,
+    CANDIDATE,
+    METRIC_SET,
+    Trials,
+    best_of,
+    frozen,
+    learnt,
+    solved,
+)
 
 SINGLES = [("blocks.1",), ("blocks.2",)]
 ENDS = {block: f"{block}.mlp.fc2" for (block,) in SINGLES}
@@ -86,6 +97,43 @@ def test_the_score_is_the_distance_of_the_network_with_that_block_compressed() -
         wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
         distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
     assert scores(phase)[1].item() == pytest.approx(distance.item(), rel=1e-4)
+
+
+def test_a_convolutional_trial_is_the_network_without_the_block() -> None:
+    torch.manual_seed(0)
+    net = randomise(timm.create_model("resnet18", num_classes=5).float()).eval()
+    blocks = ["layer1.1", "layer2.1", "layer4.1"]
+    phase = tried(net, groups=[(block,) for block in blocks])
+    x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
+    expected = []
+    for block in blocks:
+        compact = cut(net, Plan(model={}, edits=(Drop(branch=block),)))
+        with torch.no_grad():
+            wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
+        distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        expected.append(distance.item())
+    assert scores(phase).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_convolutional_trial_is_kept_with_what_its_norms_counted() -> None:
+    torch.manual_seed(0)
+    net = randomise(timm.create_model("resnet18", num_classes=5).float()).eval()
+    before = copy.deepcopy(net.state_dict())
+    recipe = Recipe(epochs=2, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=1.0)
+    phase = tried(net, groups=[("layer1.1",), ("layer2.1",)], recipe=recipe)
+    kept = phase.evidence().moments[CANDIDATE]
+    dropped = ("layer1.1", "layer2.1")[int(kept["place"])]
+    trial = cut(net, Plan(model={}, edits=(Drop(branch=dropped),)))
+    tensors = learnt(trial)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, values in zip(tensors, kept["parameters"].split(sizes), strict=True):
+        tensor.copy_(values.view_as(tensor))
+    x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        wanted, found = (n(x).log_softmax(-1) for n in (net, trial))
+    distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    assert scores(phase).min().item() == pytest.approx(distance.item(), rel=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_group_is_one_trial_of_all_its_blocks() -> None:

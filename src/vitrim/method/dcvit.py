@@ -8,6 +8,10 @@ unlabelled images, in the front part up to the neighbour of the last compressed 
 paper takes successive blocks in pairs, with plain windows and shifted ones (`together: 2`): a
 candidate is a group, with one trial, and is compressed in all its blocks or in none.
 
+Networks of convolutions have nothing in a block that could be reused, so there, as in the paper's
+Table 4, whole blocks go: those with the lowest scores for the share of the MACs that they take
+(ours: they differ in it), and the fewest that the budget needs.
+
 The paper's: eqs. 1-6, Algorithm 1, that set dreamt up by the network (`metric_set: dream`), the
 ablations of its Table 6 (`reuse` random, activation or none, `distance` mse, `mimic` class, `front`
 false, `extra` blocks, `progressive` false). Ours: the count of MACs, which includes the attention's
@@ -30,7 +34,17 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.blocks import Group, dense_widths, groups_of, hidden_of, paper_widths, whole_blocks
+from vitrim.blocks import (
+    Group,
+    dense_widths,
+    fewest,
+    groups_of,
+    hidden_of,
+    lone_blocks,
+    paper_widths,
+    share_of,
+    whole_blocks,
+)
 from vitrim.dream import Dream
 from vitrim.errors import ConfigError, is_count, is_positive, require
 from vitrim.model import structure
@@ -50,6 +64,7 @@ from vitrim.trainer.trial import (
     Trials,
     best_of,
     frozen,
+    learnt,
     plan_of_trial,
     solved,
 )
@@ -189,7 +204,7 @@ class DCViT:
     def check(self, cost: Cost) -> None:
         """Raise TargetError if the candidates alone cannot meet the budget."""
         if not self.budget.is_identity:
-            self._widths(cost, self._eligible(cost.structure))
+            self._compressed(cost, self._eligible(cost.structure))
 
     def scorer(self, net: nn.Module) -> Trials:
         """Return the pass over the few images, and the trials."""
@@ -219,10 +234,13 @@ class DCViT:
         else:
             _log.info("no images to try blocks on: they are taken in the network's order")
             found = {group: float(place) for place, group in enumerate(candidates)}
-        order = sorted(self._eligible(cost.structure), key=lambda group: found[group])
-        edits: list[Drop | Keep] = []
-        widths, dropped = self._widths(cost, order)
         branches = whole_blocks(cost.structure)
+        order = sorted(
+            self._eligible(cost.structure),
+            key=lambda group: found[group] / (1 if branches else share_of(cost, group[0])),
+        )
+        widths, dropped = self._compressed(cost, order)
+        edits: list[Drop | Keep] = [Drop(branch=block) for block in dropped if not branches]
         for block, width in widths.items():
             attention, mlp = branches[block]
             site = hidden_of(cost.structure, mlp)
@@ -236,7 +254,7 @@ class DCViT:
             "method": self.name,
             "strength": self.strength,
             "accounting": self.accounting,
-            "blocks": list(widths),
+            "blocks": list(widths if branches else dropped),
             "widths": list(widths.values()),
             "trials": {group[0]: score for group, score in found.items()}
             if BLOCKS in evidence.scores
@@ -278,10 +296,15 @@ class DCViT:
         """
         described = structure(teacher)
         branches = whole_blocks(described)
+        scored = {
+            block: hidden_of(described, branches[block][1]) if branches else block
+            for group in self._candidates(described)
+            for block in group
+        }
         candidates = [  # of the network that was scored, which an earlier run may have compressed
             group
             for group in self._candidates(described)
-            if all(hidden_of(described, branches[block][1]) in evidence.scores for block in group)
+            if all(scored[block] in evidence.scores for block in group)
         ]
         scores = evidence.scores[BLOCKS].tolist()
         steps = [
@@ -298,8 +321,7 @@ class DCViT:
         tried = self._tried(teacher, evidence, candidates) if self.progressive else None
         for step in steps[1:]:
             for block in step:
-                whole = (tried or teacher).get_submodule(block)
-                student.set_submodule(block, copy.deepcopy(whole))
+                student.set_submodule(block, copy.deepcopy(teacher.get_submodule(block)))
         taken = tried is not None and _same_shapes(student, tried)
         if tried is not None and taken:  # the best trial is the first step, done already
             student.load_state_dict(tried.state_dict())
@@ -310,7 +332,7 @@ class DCViT:
             ready += step
             if taken and step is steps[0]:
                 continue
-            if self.regression and self.reuse != "none":
+            if self.regression and self.reuse != "none" and branches:
                 yield Refit(
                     student,
                     evidence=evidence,
@@ -326,7 +348,7 @@ class DCViT:
                     recipe=self.tuning.training,
                     every=1.0 if self.tuning.mimic == "all" else 0.0,
                     pooled=self.tuning.pooled if self.tuning.mimic == "all" else 1.0,
-                    frozen=frozen(student, ready, front=self.tuning.front),
+                    frozen=frozen(student, ready, front=self.tuning.front, dense=teacher),
                 )
 
     def _tried(
@@ -339,9 +361,12 @@ class DCViT:
         group = candidates[int(found["place"])]
         plan = plan_of_trial(teacher, group, evidence, self.trial.width)
         net = cut(teacher, plan)
-        if len(found["parameters"]) != sum(tensor.numel() for tensor in net.parameters()):
+        tensors = learnt(net)
+        sizes = [tensor.numel() for tensor in tensors]
+        if len(found["parameters"]) != sum(sizes):
             return None  # of a network that an earlier run had compressed
-        nn.utils.vector_to_parameters(found["parameters"], net.parameters())
+        for tensor, values in zip(tensors, torch.split(found["parameters"], sizes), strict=True):
+            tensor.copy_(values.view_as(tensor))
         return net
 
     def _candidates(self, described: Structure) -> list[Group]:
@@ -350,6 +375,8 @@ class DCViT:
         order = [*blocks_of(described)]
         inner = set(order[first : len(order) - last])
         blocks = [block for block in whole_blocks(described) if block in inner]
+        if not blocks:
+            return [(block,) for block in lone_blocks(described) if block in inner]
         return groups_of(described, blocks, self.together)
 
     def _eligible(self, described: Structure) -> list[Group]:
@@ -359,10 +386,21 @@ class DCViT:
             ConfigError: there are none, or one of these blocks is in none.
         """
         if not whole_blocks(described):
-            raise ConfigError(
-                f"method={self.name}: the network has no blocks of an attention and an MLP to "
-                "compress; method=practise and mir drop whole blocks, fskd and cd cut channels"
-            )
+            if not lone_blocks(described):
+                raise ConfigError(
+                    f"method={self.name}: the network has no blocks of an attention and an MLP to "
+                    "compress, nor any that could go whole; method=fskd and cd cut channels"
+                )
+            for key, value, only in (
+                ("accounting", self.accounting, "exact"),
+                ("together", self.together, 1),
+                ("extra", self.extra, 0),
+            ):
+                if value != only:
+                    raise ConfigError(
+                        f"method.{key}={value}: this network has no attentions, and loses whole "
+                        f"blocks, one after the other; set method.{key}={only}"
+                    )
         candidates = self._candidates(described)
         if not candidates:
             raise ConfigError(
@@ -385,14 +423,19 @@ class DCViT:
             block: ends[branches[block][1]]
             for group in self._candidates(described)
             for block in group
+            if block in branches
         }
 
-    def _widths(self, cost: Cost, order: Sequence[Group]) -> tuple[dict[str, int], list[str]]:
+    def _compressed(self, cost: Cost, order: Sequence[Group]) -> tuple[dict[str, int], list[str]]:
         """Return the hidden width of each compressed block, and those that lose their attention.
+
+        Where blocks go whole, there are no widths, and these are the blocks that go.
 
         Raises:
             TargetError: the candidates, all of them compressed, are above the budget.
         """
+        if not whole_blocks(cost.structure):
+            return {}, fewest(cost, self.budget, [block for (block,) in order])
         if self.accounting == "paper":
             widths = paper_widths(cost, self.budget, order)
             return widths, list(widths)

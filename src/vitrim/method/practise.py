@@ -20,9 +20,10 @@ from typing import Any, Literal, get_args
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from vitrim.blocks import fewest, share_of
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.model import structure
-from vitrim.model.site import Structure, blocks_of, settle
+from vitrim.model.site import Structure, blocks_of
 from vitrim.plan import Drop, Evidence, Plan
 from vitrim.target import Cost, Target, TargetError, check_strength, choose
 from vitrim.trainer.calibrate import Sampling
@@ -81,7 +82,7 @@ class Practise:
     def check(self, cost: Cost) -> None:
         """Raise TargetError if dropping every candidate does not meet the budget."""
         if not self.budget.is_identity:
-            self._dropped(cost, self._candidates(cost.structure))
+            fewest(cost, self.budget, self._candidates(cost.structure))
 
     def scorer(self, net: nn.Module) -> Recover:
         """Return the two passes over the few images."""
@@ -98,12 +99,12 @@ class Practise:
         candidates = self._candidates(cost.structure)
         if BLOCKS in evidence.scores:
             errors = dict(zip(candidates, evidence.scores[BLOCKS].tolist(), strict=True))
-            found = {block: errors[block] / self._share(cost, block) for block in candidates}
+            found = {block: errors[block] / share_of(cost, block) for block in candidates}
         else:
             _log.info("no images to judge blocks by: they are taken in the network's order")
             found = {block: float(place) for place, block in enumerate(candidates)}
         order = sorted(candidates, key=lambda block: found[block])
-        dropped = self._dropped(cost, order)
+        dropped = fewest(cost, self.budget, order)
         branches = blocks_of(cost.structure)
         provenance = {
             "method": self.name,
@@ -141,28 +142,3 @@ class Practise:
     def _candidates(self, described: Structure) -> list[str]:
         blocks = [*blocks_of(described)]
         return blocks[self.spare[0] : len(blocks) - self.spare[1]]
-
-    def _share(self, cost: Cost, block: str) -> float:
-        dense = settle(cost.structure, {})
-        without = cost.of(dense, dropped=blocks_of(cost.structure)[block]).macs
-        return 1 - without / cost.of(dense).macs
-
-    def _dropped(self, cost: Cost, order: Sequence[str]) -> list[str]:
-        """Return the fewest first blocks of `order` without which the budget is met.
-
-        Raises:
-            TargetError: all of them are not enough.
-        """
-        limit, unit = cost.allowed(self.budget), self.budget.unit
-        dense, branches = settle(cost.structure, {}), blocks_of(cost.structure)
-        for n in range(len(order) + 1):
-            gone = {name for block in order[:n] for name in branches[block]}
-            left = getattr(cost.of(dense, dropped=gone), unit)
-            if left <= limit:
-                return list(order[:n])
-        whole = cost.whole(unit)
-        raise TargetError(
-            f"target.{self.budget.metric}={self.budget.keep} cannot be reached: dropping all "
-            f"{len(order)} candidate blocks leaves {left:,} of {whole:,} {unit} "
-            f"({left / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
-        )

@@ -194,6 +194,13 @@ def blocks_of(structure: Structure) -> dict[str, list[str]]:
     return blocks
 
 
+def order_of(structure: Structure) -> list[str]:
+    """Return the paths of all blocks in network order, those included that have no branch."""
+    blocks = {branch.name: branch.block for branch in structure.branches}
+    named = (blocks.get(layer.branch, layer.branch) for layer in structure.layers)
+    return [*dict.fromkeys(name for name in named if name)]
+
+
 def names_in(structure: Structure, branches: Collection[str]) -> set[str]:
     """Return the sites, layers and pieces of layers that are inside some branches."""
     layers = [layer for layer in structure.layers if layer.branch in branches]

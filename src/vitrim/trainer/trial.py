@@ -5,6 +5,7 @@ group of successive blocks, and most units out of its MLP, mends what it can, an
 network then says of the metric set. Beyond the paper, units are ranked on what they are without the
 attention, and the last layer is first solved by least squares towards what the whole block did;
 both come from one pass over the images, for all blocks at once, and with `epochs` 0 that is all.
+In a convolutional network the whole block is taken out, and nothing is mended but by training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vitrim.compensation import fitted
 from vitrim.criteria import surgeon
 from vitrim.dream import METRIC_SET, Dream
 from vitrim.model import stream, structure
-from vitrim.model.site import blocks_of
+from vitrim.model.site import order_of
 from vitrim.model.stream import Branch
 from vitrim.moments import Moments, key_of
 from vitrim.plan import Drop, Evidence, Keep, Plan
@@ -41,13 +42,14 @@ class Trials(Calibrate):
     """Calibrate all candidates' blocks, then try each candidate, and score it (high: hard to lose).
 
     Evidence has, beside what `Calibrate` finds for the candidates' MLPs, `scores` by hidden site
-    and, under "blocks", one a candidate in their order; `moments` of "metric_set", if it was dreamt
-    up, its images (n, C, H, W) with their classes, and, by MLP, `trial.mean` and `trial.cov` of its
-    units without the attention and of what the whole block adds to the stream, (M + D,).
+    (by block where that goes whole) and, under "blocks", one a candidate in their order; `moments`
+    of "metric_set", if it was dreamt up, its images (n, C, H, W) with their classes, and, by MLP,
+    `trial.mean` and `trial.cov` of its units without the attention and of what the whole block adds
+    to the stream, (M + D,).
 
     Trials that train do so on the calibration images, in their order, towards the features that the
-    dense network had for them in the first epoch. Of the best one the parameters are kept, one
-    after another, (n,), under "candidate", with the place of its group.
+    dense network had for them in the first epoch. Of the best one the parameters are kept, and what
+    its norms have counted, one after another, (n,), under "candidate", with the place of its group.
     """
 
     resumes_at = "epoch"
@@ -70,14 +72,14 @@ class Trials(Calibrate):
     ) -> None:
         described = structure(net)
         whole = whole_blocks(described)
-        blocks = {block: whole[block] for group in groups for block in group}
+        blocks = {block: whole[block] for group in groups for block in group if block in whole}
         self.hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
         super().__init__(
             net,
             sites=list(self.hidden.values()),
             sampling=sampling,
             taylor=False,
-            targets=True,
+            targets=bool(blocks),
         )
         self.groups = list(groups)
         self.blocks = blocks
@@ -125,7 +127,8 @@ class Trials(Calibrate):
             if self.metric_set is None or not self._images:
                 self._images.append(batch[0])
             self._bound(batch[0])
-            super().training_step(batch, batch_index)
+            if self.blocks:
+                super().training_step(batch, batch_index)
             if self.recipe_of_trials.epochs:
                 self._aim(batch[0])
         else:
@@ -188,7 +191,7 @@ class Trials(Calibrate):
             at, trial = epoch // each - 1, self._trial.pop()
             self._judge(at, trial)
             if at == int(self._scores[: at + 1].argmin()):
-                self._candidate = nn.utils.parameters_to_vector(trial.parameters()).detach()
+                self._candidate = torch.cat([tensor.flatten() for tensor in learnt(trial)])
                 self._place = torch.tensor(at)
 
     def on_train_epoch_start(self) -> None:
@@ -234,7 +237,7 @@ class Trials(Calibrate):
         That part is run once for all of them, and its stream, held in memory meanwhile: images x
         tokens x D numbers.
         """
-        if not self._stream.alone:
+        if not self.blocks or not self._stream.alone:
             for at, group in enumerate(self.groups):
                 self._judge(at, self._compressed(group))
             return
@@ -303,7 +306,7 @@ class Trials(Calibrate):
     def _begin(self, at: int) -> None:
         group = self.groups[at]
         trial = self._compressed(group).train()
-        fixed = frozen(trial, group, front=self.front)
+        fixed = frozen(trial, group, front=self.front, dense=self.net)
         for name, parameter in trial.named_parameters():
             parameter.requires_grad_(name not in fixed)
         self._trial = [trial]
@@ -324,9 +327,9 @@ class Trials(Calibrate):
 
     def evidence(self) -> Evidence:
         """Return scores and moments; empty where no image was seen."""
+        if not self._scores.numel():
+            return Evidence(scores={})
         found = super().evidence()
-        if not found.moments:
-            return found
         moments = {name: dict(tensors) for name, tensors in found.moments.items()}
         scores = {}
         for block, end in self._ends.items():
@@ -335,6 +338,8 @@ class Trials(Calibrate):
             if end not in self._order:
                 self._order[end] = self._ranked(end, alone)
             scores[self.hidden[block]] = self._order[end]
+        if not self.blocks:
+            scores = {block: self._scores[at : at + 1] for at, (block,) in enumerate(self.groups)}
         scores[BLOCKS] = self._scores
         if self._metric_set.numel():
             moments[METRIC_SET] = {"images": self._metric_set, "labels": self._labels}
@@ -382,11 +387,14 @@ def step(
 
 
 def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float) -> Plan:
-    """Return the plan of one trial: attentions go, the share `width` of the units stays."""
+    """Return the plan of one trial: attentions go, the share `width` of the units stays.
+
+    A block without an attention goes whole.
+    """
     described = structure(net)
     branches = whole_blocks(described)
-    edits: list[Drop | Keep] = []
-    for attention, mlp in (branches[block] for block in group):
+    edits: list[Drop | Keep] = [Drop(branch=block) for block in group if block not in branches]
+    for attention, mlp in (branches[block] for block in group if block in branches):
         site = hidden_of(described, mlp)
         size = described.sites[site].size
         keep = best_of(evidence.scores[site], max(1, round(width * size)))
@@ -394,6 +402,12 @@ def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float
         if len(keep) < size:
             edits.append(Keep(site=site, index=keep))
     return Plan(model={}, edits=tuple(edits))
+
+
+def learnt(net: nn.Module) -> list[Tensor]:
+    """Return what training changes in `net`: its parameters, and what its norms count."""
+    counted = (t for name, t in net.named_buffers() if ".running_" in name)
+    return [tensor.detach() for tensor in (*net.parameters(), *counted)]
 
 
 def best_of(scores: Tensor, n: int) -> tuple[int, ...]:
@@ -436,15 +450,17 @@ def solved(
     return values
 
 
-def frozen(net: nn.Module, blocks: Sequence[str], *, front: bool) -> set[str]:
+def frozen(
+    net: nn.Module, blocks: Sequence[str], *, front: bool, dense: nn.Module | None = None
+) -> set[str]:
     """Return the parameters of `net` that stay while blocks are tuned: classifier, and the rear.
 
-    With `front`, whatever comes after the neighbour of the last of `blocks`, the final norm
-    excepted, stays as it is.
+    With `front`, the blocks after the neighbour of the last of `blocks` stay as they are; `dense`
+    is the network that says their order, where `net` may lack some of them.
     """
     fixed = [name for name, _ in classifiers(net)]
     if front and blocks:
-        order = [*blocks_of(structure(net))]
+        order = order_of(structure(net if dense is None else dense))
         last = max(order.index(block) for block in blocks) + 1
         fixed += order[last + 1 :]
     inside = tuple(f"{path}." for path in fixed)

@@ -24,6 +24,7 @@ from vitrim.atomic import write
 from vitrim.data import Loaders
 from vitrim.store import StoreError, misfits, read_tensors, seal, verify
 from vitrim.trainer.classify import judge
+from vitrim.trainer.norms import count
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
@@ -38,6 +39,8 @@ warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified.*
 warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
 warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a run may be outside SLURM
 _STATE = "state.safetensors"
+_COUNTED = 512
+"""Images that norms count which never did."""
 
 
 def digest(value: Any) -> str:
@@ -144,6 +147,8 @@ class Phases:
             logger=self.tracker,
             gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
         )
+        if epochs and (recipe or hasattr(phase, "recipe_of_trials")):
+            count(phase.net, lambda: self.data.calibration_dataloader(_COUNTED, self.seed))  # type: ignore[arg-type]
         phase.train()
         samples: int | None = getattr(phase, "samples", None)
         trainer.fit(

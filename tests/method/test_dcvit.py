@@ -256,7 +256,10 @@ def test_progress_is_judged_after_every_block(command: Command) -> None:
 @pytest.mark.parametrize(
     ("width", "stages"),
     [
-        (0.3125, {"cut", "refit", "mimic"}),  # the 80 of 256 units that the budget leaves
+        (
+            0.3125,
+            {"cut", "mimic", "refit", "mimic-2"},
+        ),  # the 80 of 256 units that the budget leaves
         (0.5, {"cut", "refit", "mimic", "refit-2", "mimic-2"}),
     ],
 )
@@ -268,6 +271,16 @@ def test_the_best_trial_is_the_first_step_if_it_fits(
     plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
     assert plan["widths"] == [80, 79]
     assert set(json.loads(done.report.read_text())["stages"]) == stages
+
+
+def test_the_trial_is_judged_where_that_is_all(command: Command) -> None:
+    trained = ("method.trial.training.epochs=3", f"method.trial.width={79 / 256}")
+    done = command("method=dcvit", "target.macs=0.8", *SHORT, *trained)
+    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    assert plan["widths"] == [79]
+    report = json.loads(done.report.read_text())
+    assert set(report["stages"]) == {"cut", "mimic"}
+    assert report["compact"]["top1"] == report["stages"]["mimic"]["top1"]
 
 
 def test_blocks_can_be_chosen_by_hand_and_share_the_trials(command: Command) -> None:

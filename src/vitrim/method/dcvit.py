@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -331,6 +331,8 @@ class DCViT:
                 student.set_submodule(block, compressed[block])
             ready += step
             if taken and step is steps[0]:
+                done_in_the_trial = replace(self.tuning.training, epochs=0)
+                yield Mimic(student, teacher, recipe=done_in_the_trial)
                 continue
             if self.regression and self.reuse != "none" and branches:
                 yield Refit(

@@ -336,6 +336,7 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     if recipe["data"].get("samples") is None:
         drawing = ("samples", "samples_seed")
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in drawing}
+        recipe["method"].get("sampling", {}).pop("given", None)
     if recipe["data"].get("bad_images", {}).get("evaluation") == "fail":  # judged on all, as ever
         del recipe["data"]["bad_images"]
     recipe["checkpoint_sha256"] = fingerprint

@@ -89,6 +89,14 @@ def test_sampled_tokens_are_spread_and_differ_between_images(
     assert (len({tuple(row.tolist()) for row in index}) > 1) == (count < 196)
 
 
+@pytest.mark.parametrize(("given", "each"), [(None, 3), (9, 3), (8, 3), (5, 3), (4, 6), (1, 24)])
+def test_of_fewer_images_more_tokens_are_taken(given: int | None, each: int) -> None:
+    sampling = Sampling(images=8, tokens=3, readout=1.0, given=given)
+    assert sampling.each == each
+    assert sampling.index(torch.empty(1, 200, 1), 2, 0).shape[1] >= 2 + each
+    assert replace(sampling, tokens=None).each is None
+
+
 def test_huge_tokens_do_not_outweigh_the_others() -> None:
     x = images(batch=2).flatten(2).transpose(1, 2)[:, :6].repeat(1, 1, 8)
     x[:, 3] *= 100

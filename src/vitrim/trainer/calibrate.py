@@ -26,14 +26,17 @@ class Sampling:
 
     `images` are drawn from the training set by the run's seed, without augmentation; all of it if
     it has fewer. Of an image, the class token and up to `tokens` patches evenly spaced, from
-    another start in every image (None: all). Where the classifier reads a class token, it counts as
-    `readout` patches. Regressions, and the moments of one-shot pruning, count a patch by the
-    inverse variance of its stream, so that a few tokens of huge norm do not outweigh all others.
+    another start in every image (None: all); where only `given` images are there, as many times
+    more of each as they are fewer, so that least squares has enough to go by. Where the classifier
+    reads a class token, it counts as `readout` patches. Regressions, and the moments of one-shot
+    pruning, count a patch by the inverse variance of its stream, so that a few tokens of huge norm
+    do not outweigh all others.
     """
 
     images: int
     tokens: int | None
     readout: float
+    given: int | None = None
 
     def __post_init__(self) -> None:
         for rule in (
@@ -43,10 +46,21 @@ class Sampling:
         ):
             require("method.sampling", self, rule)
 
+    @property
+    def each(self) -> int | None:
+        """How many patches of an image are sampled at most, None: all.
+
+        >>> Sampling(images=1000, tokens=48, readout=4.0, given=500).each
+        96
+        """
+        if self.tokens is None or self.given is None:
+            return self.tokens
+        return self.tokens * max(1, self.images // self.given)
+
     def index(self, x: Tensor, prefix: int, seen: int) -> Tensor:
         """Return which tokens of x are sampled, (B, n); `seen` images came before these."""
         patches = x.shape[1:-1].numel() - prefix
-        stride = 1 if self.tokens is None else max(1, patches // min(self.tokens, patches))
+        stride = 1 if self.each is None else max(1, patches // min(self.each, patches))
         image = seen + torch.arange(len(x), device=x.device)
         spaced = torch.arange(patches // stride, device=image.device) * stride
         first = torch.arange(prefix, device=image.device).expand(len(image), -1)

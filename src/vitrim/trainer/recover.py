@@ -120,7 +120,7 @@ class Recover(LightningModule):
                 handle.remove()
         for block, (x, y) in flows.items() if self.adaptors else ():
             x, y = (t.movedim(channels_of(self.net, block), -1).flatten(1, -2) for t in (x, y))
-            stride = max(1, x.shape[1] // (self.sampling.tokens or x.shape[1]))
+            stride = max(1, x.shape[1] // (self.sampling.each or x.shape[1]))
             x, y = (t[:, ::stride].flatten(0, 1) for t in (x, y))
             moments = self._moments.setdefault(block, Moments(block, 2 * x.shape[1]))
             moments.add(torch.cat([x, y - x], dim=-1), torch.ones(len(x), device=x.device))

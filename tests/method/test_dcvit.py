@@ -320,6 +320,8 @@ def test_of_a_convolutional_network_the_fewest_blocks_go_by_score_for_their_shar
     assert cost.plan(plan).macs <= limit
     fewer = Plan(model={}, edits=plan.edits[:-1])
     assert cost.plan(fewer).macs > limit
+    unseen = method.plan(net, Evidence(scores={}), cost)
+    assert unseen.provenance["blocks"] == blocks[: len(unseen.edits)]
 
 
 def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:

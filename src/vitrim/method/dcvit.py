@@ -235,10 +235,11 @@ class DCViT:
             _log.info("no images to try blocks on: they are taken in the network's order")
             found = {group: float(place) for place, group in enumerate(candidates)}
         branches = whole_blocks(cost.structure)
-        order = sorted(
-            self._eligible(cost.structure),
-            key=lambda group: found[group] / (1 if branches else share_of(cost, group[0])),
-        )
+        if branches or BLOCKS not in evidence.scores:
+            cheap = found
+        else:
+            cheap = {group: score / share_of(cost, group[0]) for group, score in found.items()}
+        order = sorted(self._eligible(cost.structure), key=lambda group: cheap[group])
         widths, dropped = self._compressed(cost, order)
         edits: list[Drop | Keep] = [Drop(branch=block) for block in dropped if not branches]
         for block, width in widths.items():

@@ -21,10 +21,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, wraps
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -72,7 +74,9 @@ def run(cfg: DictConfig) -> Path:
 
     choices = _build(cfg)
     recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
-    folder: Path = Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    folder: Path = recipe["earlier"] or (
+        Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
+    )
     report = folder / "report.json"
     with processes.joined(recipe["resolved"]["trainer"]), lock(_writable(folder)):
         first = processes.first()
@@ -324,7 +328,49 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     from vitrim.trainer.fit import digest
 
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    recipe = {key: value for key, value in resolved.items() if key not in NOT_RECIPE}
+    choices = {group: _choice(group) for group in (*GROUPS, "experiment")}
+    if cfg.transfer:
+        choices["method"] = "transfer"
+    addressed = _identifying(resolved, fingerprint, started_from)
+    recipe = {"choices": {group: choices[group] for group in ("data", "method")}}
+    recipe |= _without_addresses(addressed)
+    series = copy.deepcopy(recipe)
+    for key in ("strength", "target", "seed"):
+        series.pop(key)
+        series["method"].pop(key, None)
+    series["data"].pop("samples_seed", None)
+    chosen = [name for name, keep in resolved["target"].items() if keep is not None]
+    point = "-".join(f"{name}{resolved['target'][name]}" for name in chosen) or f"s{cfg.strength:g}"
+    label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
+    dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
+    dense["choices"] = {"data": choices["data"]}
+    recipe_hash, series_name = digest(recipe), f"{label}-{digest(series)}"
+    name = f"{point}-seed{cfg.seed}"
+    return {
+        "resolved": resolved,
+        "hash": recipe_hash,
+        "dense_key": digest(dense),
+        "start_key": digest([dense, started_from]) if started_from else digest(dense),
+        "series": series_name,
+        "name": f"{name}-{recipe_hash}",
+        "earlier": _earlier(Path(cfg.out), label, name, addressed),
+        "report": {
+            "choices": choices,
+            "strength": None if chosen else cfg.strength,
+            "seed": cfg.seed,
+            "samples": resolved["data"].get("samples"),
+            "recipe_hash": recipe_hash,
+            "series": series_name,
+            **versions(*(("torchao",) if cfg.quantize else ())),
+        },
+    }
+
+
+def _identifying(
+    resolved: Mapping[str, Any], fingerprint: str | None, started_from: str | None
+) -> dict[str, Any]:
+    """Return the part of a resolved recipe that decides the result of the run."""
+    recipe = copy.deepcopy({k: v for k, v in resolved.items() if k not in NOT_RECIPE})
     for key in ("quantize", "transfer"):  # folders of runs without them keep their names
         if not recipe[key]:
             del recipe[key]
@@ -343,36 +389,34 @@ def _recipe(cfg: DictConfig, fingerprint: str | None, started_from: str | None) 
     recipe["from_run"] = started_from
     if started_from is None:
         del recipe["from_run"]
-    series = copy.deepcopy(recipe)
-    for key in ("strength", "target", "seed"):
-        series.pop(key)
-        series["method"].pop(key, None)
-    series["data"].pop("samples_seed", None)
-    chosen = [name for name, keep in resolved["target"].items() if keep is not None]
-    point = "-".join(f"{name}{resolved['target'][name]}" for name in chosen) or f"s{cfg.strength:g}"
-    choices = {group: _choice(group) for group in (*GROUPS, "experiment")}
-    if cfg.transfer:
-        choices["method"] = "transfer"
-    label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
-    dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
-    recipe_hash, series_name = digest(recipe), f"{label}-{digest(series)}"
-    return {
-        "resolved": resolved,
-        "hash": recipe_hash,
-        "dense_key": digest(dense),
-        "start_key": digest([dense, started_from]) if started_from else digest(dense),
-        "series": series_name,
-        "name": f"{point}-seed{cfg.seed}-{recipe_hash}",
-        "report": {
-            "choices": choices,
-            "strength": None if chosen else cfg.strength,
-            "seed": cfg.seed,
-            "samples": resolved["data"].get("samples"),
-            "recipe_hash": recipe_hash,
-            "series": series_name,
-            **versions(*(("torchao",) if cfg.quantize else ())),
-        },
-    }
+    return recipe
+
+
+def _without_addresses(node: Any) -> Any:
+    """Return `node` without the addresses of classes, which may move."""
+    if isinstance(node, dict):
+        return {key: _without_addresses(value) for key, value in node.items() if key != "_target_"}
+    return [_without_addresses(item) for item in node] if isinstance(node, list) else node
+
+
+def _earlier(out: Path, label: str, name: str, recipe: Mapping[str, Any]) -> Path | None:
+    """Return the folder of this run as version 0.1.0 named it, if it finished there.
+
+    That version hashed the addresses of classes with the recipe.
+    """
+    from vitrim.trainer.fit import digest
+
+    for report in sorted(out.absolute().glob(f"{escape(label)}-*/{escape(name)}-*/report.json")):
+        folder = report.parent
+        try:
+            known: Any = yaml.safe_load((folder / "recipe.yaml").read_text())
+            begun = _identifying(known, recipe["checkpoint_sha256"], recipe.get("from_run"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+            continue
+        same = _without_addresses(begun) == _without_addresses(recipe)
+        if same and folder.name == f"{name}-{digest(begun)}":
+            return folder
+    return None
 
 
 def _variant() -> str:

@@ -24,7 +24,7 @@ test: $(READY) lint
 
 # Sweeps on a real SLURM of one node (Debian: apt-get install slurm-wlm munge).
 slurm: $(READY)
-	$(BIN)/python -m pytest -rs -m slurm tests/test_cluster.py
+	$(BIN)/python -m pytest -rs -m slurm tests/jobs/test_slurm.py
 
 # The hooks of .pre-commit-config.yaml, over every file.
 lint: $(READY)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from vitrim.run import main
+from vitrim.cli.app import main
 
 QUICK = (
     "model.training.epochs=1",

@@ -22,9 +22,9 @@ from command import Command
 from vitrim import Keep, Plan
 from vitrim.data.imagefolder import image_folder
 from vitrim.data.images import Images
-from vitrim.model import sites
-from vitrim.model.site import Site
-from vitrim.store import on_meta
+from vitrim.network import sites
+from vitrim.network.skeleton import on_meta
+from vitrim.network.structure import Site
 
 collect_ignore = ["faults/inject"]
 with suppress(ImportError):  # OpenVINO brings it; it would close the file that pytest captures in

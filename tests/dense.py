@@ -6,11 +6,12 @@ import argparse
 
 import timm
 
-from vitrim.blocks import dense_widths
-from vitrim.model.site import blocks_of
+from vitrim.budget.blocks import dense_widths
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target
+from vitrim.network.skeleton import on_meta
+from vitrim.network.structure import blocks_of
 from vitrim.plan import Drop, Keep, Plan
-from vitrim.store import on_meta
-from vitrim.target import Cost, Target
 
 
 def main() -> None:

@@ -35,10 +35,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim import Keep, Plan, count, cut, masked, save
-from vitrim.criteria import score
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target, TargetError
+from vitrim.budget.trim import trim
+from vitrim.closed_form.importance import score
 from vitrim.measure import image_shape
-from vitrim.model import UnsupportedArchitecture, sites
-from vitrim.target import Cost, Target, TargetError, trim
+from vitrim.network import UnsupportedArchitecture, sites
 
 SMALL = {"depth": 3}
 NETWORKS: dict[str, dict[str, Any]] = {

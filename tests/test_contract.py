@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import vitrim
 from command import QUICK, Command, Done, swin
-from vitrim.run import CONF
+from vitrim.cli.compose import CONF
 
 METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))
 

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
+from vitrim.cli.compose import CONF
 from vitrim.paper import published
 from vitrim.paper.results import results
-from vitrim.run import CONF
 
 SOURCES = ("aiminify", "dcvit", "mixed_rank", "oneshot", "vtp")
 ROOT = CONF / "experiment"

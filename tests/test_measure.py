@@ -11,8 +11,10 @@ from torch import nn
 
 from conftest import MODEL, SIZE, plan_of, skeleton_net, small_net
 from vitrim import Drop, Plan, count, cut, measure
-from vitrim.measure import Latency, latencies, record
-from vitrim.target import Cost, Target
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target
+from vitrim.measure import Latency, latencies
+from vitrim.report.record import record
 
 CUT = plan_of({"blocks.0.attn.qk": (0, 1, 9), "blocks.1.attn.v": (1, 2, 3, 20)})
 

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from nbclient import NotebookClient
 
 from command import QUICK
-from vitrim.run import main
+from vitrim.cli.app import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHORT = ("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)

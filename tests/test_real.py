@@ -15,15 +15,15 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from command import Command
-from vitrim.lowrank import curves
-from vitrim.method.mixed_rank import MixedRank
-from vitrim.model import structure
+from vitrim.budget.cost import Cost
+from vitrim.cli.compose import CONF
+from vitrim.method.mixed_rank.method import MixedRank
+from vitrim.method.mixed_rank.metric import curves
+from vitrim.method.mixed_rank.profile import Profile
+from vitrim.network import structure
+from vitrim.network.surgery import cut
 from vitrim.plan import Evidence
-from vitrim.run import CONF
-from vitrim.surgery import cut
-from vitrim.target import Cost
 from vitrim.trainer.calibrate import watch
-from vitrim.trainer.profile import Profile
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TAR, WEIGHTS = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
+from loading import LOAD
 from vitrim import Plan, compose, cut, load, save
-from vitrim.atomic import write
-from vitrim.model import UnsupportedArchitecture
+from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, seal, write
+from vitrim.network import UnsupportedArchitecture
 from vitrim.plan import PlanError, dumps, loads
-from vitrim.store import MANIFEST, PLAN, WEIGHTS, StoreError, seal
 
 FILES = [PLAN, WEIGHTS, MANIFEST]
 KEPT = plan_of(
@@ -34,17 +34,6 @@ KEPT = plan_of(
         "blocks.1.mlp.hidden": (0, 47),
     }
 )
-LOAD = """
-import sys
-import torch
-import vitrim
-from safetensors.torch import load_file, save_file
-folder, given, found = sys.argv[1:]
-torch.set_num_threads(1)
-net, plan = vitrim.load(folder)
-with torch.no_grad():
-    save_file({"logits": net(load_file(given)["images"])}, found)
-"""
 
 
 @cache

@@ -20,9 +20,9 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "vitrim.store",
     "save": "vitrim.store",
-    "cut": "vitrim.surgery",
-    "masked": "vitrim.surgery",
-    "compose": "vitrim.surgery",
+    "cut": "vitrim.network.surgery",
+    "masked": "vitrim.network.surgery",
+    "compose": "vitrim.network.surgery",
     "count": "vitrim.measure",
     "Plan": "vitrim.plan",
     "Keep": "vitrim.plan",

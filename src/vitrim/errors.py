@@ -47,3 +47,7 @@ def require(where: str, owner: object, *rules: tuple[str, bool, str]) -> None:
     ]
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+class ReportError(ValueError):
+    """A folder without reports, or a report.json that no run of vitrim wrote."""

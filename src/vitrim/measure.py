@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,12 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim.model import structure
-from vitrim.model.site import blocks_of
+from vitrim.network import structure
+from vitrim.network.structure import blocks_of
 
 if TYPE_CHECKING:
-    from vitrim.plan import Plan
-    from vitrim.target import Cost, Target
+    pass
 
 InputSize = int | Sequence[int]
 """Pixels: a side, (height, width) or (channels, height, width)."""
@@ -189,85 +184,3 @@ def _timed(net: nn.Module, x: Tensor, found: dict[str, list[float]]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-Accuracy = Mapping[str, float] | None
-"""Percent by name (top1, top5), or None where no images were at hand."""
-
-
-def record(
-    nets: tuple[nn.Module, nn.Module],
-    cost: Cost,
-    plan: Plan,
-    times: Sequence[Latency],
-    dense_accuracy: Accuracy,
-    stages: Mapping[str, Accuracy],
-    budget: Target,
-) -> dict[str, Any]:
-    """Return the numbers of a report: the dense net, the compact one, and what was kept.
-
-    `stages` are the compact net's accuracies right after the cut and after each phase that
-    followed. The compact net is counted, and the closed formula must agree.
-    """
-    sizes = [Count(*cost.dense_count), count(nets[1], cost.input_size)]
-    formula = cost.plan(plan)
-    if (formula.params, formula.macs) != sizes[1][:2]:
-        raise AssertionError(f"the plan's formula gives {formula}, the counter {sizes[1]}")
-    sides = [
-        {**size._asdict(), **_percent(accuracy), **_milliseconds(latency)}
-        for size, accuracy, latency in zip(
-            sizes, (dense_accuracy, [*stages.values()][-1]), times, strict=True
-        )
-    ]
-    return {
-        "format": 1,
-        "dense": sides[0],
-        "compact": sides[1],
-        "cut": _percent(stages["cut"]),
-        "stages": {name: _percent(accuracy) for name, accuracy in stages.items()},
-        "target": {"metric": budget.metric, "keep": budget.keep},
-        "kept": {name: sides[1][name] / sides[0][name] for name in ("params", "macs")},
-    }
-
-
-def _milliseconds(latency: Latency) -> dict[str, Any]:
-    blocks = {name: [part.mean, part.std] for name, part in latency.blocks.items()}
-    found = {
-        "latency_ms": latency.median,
-        "latency_mean_ms": latency.mean,
-        "latency_std_ms": latency.std,
-    }
-    return found | ({"blocks_ms": blocks} if blocks else {})
-
-
-def _percent(accuracy: Accuracy) -> dict[str, float | None]:
-    return {name: None if accuracy is None else accuracy[name] for name in ("top1", "top5")}
-
-
-def versions(*optional: str) -> dict[str, Any]:
-    """Return what a result depends on beside its recipe: package versions and the commit.
-
-    `optional` are installed packages that not every run uses.
-    """
-    names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics", *optional)
-    here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
-    return {
-        "vitrim": metadata.version("vitrim"),
-        "versions": {
-            "python": platform.python_version(),
-            **{n: metadata.version(n) for n in names},
-        },
-        "commit": commit,
-        "dirty": bool(_git(here, "status", "--porcelain")) if commit else None,
-    }
-
-
-def _git(folder: Path, *args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -266,3 +266,6 @@ def check_json(value: Any, what: str) -> None:
                 check_json(item, what)
         case _:
             raise PlanError(f"{what}: {value!r} is not a plain JSON value")
+
+
+BLOCKS = "blocks"

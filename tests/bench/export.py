@@ -13,7 +13,7 @@ import openvino
 import timm
 import torch
 
-from vitrim.export import export
+from vitrim.deploy.export import export
 
 from .timing import Row, Side, take_turns
 
@@ -59,7 +59,7 @@ def rows(repeats: int) -> list[Row]:
 
 def _run(folder: Path) -> Path:
     """Let the command make the compact network, and return its folder."""
-    command = [sys.executable, "-m", "vitrim.run", *RUN, f"out={folder}"]
+    command = [sys.executable, "-m", "vitrim", *RUN, f"out={folder}"]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.glob("*/*/report.json")).parent
 

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.method.vtp import GateTraining
-from vitrim.model import structure
+from vitrim.network import structure
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe, optimisation
 

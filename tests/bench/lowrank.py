@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitrim.lowrank import decompose
-from vitrim.method.mixed_rank import MixedRank
-from vitrim.model.lowrank import LowRankLinear
+from vitrim.method.mixed_rank.method import MixedRank
+from vitrim.network.decompose import decompose
+from vitrim.network.factored import LowRankLinear
 from vitrim.trainer.calibrate import watch
 
 from .scoring import DEIT, NETS, against_forward, method_of, net_of

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrim.budget.cost import Cost
 from vitrim.method.oneshot import OneShot
+from vitrim.network.surgery import cut
 from vitrim.plan import Evidence
-from vitrim.surgery import cut
-from vitrim.target import Cost
 from vitrim.trainer.calibrate import Calibrate
 
 from .scoring import DEIT, NETS, against_forward, method_of, net_of

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitrim.data import Loaders
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.fit import Phases
+from vitrim.trainer.phases import Phases
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from vitrim.run import CONF
+from vitrim.cli.compose import CONF
 
 from .timing import Row, Side, take_turns
 

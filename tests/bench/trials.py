@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitrim.method.dcvit import DCViT
+from vitrim.method.dcvit.method import DCViT
+from vitrim.method.dcvit.trials import step
+from vitrim.network.surgery import cut
+from vitrim.plan import BLOCKS as SCORED
 from vitrim.plan import Drop, Keep, Plan
-from vitrim.surgery import cut
-from vitrim.trainer.trial import BLOCKS as SCORED
-from vitrim.trainer.trial import frozen, step
+from vitrim.trainer.mimic import frozen
 
 from .scoring import method_of, net_of
 from .timing import Row, Side, take_turns

@@ -18,9 +18,10 @@ from torchvision.datasets import ImageFolder
 
 from command import QUICK, Command
 from conftest import images_in
-from vitrim.data.few import Few
+from vitrim.data.bad_images import found, listing
+from vitrim.data.few_shot import Few
 from vitrim.data.images import Images
-from vitrim.data.quarantine import BadImages, Replacing, allowed, found, listing
+from vitrim.data.quarantine import BadImages, Replacing, allowed
 from vitrim.errors import ConfigError
 
 SIZE = 24

@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _hostile() -> dict[str, int]:
-    tests = Path(__file__).parents[1] / "test_hostile.py"
+    tests = Path(__file__).parents[1] / "cli" / "test_guard.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", str(tests)],
         capture_output=True,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from vitrim.errors import VitrimError
-from vitrim.store import load, read_tensors, verify
+from vitrim.files import verify
+from vitrim.store import load, read_tensors
 from vitrim.trainer.resume import STATE, SafeCheckpointIO, newest
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from vitrim.run import main
-from vitrim.signals import CODES
-from vitrim.store import load, sha256
-from vitrim.trainer import fit  # noqa: F401 (imported once, before the forks)
+from vitrim.cli.app import main
+from vitrim.files import sha256
+from vitrim.jobs.signals import CODES
+from vitrim.store import load
 
 QUICK = (
     "strength=3",
@@ -171,7 +171,7 @@ def sweep(jobs: int, fates: dict[str, int], work: Path, *, minutes: float) -> di
     words = [*QUICK, f"out={out}", f"sweep.minutes={minutes}"]
     words = [word for word in words if "epochs" not in word]
     words += ["model.training.epochs=1", "method.gating.epochs=1", "method.fine_tuning.epochs=1"]
-    command = [sys.executable, "-m", "vitrim.run", "-m", *words]
+    command = [sys.executable, "-m", "vitrim", "-m", *words]
     seeds = f"seed={','.join(map(str, range(jobs)))}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from conftest import TINY, images, outputs, plan_of, randomise, relative_error
 from vitrim import Keep, Plan, cut
-from vitrim.criteria import reader_of
+from vitrim.budget.cost import Cost
+from vitrim.closed_form.importance import reader_of
 from vitrim.errors import ConfigError
 from vitrim.method.cd import CD, _largest, _minimum, _patches, crossed, grams, lasting
-from vitrim.model import sites, structure
+from vitrim.network import sites, structure
 from vitrim.plan import Evidence
-from vitrim.target import Cost
 from vitrim.trainer.recipe import Recipe
 
 SMALL = {"layers": [1, 2, 1, 1], "channels": [8, 8, 8, 8], "num_classes": 7}

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from conftest import TINY, images, outputs, plan_of, randomise, relative_error
 from vitrim import Plan, cut
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import TargetError
 from vitrim.errors import ConfigError
 from vitrim.method.fskd import FSKD, _map, aligned
-from vitrim.model import sites
+from vitrim.network import sites
 from vitrim.plan import Evidence
-from vitrim.target import Cost, TargetError
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", TINY),

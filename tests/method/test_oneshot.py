@@ -9,13 +9,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from calibration import calibrated
 from conftest import SIZE, skeleton_net, small_net
-from test_compensation import calibrated
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import TargetError
+from vitrim.cli.compose import CONF
 from vitrim.method.oneshot import OneShot
 from vitrim.paper import flops_blog
 from vitrim.plan import Evidence, Plan
-from vitrim.run import CONF
-from vitrim.target import Cost, TargetError
 from vitrim.trainer.calibrate import Calibrate
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic

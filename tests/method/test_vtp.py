@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import SIZE, fit, images, outputs, relative_error, small_net
 from vitrim import Evidence, Keep, Plan, cut, masked
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import TargetError
 from vitrim.method.vtp import VTP, GateTraining
-from vitrim.model import sites
-from vitrim.target import Cost, TargetError
+from vitrim.network import sites
 from vitrim.trainer.recipe import Recipe
 
 GATED = {"attn.input": "qkv", "attn.v": "proj", "mlp.input": "fc1", "mlp.hidden": "fc2"}

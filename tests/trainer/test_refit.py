@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from calibration import ALL, calibrated, doubled, made_up, pictures
 from conftest import images, outputs, plan_of, relative_error, small_net
-from test_compensation import ALL, calibrated, doubled, made_up, pictures
 from vitrim import Plan, cut
-from vitrim.model import stream
+from vitrim.network import stream
 from vitrim.plan import Evidence
 from vitrim.trainer.refit import Refit
 

@@ -15,15 +15,16 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from conftest import small_net
-from vitrim import signals
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
-from vitrim.dream import Dream
-from vitrim.signals import Preempted
-from vitrim.store import StoreError
+from vitrim.files import StoreError
+from vitrim.jobs import signals
+from vitrim.jobs.signals import Preempted
+from vitrim.method.dcvit.synthetic import Dream
+from vitrim.method.dcvit.trials import Trials
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.fit import Phases
+from vitrim.trainer.phases import Phases
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import (
     GENERATIONS,
@@ -33,7 +34,6 @@ from vitrim.trainer.resume import (
     newest,
 )
 from vitrim.trainer.tracking import Tracker
-from vitrim.trainer.trial import Trials
 
 SPEC = ImageSpec(
     channels=1, size=(8, 8), mean=(0.3,), std=(0.4,), interpolation="bicubic", crop_pct=1.0

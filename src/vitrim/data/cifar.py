@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from vitrim.data.few import few
+from vitrim.data.few_shot import few
 from vitrim.data.images import Images
 from vitrim.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
-from vitrim.data.few import Few, few
+from vitrim.data.few_shot import Few, few
 from vitrim.data.images import Images
 from vitrim.data.quarantine import WNID, Replacing, strict
 from vitrim.errors import ConfigError

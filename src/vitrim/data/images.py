@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import VisionDataset
 
 from vitrim.data import ImageSpec, Loaders, drawn
-from vitrim.data.few import Few
+from vitrim.data.few_shot import Few
 from vitrim.data.loader import alike
 from vitrim.errors import ConfigError, is_count
 

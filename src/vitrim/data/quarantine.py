@@ -9,25 +9,19 @@ these: they become RGB as Pillow converts them.
 from __future__ import annotations
 
 import errno
-import json
 import re
 import struct
 import zlib
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset
 
-from vitrim.atomic import write
-from vitrim.data.few import Few
-from vitrim.data.images import Images
 from vitrim.errors import ConfigError, VitrimError
 
 LISTED = 10
@@ -236,44 +230,6 @@ def unusable(whole: Dataset[Any], names: Sequence[str]) -> list[int]:
             lambda place: isinstance(decoded(whole, place, names[place]), str), range(len(names))
         )
         return [place for place, is_bad in enumerate(damaged) if is_bad or place in named]
-
-
-def found(data: Any) -> dict[str, dict[str, str]]:
-    """Return why images that a run met are bad, by split and name; nothing where there are none."""
-    if not isinstance(data, Images):
-        return {}
-    train = data.train.whole if isinstance(data.train, Few) else data.train
-    reasons = {
-        split: images.found()
-        for split, images in (("training", train), ("evaluation", data.val))
-        if isinstance(images, Replacing | Strict)
-    }
-    return {split: names for split, names in reasons.items() if names}
-
-
-def counted(data: Any) -> dict[str, dict[str, int]]:
-    """Return the report's entry: how many images were bad, by split; nothing where none was."""
-    reasons = found(data)
-    numbers = {split: len(names) for split, names in reasons.items()}
-    return {"bad_images": numbers} if numbers else {}
-
-
-@contextmanager
-def listing(data: Any, folder: Path) -> Iterator[None]:
-    """Leave quarantine.json in `folder` in the end, after errors too, if a bad image was met.
-
-    What an earlier, interrupted run met stays on the list.
-    """
-    path = folder / "quarantine.json"
-    try:
-        yield
-    finally:
-        reasons = found(data)
-        if reasons:
-            before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-            both = {split: before.get(split, {}) | names for split, names in reasons.items()}
-            text = json.dumps(before | both, indent=1, ensure_ascii=False)
-            write(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def _reasons(whole: Dataset[Any], places: Sequence[int], names: Sequence[str]) -> dict[str, str]:

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target
 from vitrim.plan import Evidence, Plan
-from vitrim.target import Cost, Target
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """A LightningModule that learns what matters in `net`.
-
-    `settings` identifies its result: a finished scorer is reused by every run with equal settings,
-    so nothing that only matters for the plan (strength, target) belongs there.
-    """
-
-    net: nn.Module
-    epochs: int
-    settings: dict[str, Any]
-
-    def evidence(self) -> Evidence:
-        """Return what was learned and leave `net` plain, ready to be cut; safe to call twice."""
-        ...
+from vitrim.trainer.phase import Scorer
 
 
 @runtime_checkable

@@ -30,13 +30,16 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.compensation import regress
-from vitrim.criteria import score
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target, TargetError, check_strength, choose
+from vitrim.budget.trim import Scope, trim
+from vitrim.closed_form.importance import score
+from vitrim.closed_form.reconstruction import regress
 from vitrim.errors import is_count, is_positive, require
-from vitrim.model import structure
-from vitrim.model.site import Layer, Structure, index_of, resolve
+from vitrim.network import structure
+from vitrim.network.structure import Layer, Structure
+from vitrim.network.survivors import index_of, resolve
 from vitrim.plan import Evidence, Keep, Plan
-from vitrim.target import Cost, Scope, Target, TargetError, check_strength, choose, trim
 from vitrim.trainer.collect import Collect
 
 SITES = {"mlp": "mlp.hidden", "channels": ".channels"}

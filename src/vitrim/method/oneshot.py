@@ -1,12 +1,12 @@
 """One-shot pruning: a criterion ranks units, the rest is made up for in closed form.
 
-One pass over unlabelled images gathers moments; a criterion (`vitrim.criteria`) ranks the units of
-any set of sites; a compensation (`vitrim.compensation`, `vitrim.trainer.refit`) changes the kept
-weights so that the outputs stay near the dense network's. Nothing is trained unless `fine_tune` is
-set. The default, greedy surgeon order with sequential error-correcting regression, follows OB2C
-(arXiv 2608.17657) and CORP (arXiv 2602.05243) in the closed form and is ours in the greedy order,
-in the regression on the compact network's own activations, in how tokens are weighted, and in the
-classifier's closing regression.
+One pass over unlabelled images gathers moments; a criterion (`vitrim.closed_form.importance`) ranks
+the units of any set of sites; a compensation (`vitrim.closed_form.reconstruction`,
+`vitrim.trainer.refit`) changes the kept weights so that the outputs stay near the dense network's.
+Nothing is trained unless `fine_tune` is set. The default, greedy surgeon order with sequential
+error-correcting regression, follows OB2C (arXiv 2608.17657) and CORP (arXiv 2602.05243) in the
+closed form and is ours in the greedy order, in the regression on the compact network's own
+activations, in how tokens are weighted, and in the classifier's closing regression.
 
 AIminify (its blog's tables, no paper) is this with MLP units ranked globally by magnitude and
 fine-tuned. The blog does not say how units are chosen: the criterion is our reading, the number of
@@ -24,13 +24,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.compensation import COMPENSATIONS, Compensation, compensated
-from vitrim.criteria import CRITERIA, WITHOUT_IMAGES, Criterion, score
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target, TargetError, check_strength, choose
+from vitrim.budget.trim import Scope, trim
+from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, Criterion, score
+from vitrim.closed_form.reconstruction import COMPENSATIONS, Compensation, compensated
 from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
-from vitrim.model import structure
-from vitrim.model.site import Structure
+from vitrim.network import structure
+from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Keep, Plan
-from vitrim.target import Cost, Scope, Target, TargetError, check_strength, choose, trim
 from vitrim.trainer.calibrate import Calibrate, Sampling
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic

@@ -29,11 +29,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target, check_strength, choose
+from vitrim.budget.trim import Scope, trim
 from vitrim.errors import is_count, is_rate, require
-from vitrim.model import structure
-from vitrim.model.site import Structure
+from vitrim.network import structure
+from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Keep, Plan
-from vitrim.target import Cost, Scope, Target, check_strength, choose, trim
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.recipe import Recipe, optimisation
 

@@ -35,9 +35,10 @@ def vitrim_compact(
 
 def _built(*, plan: dict[str, Any] | None, drawn: bool, **args: Any) -> nn.Module:
     """Return the compact network: drawn at random, or zeros that wait for their values."""
+    from vitrim.network.skeleton import skeleton
+    from vitrim.network.surgery import cut
     from vitrim.plan import Plan, PlanError, loads
-    from vitrim.store import assign, skeleton
-    from vitrim.surgery import cut
+    from vitrim.store import assign
 
     if plan is None:
         raise PlanError("vitrim_compact: expected a plan, as the config.json of an export has")

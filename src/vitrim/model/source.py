@@ -19,19 +19,11 @@ from torch import Tensor, nn
 
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError
-from vitrim.model import structure
+from vitrim.files import MANIFEST, WEIGHTS, StoreError, sha256, verify
+from vitrim.network import structure
+from vitrim.network.skeleton import dense_skeleton
 from vitrim.plan import Plan, PlanError
-from vitrim.store import (
-    MANIFEST,
-    WEIGHTS,
-    StoreError,
-    assign,
-    dense_skeleton,
-    misfits,
-    read_tensors,
-    sha256,
-    verify,
-)
+from vitrim.store import assign, misfits, read_tensors
 from vitrim.trainer.recipe import Recipe
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # a scheme; one letter is a drive

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vitrim.budget.cost import Cost
     from vitrim.plan import Plan
-    from vitrim.target import Cost
 
 XFORMERS = ("dinov2_vits14_lc",)
 """Networks whose attention the blog ran by xformers."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitrim.summary import ReportError
+from vitrim.errors import ReportError
 
 _PACKAGE = Path(__file__).parents[1]
 FOLDERS = (_PACKAGE / "results", _PACKAGE.parents[1] / "results")

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.criteria import reader_of
+from vitrim.closed_form.importance import reader_of
+from vitrim.closed_form.moments import Moments, add_to, key_of
 from vitrim.errors import is_count, is_positive, require
-from vitrim.model import stream, structure
-from vitrim.model.site import Attention, Layer, Structure
-from vitrim.moments import Moments, add_to, key_of
+from vitrim.network import stream, structure
+from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
 
 

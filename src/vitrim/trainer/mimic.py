@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from vitrim.network import structure
+from vitrim.network.structure import order_of
 from vitrim.trainer.calibrate import classifiers
 from vitrim.trainer.recipe import Recipe, optimisation
 
@@ -124,3 +126,20 @@ def soft_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """
     student, teacher = ((x / temperature).log_softmax(-1) for x in (logits, wanted))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def frozen(
+    net: nn.Module, blocks: Sequence[str], *, front: bool, dense: nn.Module | None = None
+) -> set[str]:
+    """Return the parameters of `net` that stay while blocks are tuned: classifier, and the rear.
+
+    With `front`, the blocks after the neighbour of the last of `blocks` stay as they are; `dense`
+    is the network that says their order, where `net` may lack some of them.
+    """
+    fixed = [name for name, _ in classifiers(net)]
+    if front and blocks:
+        order = order_of(structure(net if dense is None else dense))
+        last = max(order.index(block) for block in blocks) + 1
+        fixed += order[last + 1 :]
+    inside = tuple(f"{path}." for path in fixed)
+    return {name for name, _ in net.named_parameters() if name.startswith(inside)}

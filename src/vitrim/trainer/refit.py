@@ -19,11 +19,11 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.compensation import fitted
-from vitrim.model import stream, structure
-from vitrim.model.site import Layer
-from vitrim.model.stream import Branch
-from vitrim.moments import Moments, MomentsError
+from vitrim.closed_form.moments import Moments, MomentsError
+from vitrim.closed_form.reconstruction import fitted
+from vitrim.network import stream, structure
+from vitrim.network.stream import Branch
+from vitrim.network.structure import Layer
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Sampling, classifiers, full_precision, take, watch
 

@@ -22,11 +22,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
-from vitrim import signals
-from vitrim.atomic import write
 from vitrim.data.loader import seed_all
 from vitrim.errors import VitrimError
-from vitrim.store import StoreError, seal, verify
+from vitrim.files import StoreError, seal, verify, write
+from vitrim.jobs import signals
 
 _log = logging.getLogger(__name__)
 STATE = "state.ckpt"

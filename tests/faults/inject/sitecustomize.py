@@ -21,16 +21,17 @@ def _meet(fate: str) -> None:
 
 
 def _arm(fate: str) -> None:
-    import vitrim.run
+    import vitrim.cli.app
+    import vitrim.pipeline
 
-    whole = vitrim.run._phases
+    whole = vitrim.pipeline._phases
 
     def phases(*args: object) -> object:
         _meet(fate)
         return whole(*args)
 
-    vitrim.run._phases = phases
-    vitrim.run.main()
+    vitrim.pipeline._phases = phases
+    vitrim.cli.app.main()
     os._exit(0)
 
 

@@ -1,0 +1,1 @@
+"""DC-ViT: dense few-shot compression, its trials and its synthetic images."""

@@ -1,0 +1,1 @@
+"""PRACTISE and MiR: whole blocks dropped by how well the network recovers without them."""

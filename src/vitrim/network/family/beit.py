@@ -1,0 +1,110 @@
+"""BEiT and BEiT v2, of timm: `Beit`, whose attention has biases by relative position.
+
+What can be cut of an attention is in `vitrim.network.heads`, of an MLP in `vitrim.network.mlp`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.beit import Attention, Beit, Block
+from torch import Tensor, nn
+
+from vitrim.network.attention import attended, by_run, projected, sliced, take_over
+from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
+from vitrim.network.heads import attention_of, steps_of
+from vitrim.network.mlp import mlp_of
+from vitrim.network.stream import Stream
+from vitrim.network.structure import Structure, joined
+
+
+class SlicedBeitAttention(Attention):  # type: ignore[misc]
+    """timm's attention after a cut: every head has its own value width."""
+
+    def __init__(self, dense: Any, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+        nn.Module.__init__(self)
+        self.scale: float = dense.scale
+        self.num_heads = len(v_dims)
+        self.qk_dims = qk_dims
+        self.v_dims = v_dims
+        self.fused_attn: bool = dense.fused_attn
+        self.window_size = dense.window_size
+        self.q_bias, self.k_bias, self.v_bias = dense.q_bias, None, dense.v_bias
+        self.relative_position_bias_table = dense.relative_position_bias_table
+        self.register_buffer(
+            "relative_position_index", dense.relative_position_index, persistent=False
+        )
+        take_over(self, dense)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); a shared bias (heads, N, N) is of all heads there are."""
+        bias_1HNN = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own_1HNN = self._get_rel_pos_bias()
+            bias_1HNN = own_1HNN if bias_1HNN is None else own_1HNN + bias_1HNN
+
+        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
+            bias = None if bias_1HNN is None else bias_1HNN[..., heads, :, :]
+            return attended(self, q_BHNK, k_BHNK, v_BHNW, bias, is_causal=False)
+
+        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
+        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+        return out_BND
+
+    def extra_repr(self) -> str:
+        """Show the widths per head."""
+        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+@sliced.register(Attention)
+def _(attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> SlicedBeitAttention:
+    return SlicedBeitAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
+
+
+@structure.register
+def _(net: Beit) -> Structure:
+    found = []
+    for index, block in enumerate(net.blocks):
+        name = f"blocks.{index}"
+        if type(block) is not Block or type(block.attn) not in (Attention, SlicedBeitAttention):
+            raise UnsupportedArchitecture(
+                f"{type(net).__name__} with {type(block).__name__} and "
+                f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
+                "supported: Block with Attention"
+            )
+        found += [
+            attention_of(
+                f"{name}.attn",
+                block.attn,
+                fixed="biases of queries are no part of a layer",
+                scaled="" if net.rel_pos_bias is None else "all blocks share biases by position",
+                tables={"relative_position_bias_table": 1},
+            ),
+            mlp_of(f"{name}.mlp", block.mlp),
+        ]
+    return joined(found)
+
+
+@stream.register
+def _(net: Beit) -> Stream:
+    shared = None if net.rel_pos_bias is None else net.rel_pos_bias()
+
+    def embed(images: Tensor) -> Tensor:
+        patches = net.patch_embed(images)
+        x_BND = torch.cat([net.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        placed: Tensor = net.pos_drop(x_BND if net.pos_embed is None else x_BND + net.pos_embed)
+        return placed
+
+    return Stream(
+        embed=embed,
+        steps=tuple(
+            step
+            for index, block in enumerate(net.blocks)
+            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=shared)
+        ),
+        after="norm",
+        prefix=net.num_prefix_tokens,
+        readout=int(net.global_pool == "token"),
+        alone=True,
+    )

@@ -1,0 +1,172 @@
+"""DINOv2-S with the four-layer linear head of its hub, `dinov2_vits14_lc`, on timm's blocks.
+
+The head reads the normed class tokens of the last four blocks and the mean of the last block's
+normed patch tokens (arXiv 2304.07193, section 7). Parameter names are the hub's, so that the state
+dict of `torch.hub.load("facebookresearch/dinov2", "dinov2_vits14_lc")` loads as it is. Positions
+are stored for 518 pixels and interpolated, by timm's resampling, to whatever comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitrim.network.dispatch import drop, settle, stream, structure
+from vitrim.network.stream import Stream
+from vitrim.network.structure import Structure, prefixed
+
+LAYERS = 4
+HUB = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14"
+_BACKBONE = {
+    "patch_size": 14,
+    "img_size": 518,
+    "embed_dim": 384,
+    "depth": 12,
+    "num_heads": 6,
+    "init_values": 1e-5,
+    "num_classes": 0,
+    "dynamic_img_size": True,
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dinov2_vits14_lc": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 644, 644),
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "backbone.patch_embed.proj",
+            "classifier": "linear_head",
+        }
+    }
+)
+
+
+class LinearClassifier(nn.Module):
+    """A DINOv2 backbone and a linear classifier on its last four blocks.
+
+    23,977,576 parameters as `dinov2_vits14_lc`, the unused mask token included.
+    """
+
+    def __init__(self, backbone: VisionTransformer, *, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        dim = backbone.embed_dim
+        backbone.register_parameter("mask_token", nn.Parameter(torch.zeros(1, dim)))
+        self.linear_head = nn.Linear((LAYERS + 1) * dim, num_classes)
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """The backbone's, where timm's own networks have it."""
+        patch_embed: nn.Module = self.backbone.patch_embed
+        return patch_embed
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, as timm's networks do."""
+        return self.linear_head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Draw a new classifier, as timm's networks do."""
+        self.num_classes = num_classes
+        old = self.linear_head
+        self.linear_head = nn.Linear(
+            old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to what the head reads, (B, 5 * D)."""
+        tokens = self.backbone.patch_embed(x)
+        return self._read(*self._blocks(self.backbone.norm_pre(self.backbone._pos_embed(tokens))))
+
+    def _blocks(self, x_BND: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the class tokens after each of the last blocks, and the last block's tokens."""
+        classes = []
+        for block in self.backbone.blocks:
+            x_BND = block(x_BND)
+            classes.append(x_BND[:, 0])
+        return classes[-LAYERS:], x_BND
+
+    def _read(self, classes: list[Tensor], x_BND: Tensor) -> Tensor:
+        norm = self.backbone.norm
+        patches = norm(x_BND)[:, self.backbone.num_prefix_tokens :].mean(1)  # first: see stream
+        return torch.cat([*(norm(token) for token in classes), patches], dim=-1)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map what `forward_features` returns to logits (B, classes)."""
+        return features if pre_logits else self.linear_head(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W), sides divisible by 14, to logits (B, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+@structure.register
+def _(net: LinearClassifier) -> Structure:
+    return prefixed(structure(net.backbone), "backbone.")
+
+
+@drop.register
+def _(net: LinearClassifier, branch: str) -> None:
+    drop(net.backbone, branch.removeprefix("backbone."))
+
+
+@settle.register
+def _(net: LinearClassifier, size: tuple[int, int]) -> None:
+    settle(net.backbone, size)
+
+
+@stream.register
+def _(net: LinearClassifier) -> Stream:
+    inner = stream(net.backbone)
+    steps = tuple(
+        replace(branch, name=f"backbone.{branch.name}", before=f"backbone.{branch.before}")
+        for branch in inner.branches
+    )
+    return replace(inner, steps=steps, after=f"backbone.{inner.after}", readout=1, alone=False)
+
+
+def _fetched(cache_dir: str | None) -> dict[str, Tensor]:
+    """Return the hub's weights of backbone and head, by this network's names."""
+    backbone, head = (
+        torch.hub.load_state_dict_from_url(
+            f"{HUB}/dinov2_vits14_{part}.pth", cache_dir, map_location="cpu", weights_only=True
+        )
+        for part in ("pretrain", "linear4_head")
+    )
+    return {f"backbone.{name}": tensor for name, tensor in backbone.items()} | {
+        f"linear_head.{name}": tensor for name, tensor in head.items()
+    }
+
+
+@register_model  # type: ignore[untyped-decorator]
+def dinov2_vits14_lc(
+    pretrained: bool = False,
+    *,
+    num_classes: int = 1000,
+    img_size: int | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> LinearClassifier:
+    """DINOv2 ViT-S/14 with the hub's four-layer linear head; `pretrained` fetches the hub's files.
+
+    `img_size` changes nothing: any multiple of 14 pixels may come, positions are stored for 518.
+    """
+    settings = {**_BACKBONE, **kwargs}
+    net = LinearClassifier(VisionTransformer(**settings), num_classes=num_classes)
+    if pretrained:
+        net.load_state_dict(_fetched(cache_dir))
+    net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_vits14_lc")).to_dict()
+    return net

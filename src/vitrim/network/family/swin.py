@@ -1,0 +1,199 @@
+"""The Swin transformers of timm: `SwinTransformer`, whose attention is within (shifted) windows.
+
+Sites of block j of stage i, and what they are of (D the stage's width, H heads, K head dim, M mlp
+hidden):
+    layers.i.blocks.j.attn.input   (D,)    columns of qkv      the norm's output, gathered
+    layers.i.blocks.j.attn.heads   (H,)    whole heads, their columns of the position bias included
+    layers.i.blocks.j.attn.qk      (H*K,)  query and key rows, free in every head
+    layers.i.blocks.j.attn.v       (H*K,)  value rows and proj columns, free in every head
+    layers.i.blocks.j.mlp.input    (D,)    columns of fc1      the norm's output, gathered
+    layers.i.blocks.j.mlp.hidden   (M,)    rows of fc1 and columns of fc2
+
+Attention works on windows of tokens, the last of a row or column filled up with zeros; its Linears
+are applied to those, too, and counted there. Patch merging is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    get_relative_position_index,
+    window_reverse,
+)
+from torch import Tensor, nn
+
+from vitrim.network.attention import SlicedWindowAttention
+from vitrim.network.dispatch import UnsupportedArchitecture, computed, drop, stream, structure
+from vitrim.network.family.vit import PLACES, OneBranch
+from vitrim.network.heads import attention_of
+from vitrim.network.mlp import mlp_of
+from vitrim.network.stream import Branch, Merge, Stream
+from vitrim.network.structure import Residual, Structure, joined
+
+_COPIED = (
+    "input_resolution",
+    "target_shift_size",
+    "always_partition",
+    "dynamic_mask",
+    "window_size",
+    "shift_size",
+    "window_area",
+)
+
+
+class WindowBlock(SwinTransformerBlock):  # type: ignore[misc]
+    """What is left of a block once its MLP is dropped: timm's own windows, shift and mask."""
+
+    def __init__(self, block: SwinTransformerBlock) -> None:
+        nn.Module.__init__(self)
+        for name in _COPIED:
+            setattr(self, name, getattr(block, name))
+        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
+        self.register_buffer("attn_mask", block.attn_mask, persistent=False)
+        self.training = block.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, D) to the same shape."""
+        output: Tensor = x + self.drop_path1(self._attn(self.norm1(x)))
+        return output
+
+
+class _Part(NamedTuple):
+    """A branch there is: its block's path, the block, and attn or mlp."""
+
+    at: str
+    block: Any
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.at}.{self.kind}"
+
+    @property
+    def norm(self) -> str:
+        return f"{self.at}.norm{PLACES[self.kind]}"
+
+
+@structure.register
+def _(net: SwinTransformer) -> Structure:
+    parts = [part for stage in range(len(net.layers)) for part in _parts(net, stage)]
+    found = [
+        (_attention if part.kind == "attn" else mlp_of)(part.name, net.get_submodule(part.name))
+        for part in parts
+    ]
+    return replace(
+        joined(found),
+        branches=tuple(
+            Residual(
+                name=part.name,
+                block=part.at,
+                modules=(part.norm, part.name),
+                ends=(f"{part.name}.{'proj' if part.kind == 'attn' else 'fc2'}",),
+            )
+            for part in parts
+        ),
+    )
+
+
+def _attention(name: str, attn: Any) -> Structure:
+    tables = {"relative_position_bias_table": 1}
+    return attention_of(name, attn, tables=tables, context=attn.window_area)
+
+
+@drop.register
+def _(net: SwinTransformer, branch: str) -> None:
+    at, _, kind = branch.rpartition(".")
+    block = net.get_submodule(at)
+    left: nn.Module
+    if not isinstance(block, SwinTransformerBlock) or isinstance(block, WindowBlock):
+        left = nn.Identity().train(block.training)
+    else:
+        left = WindowBlock(block) if kind == "mlp" else OneBranch(block, "mlp")
+    net.set_submodule(at, left)
+
+
+@stream.register
+def _(net: SwinTransformer) -> Stream:
+    steps: list[Branch | Merge] = []
+    for index, stage in enumerate(net.layers):
+        if not isinstance(stage.downsample, nn.Identity):
+            steps.append(Merge(before=f"layers.{index}.downsample", apply=stage.downsample))
+        steps += [_branch(part) for part in _parts(net, index)]
+    return Stream(
+        embed=net.patch_embed, steps=tuple(steps), after="norm", prefix=0, readout=0, alone=True
+    )
+
+
+@computed.register
+def _(net: SwinTransformer) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, _ATTENTIONS):
+            index = get_relative_position_index(*module.window_size)
+            found[f"{name}.relative_position_index"] = index
+        elif isinstance(module, SwinTransformerBlock) and module.attn_mask is not None:
+            mask = module.get_attn_mask()
+            found[f"{name}.attn_mask"] = mask.to(module.norm1.weight.dtype)
+    return found
+
+
+_ATTENTIONS = (WindowAttention, SlicedWindowAttention)
+
+
+def _parts(net: SwinTransformer, stage: int) -> Iterator[_Part]:
+    """Iterate over the branches that a stage has.
+
+    Raises:
+        UnsupportedArchitecture: a block or its attention is of another class than timm's.
+    """
+    for index, block in enumerate(net.layers[stage].blocks):
+        at = f"layers.{stage}.blocks.{index}"
+        if type(block) is nn.Identity:
+            continue  # both are dropped
+        if isinstance(block, OneBranch):
+            yield _Part(at, block, block.branch)
+            continue
+        if type(block) not in (SwinTransformerBlock, WindowBlock) or not isinstance(
+            block.attn, _ATTENTIONS
+        ):
+            raise UnsupportedArchitecture(
+                f"{type(net).__name__} with {type(block).__name__} and "
+                f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
+                "supported: SwinTransformerBlock with WindowAttention and Mlp"
+            )
+        yield _Part(at, block, "attn")
+        if type(block) is SwinTransformerBlock:
+            yield _Part(at, block, "mlp")
+
+
+def _branch(part: _Part) -> Branch:
+    block = part.block
+    norm = block.get_submodule(f"norm{PLACES[part.kind]}")
+    inner = block.get_submodule("mlp") if part.kind == "mlp" else block._attn
+    return Branch(
+        name=part.name,
+        before=part.norm,
+        apply=lambda x: inner(norm(x)),
+        scale=None,
+        tokens=(lambda x: x.flatten(1, -2))
+        if part.kind == "mlp"
+        else (lambda windows: _out_of_windows(block, windows)),
+    )
+
+
+def _out_of_windows(block: Any, windows: Tensor) -> Tensor:
+    """Return what flows in windows, (B * windows, area, C), by tokens of the map, (B, H*W, C).
+
+    Of filled-up windows the filling goes. The map is that of the size the network was made for.
+    """
+    (height, width), (h, w) = block.input_resolution, block.window_size
+    padded = height + -height % h, width + -width % w
+    rolled = window_reverse(windows.contiguous(), (h, w), *padded)[:, :height, :width]
+    tokens: Tensor = rolled.roll(block.shift_size, dims=(1, 2)).flatten(1, 2)
+    return tokens

@@ -1,0 +1,110 @@
+"""Swin transformer v2 of timm: `SwinTransformerV2`, whose attention compares by cosines.
+
+Queries and keys are normalised over a head, so that their dims stay (`vitrim.network.heads`). Of
+the small MLP that makes the biases by position, the last layer has one row per head. What can be
+cut of an MLP is in `vitrim.network.mlp`. Windows are those of `vitrim.network.family.swin`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.swin_transformer_v2 import (
+    SwinTransformerV2,
+    SwinTransformerV2Block,
+    WindowAttention,
+)
+from torch import Tensor, nn
+
+from vitrim.network.attention import by_run, projected, sliced, take_over
+from vitrim.network.dispatch import UnsupportedArchitecture, structure
+from vitrim.network.heads import attention_of
+from vitrim.network.mlp import mlp_of
+from vitrim.network.structure import Layer, Part, Structure, full, joined
+
+_MOST = math.log(100)  # of the logit scale, as in timm
+
+
+class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
+    """timm's cosine attention after a cut: every head has its own value width."""
+
+    def __init__(self, dense: Any, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+        nn.Module.__init__(self)
+        self.num_heads = len(v_dims)
+        self.qk_dims = qk_dims
+        self.v_dims = v_dims
+        self.window_size = dense.window_size
+        self.pretrained_window_size = dense.pretrained_window_size
+        self.q_bias, self.k_bias, self.v_bias = dense.q_bias, None, dense.v_bias
+        for name in ("relative_coords_table", "relative_position_index"):
+            self.register_buffer(name, dense.get_buffer(name), persistent=False)
+        take_over(self, dense)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
+        scale_H11 = self.logit_scale.clamp(max=_MOST).exp()
+        table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
+        bias_HNN = 16 * table[self.relative_position_index].movedim(-1, 0).sigmoid()
+
+        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
+            q_BHNK, k_BHNK = F.normalize(q_BHNK, dim=-1), F.normalize(k_BHNK, dim=-1)
+            attn_BHNN = q_BHNK @ k_BHNK.transpose(-2, -1) * scale_H11[heads] + bias_HNN[heads]
+            if mask is not None:
+                by_image = attn_BHNN.unflatten(0, (-1, len(mask))) + mask[:, None]
+                attn_BHNN = by_image.flatten(0, 1)
+            out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
+            return out_BHNW
+
+        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
+        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+        return out_BND
+
+    def extra_repr(self) -> str:
+        """Show the widths per head."""
+        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+@sliced.register(WindowAttention)
+def _(
+    attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+) -> SlicedCosineAttention:
+    return SlicedCosineAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
+
+
+@structure.register
+def _(net: SwinTransformerV2) -> Structure:
+    found = []
+    for stage, layer in enumerate(net.layers):
+        for index, block in enumerate(layer.blocks):
+            name = f"layers.{stage}.blocks.{index}"
+            if type(block) is not SwinTransformerV2Block:
+                raise UnsupportedArchitecture(
+                    f"{type(net).__name__} with {type(block).__name__} cannot be cut; "
+                    "supported: SwinTransformerV2Block"
+                )
+            found += [
+                _attention(f"{name}.attn", block.attn),
+                mlp_of(f"{name}.mlp", block.mlp),
+            ]
+    return joined(found)
+
+
+def _attention(name: str, attn: Any) -> Structure:
+    found = attention_of(
+        name,
+        attn,
+        fixed="q and k are normalised over the head",
+        tables={"logit_scale": 0},
+        context=attn.window_size[0] * attn.window_size[1],
+    )
+    biases = Layer(
+        name=f"{name}.cpb_mlp.2",
+        branch=name,
+        out=(Part(site=f"{name}.heads", offset=0, size=attn.num_heads),),
+        inp=full(attn.cpb_mlp[2].in_features),
+        locked="it makes biases by position, one row per head",
+    )
+    return replace(found, layers=(*found.layers, biases))

@@ -1,0 +1,147 @@
+"""Every published row of the four sources, ours beside it; and what we measured elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from vitrim.paper import Published, of_run, published
+from vitrim.paper.results import Result
+from vitrim.report.summary import Row, fixed
+
+SOURCES = ("VTP", "AIminify blog", "DC-ViT", "Mixed-rank (2402.06004)")
+OTHER_COUNT = ("DC-ViT",)
+"""Papers whose MACs leave the products of attention out: ours are no smaller for that."""
+HEAD = [
+    *("table", "network", "what"),
+    *("params M", "ours", "differs by"),
+    *("MACs G", "ours", "differs by"),
+    *("top-1", "ours", "differs by"),
+    *("known from", "verified"),
+]
+NOT_RUN = "not run"
+NOTE = (
+    "A dash: not known. *known from* says how a published number was read: primary (in the paper, "
+    "or its authors' own page or code), derived (by their code's rules), quoted (in another "
+    "publication's table), summary (second-hand), memory, none (not recovered). DC-ViT counts MACs "
+    "in another way, so they are not subtracted. Accuracies of AIminify are by an evaluation of "
+    "its own: compare what is lost."
+)
+
+
+class Ours(NamedTuple):
+    """What we have of a published row; None is what was not measured."""
+
+    params: int | None
+    flops: int | None
+    top1: float | None
+
+
+class Section(NamedTuple):
+    """A table: its title, headings and lines, and a note below."""
+
+    title: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
+    """Return a section per source, and one per result that was measured in a setting of our own."""
+    known = dict(_ours(rows, results))
+    papers = [
+        Section(
+            f"{source}: published and ours",
+            HEAD,
+            [_line(row, known.get(_key(row))) for row in published() if row.paper == source],
+        )
+        for source in SOURCES
+    ]
+    own = [_own(result) for result in results if result.setting == "own"]
+    return [*papers, *own]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return the names of the rows that a command of ours runs, and that command."""
+    return [
+        (", ".join(filter(None, (row.paper, row.table, row.model, row.method, row.setting))), said)
+        for row in published()
+        if row.paper in SOURCES and (said := row.command)
+    ]
+
+
+_Key = tuple[str, float | None, str]
+
+
+def _key(row: Published) -> _Key:
+    return (row.experiment, row.strength, row.overrides)
+
+
+def _ours(rows: Sequence[Row], results: Sequence[Result]) -> Iterator[tuple[_Key, Ours]]:
+    """Iterate over what we have, the best last: results, runs without images, runs with them."""
+    for result in results:
+        if result.setting == "paper":
+            for figure in result.figures:
+                yield _committed(figure)
+    for row in sorted(rows, key=lambda row: row.mean("compact.top1") is not None):
+        paper = of_run(row.record)
+        if paper is not None:
+            record = row.record
+            flops = record.get("compact.flops_blog", record["compact.flops"])
+            yield _key(paper), Ours(record["compact.params"], flops, row.mean("compact.top1"))
+
+
+def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ours]:
+    def number(name: str) -> float | None:
+        value = figure.get(name)
+        return None if value is None else float(value)
+
+    params, flops = number("params"), number("flops")
+    ours = Ours(
+        None if params is None else round(params),
+        None if flops is None else round(flops),
+        number("top1"),
+    )
+    words = (str(figure.get("experiment")), number("strength"), str(figure.get("overrides") or ""))
+    return words, ours
+
+
+def _line(row: Published, ours: Ours | None) -> list[str]:
+    params, flops, top1 = ours or Ours(None, None, None)
+    macs = "other count" if row.paper in OTHER_COUNT and row.flops and flops else None
+    return [
+        row.table,
+        row.model,
+        ", ".join(filter(None, (row.method, row.setting))),
+        *_pair(row.params, params, 1e6),
+        *_pair(row.flops, flops, 2e9, instead=macs),
+        *_pair(row.top1, top1),
+        row.evidence,
+        row.standing,
+    ]
+
+
+def _pair(
+    theirs: float | None, ours: float | None, unit: float = 1, *, instead: str | None = None
+) -> list[str]:
+    """Return a published number, ours and the difference, in this unit."""
+    form = ".2f" if unit == 1 else ".3f"
+    scaled = [None if value is None else value / unit for value in (theirs, ours)]
+    difference = None if theirs is None or ours is None else ours - theirs
+    said = "-" if difference is None else f"{difference / unit:+{form}}" if difference else "0"
+    return [
+        fixed(scaled[0], form),
+        NOT_RUN if ours is None else fixed(scaled[1], form),
+        instead or said,
+    ]
+
+
+def _own(result: Result) -> Section:
+    lines = [[_cell(figure.get(name)) for name in result.columns] for figure in result.figures]
+    note = f"`{result.command}`. {result.provenance}"
+    title = f"Ours, in a setting that is no paper's: {result.title}"
+    return Section(title, [name.replace("_", " ") for name in result.columns], lines, note)
+
+
+def _cell(value: str | int | float | None) -> str:
+    return "-" if value is None else str(value)

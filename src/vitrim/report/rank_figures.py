@@ -1,0 +1,229 @@
+"""Draw what the mixed-rank paper (arXiv 2402.06004) draws, from the runs of a report.
+
+energy.png is its figure 1, ranks.png its figure 2, error.png its figure 3. The first and the last
+need the curves that a run leaves in its plan.json (`vitrim.method.mixed_rank.metric.curves`); a
+panel shows the first run of a series. Ours: the error of the truncated SVD beside that of the run's
+decomposition.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from operator import lt
+from typing import Any, NamedTuple
+
+from vitrim.errors import ReportError
+from vitrim.plan import MAX_BYTES, PlanError, loads
+from vitrim.report.figure import STYLE, Panel, draw, frame, labelled, line_look, line_of, png
+from vitrim.report.summary import NAMES, Row, Run
+
+MAX_POINTS = 10_000
+MAX_CHARTS = 12
+_KEYS = ("rank", "energy", "error", "plain_error")
+_MOST = {"energy": 1.0, "error": 1e6, "plain_error": 1e6}
+_NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)  # nothing that a label would take for mathematics
+_MATRIX = re.compile(r"((?:[\w-]+\.)*blocks\.\d{1,9})\.([\w.-]+)", re.ASCII)
+_RANKS = Panel(
+    *("kept_params", "kept parameters (%)", "compact.top1", "top-1 accuracy (%)", "cut.top1")
+)
+
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+class Traced(NamedTuple):
+    """A run that left curves, by layer: its record and the metric of its decompositions."""
+
+    record: Mapping[str, Any]
+    decomposition: str
+    curves: Curves
+
+
+class Line(NamedTuple):
+    """A line of a chart from left to right; a reference is dashed."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    reference: bool = False
+
+
+class Chart(NamedTuple):
+    """One panel: a title and lines, of which those with the same label have the same colour."""
+
+    title: str
+    lines: list[Line]
+
+
+def figures(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, bytes]:
+    """Return the PNGs that these runs give something to draw for, by file name.
+
+    Raises:
+        ReportError: curves that no run of vitrim wrote.
+    """
+    found = [traced for run in runs if (traced := read_curves(run))]
+    pictures = {}
+    if energy := energy_charts(found):
+        pictures["energy.png"] = _draw(energy, "share of the full rank (%)", "energy kept (%)")
+    if ranks := rank_rows(rows):
+        pictures["ranks.png"] = draw(ranks, [_RANKS])
+    if error := error_charts(found):
+        pictures["error.png"] = _draw(error, "rank", "normalised output error")
+    return pictures
+
+
+def read_curves(run: Run) -> Traced | None:
+    """Return the curves in the plan of a run, or None where there are none.
+
+    Raises:
+        ReportError: naming the file and what is wrong with it.
+    """
+    path, provenance = run.folder / "plan.json", provenance_of(run, "curves")
+    steps = provenance.get("steps")  # of a run that began with another one, the last with curves
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, dict) and "curves" in step:
+            provenance = step
+    curves, named = provenance.get("curves") or {}, provenance.get("decomposition")
+    if not isinstance(curves, dict):
+        raise ReportError(f"{path}: provenance.curves: expected an object, by layer")
+    for name, curve in curves.items():
+        if not _NAME.fullmatch(name) or not _fits(curve):
+            raise ReportError(
+                f"{path}: provenance.curves: {reprlib.repr(name)}: expected the path of a layer, "
+                f"and equally long lists of numbers in range, ranks rising: {', '.join(_KEYS)}"
+            )
+    decomposition = named if isinstance(named, str) and _NAME.fullmatch(named) else "decomposition"
+    return Traced(run.record, decomposition, curves) if curves else None
+
+
+def provenance_of(run: Run, key: str) -> Mapping[str, Any]:
+    """Return the provenance in the plan of a run; nothing where the plan does not speak of `key`.
+
+    Raises:
+        ReportError: naming the file and what is wrong with it.
+    """
+    path = run.folder / "plan.json"
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if f'"{key}"'.encode() not in content:  # most plans: nothing to parse
+        return {}
+    try:
+        return loads(content.decode(errors="replace")).provenance
+    except PlanError as error:
+        raise ReportError(f"{path}: {error}; restore it or run again") from None
+
+
+def _fits(curve: Any) -> bool:
+    if not isinstance(curve, dict) or not curve.keys() >= {*_KEYS}:
+        return False
+    rank = curve["rank"]
+    if not isinstance(rank, list) or not 0 < len(rank) <= MAX_POINTS or {*map(type, rank)} != {int}:
+        return False
+    return (
+        rank[0] > 0
+        and rank[-1] <= 2**31
+        and all(map(lt, rank, rank[1:]))
+        and all(_in_range(curve[key], len(rank), most) for key, most in _MOST.items())
+    )
+
+
+def _in_range(values: Any, length: int, most: float) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(type(value) in (int, float) and 0 <= value <= most for value in values)
+    )
+
+
+def energy_charts(found: Sequence[Traced]) -> list[Chart]:
+    """Return what every matrix of the first block keeps, in percent; each network once."""
+    charts = []
+    for run in _first_of_series(found):
+        matrices = [match for name in run.curves if (match := _MATRIX.fullmatch(name))]
+        if not matrices:
+            continue
+        first = min((match[1] for match in matrices), key=_natural)
+        lines = [
+            _share_line(match[2], run.curves[match[0]]) for match in matrices if match[1] == first
+        ]
+        model, data = (run.record[key] for key in NAMES[1:])
+        charts.append(Chart(f"{model} on {data}, seed {run.record['seed']}: {first}", lines))
+    return [chart for i, chart in enumerate(charts) if chart not in charts[:i]]
+
+
+def _share_line(label: str, curve: Mapping[str, Sequence[float]]) -> Line:
+    full = curve["rank"][-1]
+    return Line(label, [100 * r / full for r in curve["rank"]], [100 * e for e in curve["energy"]])
+
+
+def error_charts(found: Sequence[Traced]) -> list[Chart]:
+    """Return the output errors of the first, a middle and the last attention projection."""
+    runs = _first_of_series(found)
+    names = labelled([Row(run.record, {}) for run in runs])
+    titles = {part[0].record["series"]: name for name, part in names.items()}
+    charts = []
+    for run in runs:
+        layers = sorted((n for n in run.curves if n.endswith(".attn.proj")), key=_natural)
+        picked = sorted({0, len(layers) // 2, len(layers) - 1}) if layers else []
+        lines = [
+            Line(layers[i], [*curve["rank"]], [*curve[key]], key == "plain_error")
+            for i in picked
+            for curve in [run.curves[layers[i]]]
+            for key in ("error", "plain_error")
+        ]
+        title = f"{titles[run.record['series']]}: {run.decomposition}, seed {run.record['seed']}"
+        charts += [Chart(title, lines)] if lines else []
+    return charts
+
+
+def rank_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the mixed_rank rows with an accuracy, if any series has two of them or more."""
+    found = [row for row in rows if row.record["choices.method"] == "mixed_rank"]
+    found = [row for row in found if row.spreads["compact.top1"]]
+    lines = [line_of(part, _RANKS, _RANKS.y) for part in labelled(found).values()]
+    return found if any(line and len(line.x) > 1 for line in lines) else []
+
+
+def _first_of_series(found: Sequence[Traced]) -> list[Traced]:
+    """Return one run per series: curves do not depend on its strength."""
+    return [*{run.record["series"]: run for run in reversed(found)}.values()][::-1]
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort numbers in a path by value."""
+    return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in name.split("."))
+
+
+def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    shown = charts[:MAX_CHARTS]
+    labels = [*dict.fromkeys(line.label for chart in shown for line in chart.lines)]
+    looks = {label: line_look(i) | {"markersize": 2.5} for i, label in enumerate(labels)}
+    dashed: dict[str, Any] = {"linestyle": "--", "marker": "", "linewidth": 1.0}
+    columns = min(2, len(shown))
+    height = -(-len(shown) // columns)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(7.0, 0.6 + 2.8 * height), layout="constrained")
+        grid = [*figure.subplots(height, columns, squeeze=False, sharey=True).flat]
+        for axes, chart in zip(grid, shown, strict=False):
+            frame(axes, x_label, y_label)
+            axes.set_title(chart.title, fontsize=8, parse_math=False)
+            for line in chart.lines:
+                look = looks[line.label] | (dashed if line.reference else {})
+                axes.plot(line.x, line.y, **look)
+            axes.set(xlim=(0, None), ylim=(0, None))
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
+        if any(line.reference for chart in shown for line in chart.lines):
+            handles.append(Line2D([], [], label="truncated SVD", color="0.4", **dashed))
+        if len(charts) > len(shown):
+            rest = f"{len(charts) - len(shown)} more not drawn"
+            handles.append(Line2D([], [], label=rest, linestyle=""))
+        return png(figure, handles)

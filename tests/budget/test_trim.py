@@ -1,0 +1,599 @@
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from conftest import MODEL, PLANS, SIZE, TINY, heads_of, plan_of, skeleton_net, small_net
+from vitrim import Drop, Keep, Plan, count, cut, save
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target, TargetError, at_strength, check_strength, choose
+from vitrim.budget.trim import trim
+from vitrim.files import WEIGHTS
+from vitrim.network import sites
+from vitrim.plan import PlanError
+
+LEVELS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+GATED = ("attn.input", "attn.v", "mlp.input", "mlp.hidden")
+METRICS = st.sampled_from(["macs", "params", "units"])
+SCOPES = st.sampled_from(["global", "site"])
+SHARES = st.floats(0, 0.99)
+SEEDS = st.integers(0, 99)
+
+
+@cache
+def net() -> nn.Module:
+    return small_net(dtype=torch.float32)
+
+
+@cache
+def cost() -> Cost:
+    return Cost(net(), SIZE)
+
+
+def random_scores(seed: int, kinds: tuple[str, ...] = GATED) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(site.size, generator=generator)
+        for name, site in sites(net()).items()
+        if name.split(".", 2)[2] in kinds
+    }
+
+
+def plan(edits: tuple[Keep, ...]) -> Plan:
+    return Plan(model=MODEL, edits=edits)
+
+
+def left(edits: tuple[Keep, ...], metric: str, scored: list[str]) -> int:
+    return int(getattr(cost().plan(plan(edits), scored), metric))
+
+
+def least(metric: str, scores: dict[str, Tensor], round_to: int = 1) -> int:
+    """Return what remains when every scored site is left with one step of its first head."""
+    first = {name: heads_of(sites(net())[name])[0][:round_to] for name in scores}
+    return left(plan_of(first).edits, metric, list(scores))
+
+
+def budget(metric: Any, share: float, scores: dict[str, Tensor], round_to: int = 1) -> Target:
+    """Return the target that lies at `share` of the way from the least to everything."""
+    dense, floor = left((), metric, list(scores)), least(metric, scores, round_to)
+    return Target(metric=metric, keep=round(floor + share * (dense - floor)))
+
+
+def kept_at(edits: tuple[Keep, ...], name: str) -> list[int]:
+    by_site = {keep.site: list(keep.index) for keep in edits}
+    return by_site.get(name, list(range(sites(net())[name].size)))
+
+
+def formula(args: dict[str, Any], patch: int, kept: list[dict[str, int]]) -> tuple[int, int]:
+    """Count params and MACs of a plain ViT by hand; `kept` holds the widths of each block."""
+    dim, classes = args["embed_dim"], args["num_classes"]
+    patches = (args["img_size"] // patch) ** 2
+    tokens = patches + 1
+    params = patch * patch * 3 * dim + dim  # the patch embedding
+    params += dim + tokens * dim  # class token and positions
+    params += 2 * dim + classes * (dim + 1)  # last norm and classifier
+    macs = patches * patch * patch * 3 * dim + dim * classes
+    for w in kept:
+        rows = 2 * w["attn.qk"] + w["attn.v"]
+        weights = rows * w["attn.input"] + w["attn.v"] * dim
+        weights += w["mlp.hidden"] * (w["mlp.input"] + dim)
+        params += weights + rows + dim + w["mlp.hidden"] + dim + 4 * dim
+        macs += tokens * weights + tokens * tokens * (w["attn.qk"] + w["attn.v"])
+    return params, macs
+
+
+def widths(plan: Plan, block: int) -> dict[str, int]:
+    """Return the widths that `plan` leaves in one block of `small_net()`."""
+    keeps = {keep.site: set(keep.index) for keep in plan.keeps()}
+
+    def kept(kind: str, size: int) -> set[int]:
+        return keeps.get(f"blocks.{block}.{kind}", set(range(size)))
+
+    v = {unit for unit in kept("attn.v", 24) if unit // 8 in kept("attn.heads", 3)}
+    qk = {unit for unit in kept("attn.qk", 24) if unit // 8 in {value // 8 for value in v}}
+    return {
+        "attn.qk": len(qk),
+        "attn.v": len(v),
+        "attn.input": len(kept("attn.input", 24)),
+        "mlp.input": len(kept("mlp.input", 24)),
+        "mlp.hidden": len(kept("mlp.hidden", 48)),
+    }
+
+
+def test_the_hand_written_formula_gives_the_numbers_of_vit_base() -> None:
+    args = {"embed_dim": 768, "num_classes": 1000, "img_size": 224}
+    full = {kind: 768 for kind in ("attn.qk", "attn.v", "attn.input", "mlp.input")}
+    by_hand = formula(args, 16, 12 * [{**full, "mlp.hidden": 3072}])
+    assert by_hand == (86_567_656, 17_563_828_224)
+    vit_base = skeleton_net("vit_base_patch16_224")
+    amount = Cost(vit_base, 224).plan(plan_of({}))
+    assert (amount.params, amount.macs) == by_hand
+    assert count(vit_base, 224) == (*by_hand, 35_127_656_448)
+
+
+def test_a_cut_vit_base_costs_what_the_formula_says() -> None:
+    vit_base = skeleton_net("vit_base_patch16_224")
+    kept = {
+        "blocks.3.attn.heads": range(0, 12, 2),
+        "blocks.3.attn.input": range(700),
+        "blocks.11.mlp.hidden": range(0, 3072, 3),
+    }
+    full = {kind: 768 for kind in ("attn.qk", "attn.v", "attn.input", "mlp.input")}
+    blocks = [{**full, "mlp.hidden": 3072} for _ in range(12)]
+    blocks[3] |= {"attn.qk": 384, "attn.v": 384, "attn.input": 700}
+    blocks[11] |= {"mlp.hidden": 1024}
+    by_hand = formula({"embed_dim": 768, "num_classes": 1000, "img_size": 224}, 16, blocks)
+    assert Cost(vit_base, 224).plan(plan_of(kept))[:2] == by_hand
+    assert count(cut(vit_base, plan_of(kept)), 224)[:2] == by_hand
+
+
+@given(PLANS)
+def test_formula_and_counter_and_saved_file_agree(
+    tmp_path_factory: pytest.TempPathFactory, plan: Plan
+) -> None:
+    small = cut(net(), plan)
+    amount = cost().plan(plan)
+    assert (amount.params, amount.macs) == count(small, SIZE)[:2]
+    assert (amount.params, amount.macs) == formula(TINY, 16, [widths(plan, 0), widths(plan, 1)])
+    assert stored(save(tmp_path_factory.mktemp("net"), small, plan)) == amount.params
+
+
+def stored(folder: Path) -> int:
+    """Return how many numbers the weights file of `folder` holds."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def test_a_cut_network_has_a_formula_of_its_own() -> None:
+    first = plan_of({"blocks.0.attn.qk": (0, 1, 9), "blocks.0.attn.input": (3, 5)})
+    once = cut(net(), first)
+    second = plan_of({"blocks.0.attn.heads": (1, 2), "blocks.0.attn.input": (1,)})
+    assert Cost(once, SIZE).plan(second)[:2] == count(cut(once, second), SIZE)[:2]
+
+
+def asked(edits: tuple[Keep, ...], scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
+    """Return the edits at scored sites: any others only spell out what follows from these."""
+    found = tuple(edit for edit in edits if edit.site in scores)
+    assert cost().plan(plan(found)) == cost().plan(plan(edits))
+    return found
+
+
+def last_step(edits: tuple[Keep, ...], scores: dict[str, Tensor], round_to: int) -> Keep:
+    """Return the site of the last global step, as it was before: the removal of highest mean."""
+    removals = []
+    for name, score in scores.items():
+        kept = kept_at(edits, name)
+        for head in heads_of(sites(net())[name]):
+            gone = sorted(set(head) - set(kept), key=lambda unit: float(score[unit]))[-round_to:]
+            if gone:
+                before = Keep(site=name, index=tuple(sorted([*kept, *gone])))
+                removals.append((float(score[gone].double().mean()), before))
+    return max(removals, key=lambda removal: removal[0])[1]
+
+
+@settings(max_examples=60)
+@given(seed=SEEDS, metric=METRICS, share=SHARES, round_to=st.sampled_from([1, 3, 8]))
+def test_trim_stops_at_the_first_step_within_the_target(
+    seed: int, metric: Any, share: float, round_to: int
+) -> None:
+    scores = random_scores(seed)
+    target = budget(metric, share, scores, round_to=8)
+    edits = trim(cost(), scores, target, round_to=round_to)
+    assert left(edits, metric, list(scores)) <= target.keep
+    before = last_step(edits, scores, round_to)
+    others = tuple(edit for edit in asked(edits, scores) if edit.site != before.site)
+    assert left((*others, before), metric, list(scores)) > target.keep
+
+
+@given(seed=SEEDS, metric=METRICS, share=SHARES)
+def test_trim_by_site_removes_the_same_share_of_each(seed: int, metric: Any, share: float) -> None:
+    scores = random_scores(seed)
+    target = budget(metric, share, scores)
+    edits = trim(cost(), scores, target, scope="site")
+    assert left(edits, metric, list(scores)) <= target.keep
+    sizes = {name: len(score) for name, score in scores.items()}
+    gone = {name: sizes[name] - len(kept_at(edits, name)) for name in scores}
+    shares = {name: gone[name] / sizes[name] for name in scores}
+    most = max(shares.values())
+    assert all(shares[name] + 1 / sizes[name] >= most - 1e-9 for name in scores)
+    for name, score in scores.items():  # in each site the lowest went
+        assert kept_at(edits, name) == sorted(score.argsort().tolist()[gone[name] :])
+    before = []
+    for last in (name for name in scores if shares[name] >= most - 1e-9):
+        back = tuple(sorted(scores[last].argsort().tolist()[gone[last] - 1 :]))
+        others = tuple(edit for edit in asked(edits, scores) if edit.site != last)
+        before.append(left((*others, Keep(site=last, index=back)), metric, list(scores)))
+    assert max(before) > target.keep
+
+
+@given(seed=SEEDS, scope=SCOPES, metric=METRICS, shares=st.lists(SHARES, max_size=4))
+def test_a_smaller_target_keeps_a_part_of_what_a_larger_one_keeps(
+    seed: int, scope: Any, metric: Any, shares: list[float]
+) -> None:
+    scores = random_scores(seed)
+    found = [
+        trim(cost(), scores, budget(metric, share, scores), scope=scope) for share in sorted(shares)
+    ]
+    for less, more in pairwise(found):
+        assert all(set(kept_at(less, name)) <= set(kept_at(more, name)) for name in scores)
+
+
+@given(seed=SEEDS, scope=SCOPES, keep=st.floats(0.4, 1.0))
+def test_kept_widths_are_multiples_of_round_to_in_every_head(
+    seed: int, scope: Any, keep: float
+) -> None:
+    scores = random_scores(seed)
+    edits = trim(cost(), scores, Target(metric="units", keep=keep), scope=scope, round_to=8)
+    for edit in asked(edits, scores):
+        for head in heads_of(sites(net())[edit.site]):
+            assert len(set(head) & set(edit.index)) % 8 == 0
+
+
+def test_heads_that_round_to_does_not_divide_lose_the_rest_first() -> None:
+    wide = small_net(embed_dim=36)  # 3 heads of 12
+    scores = {"blocks.0.attn.v": torch.rand(36, generator=torch.Generator().manual_seed(0))}
+    seen = set()
+    for keep in range(8, 36):
+        edits = trim(Cost(wide, SIZE), scores, Target(metric="units", keep=keep), round_to=8)
+        (kept,) = (edit.index for edit in edits if edit.site in scores)
+        seen |= {sum(unit // 12 == head for unit in kept) for head in range(3)}
+    assert seen == {0, 8, 12}
+
+
+def test_a_head_narrower_than_round_to_goes_as_a_whole() -> None:
+    scores = {"blocks.0.attn.v": torch.arange(24.0)}
+    for keep, index in ((23, range(8, 24)), (15, range(16, 24))):
+        target = Target(metric="units", keep=keep)
+        edits = asked(trim(cost(), scores, target, round_to=16), scores)
+        assert edits == (Keep(site="blocks.0.attn.v", index=tuple(index)),)
+
+
+@given(scope=SCOPES, keep=st.integers(64, 240), round_to=st.sampled_from([1, 3, 8]))
+def test_equal_scores_keep_the_low_indices(scope: Any, keep: int, round_to: int) -> None:
+    scores = {name: torch.ones_like(score) for name, score in random_scores(0).items()}
+    target = Target(metric="units", keep=keep)
+    edits = trim(cost(), scores, target, scope=scope, round_to=round_to)
+    kept = [kept_at(edits, name) for name in scores]
+    assert kept == [list(range(len(index))) for index in kept]
+    assert 0 <= keep - sum(map(len, kept)) < round_to
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, 0.7, 0.35, -0.7])
+@pytest.mark.parametrize("scope", ["global", "site"])
+def test_equal_scores_lose_the_rest_of_a_head_first(scope: Any, value: float) -> None:
+    """The mean of three times 0.7 is a bit less than 0.7: no order may hang on that."""
+    scores = {"blocks.0.attn.v": torch.full((24,), value, dtype=torch.float64)}
+    for keep in range(3, 24):
+        target = Target(metric="units", keep=keep)
+        kept = kept_at(trim(cost(), scores, target, scope=scope, round_to=3), "blocks.0.attn.v")
+        assert kept == list(range(len(kept)))
+
+
+@given(seed=SEEDS, scope=SCOPES, metric=METRICS, share=SHARES, round_to=st.sampled_from([1, 2, 8]))
+def test_even_heads_lose_as_many_dims_each(
+    seed: int, scope: Any, metric: Any, share: float, round_to: int
+) -> None:
+    scores = random_scores(seed)
+    target = budget(metric, 0.2 + 0.8 * share, scores, round_to=8)
+    edits = trim(cost(), scores, target, scope=scope, round_to=round_to, even_heads=True)
+    assert left(edits, metric, list(scores)) <= target.keep
+    for i in (0, 1):
+        name = f"blocks.{i}.attn.v"
+        kept = set(kept_at(edits, name))
+        widths = [len(kept & set(head)) for head in heads_of(sites(net())[name])]
+        assert widths == 3 * [widths[0]]
+        assert widths[0] % round_to == 0 < widths[0]
+        for head in heads_of(sites(net())[name]):  # in each head the lowest went
+            ranked = sorted(head, key=lambda unit: float(scores[name][unit]))
+            assert set(ranked[8 - widths[0] :]) == kept & set(head)
+
+
+def test_even_heads_are_trimmed_by_hand() -> None:
+    scores = {"blocks.0.attn.v": torch.tensor([*range(8), *range(7, -1, -1), *range(8, 16)])}
+    edits = trim(cost(), scores, Target(metric="units", keep=7), even_heads=True)
+    assert edits == (Keep(site="blocks.0.attn.v", index=(6, 7, 8, 9, 22, 23)),)
+
+
+@given(seed=SEEDS, scope=SCOPES, metric=METRICS, share=SHARES)
+def test_permuted_scores_keep_the_permuted_units(
+    seed: int, scope: Any, metric: Any, share: float
+) -> None:
+    scores = random_scores(seed, ("attn.input", "mlp.input", "mlp.hidden"))
+    generator = torch.Generator().manual_seed(seed)
+    orders = {name: torch.randperm(len(x), generator=generator) for name, x in scores.items()}
+    permuted = {name: score[orders[name]] for name, score in scores.items()}
+    target = budget(metric, share, scores)
+    plain, moved = (trim(cost(), x, target, scope=scope) for x in (scores, permuted))
+    for name in scores:
+        kept = orders[name][kept_at(moved, name)].tolist()
+        assert sorted(kept) == kept_at(plain, name)
+
+
+SECOND_CUTS = {
+    "unequal heads": {"blocks.0.attn.qk": (0, 8, 9), "blocks.0.attn.v": range(3, 20)},
+    "the best head has no query-key dims": {"blocks.0.attn.qk": (0, 1, 9)},
+    "no query-key dims at all": {"blocks.0.attn.qk": (0,), "blocks.0.attn.v": range(8, 24)},
+}
+
+
+@pytest.mark.parametrize("kept", SECOND_CUTS.values(), ids=SECOND_CUTS)
+@pytest.mark.parametrize("kinds", [GATED, ("attn.qk", *GATED), ("attn.heads", "attn.qk", *GATED)])
+def test_a_cut_network_is_trimmed_further(
+    kept: dict[str, Sequence[int]], kinds: tuple[str, ...]
+) -> None:
+    once = cut(net(), plan_of(kept))
+    again = Cost(once, SIZE)
+    scores = {
+        name: torch.arange(float(site.size))
+        for name, site in sites(once).items()
+        if name.split(".", 2)[2] in kinds
+    }
+    found = plan(trim(again, scores, Target(metric="macs", keep=0.7)))
+    macs = count(cut(once, found), SIZE).macs
+    assert 0.66 * again.dense_count.macs < macs <= 0.7 * again.dense_count.macs
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qk", "blocks.0.mlp.hidden", "blocks.9.attn.v"])
+def test_scores_of_a_site_that_cannot_be_cut_are_refused(name: str) -> None:
+    locked = Cost(small_net(qk_norm=True, scale_mlp_norm=True), SIZE)
+    scores = {name: torch.arange(24.0 if "attn" in name else 48.0)}
+    with pytest.raises((TargetError, PlanError), match=name):
+        trim(locked, scores, Target(metric="macs", keep=0.99))
+
+
+def test_even_heads_of_a_network_with_unequal_heads_are_refused_by_site() -> None:
+    once = cut(net(), plan_of({"blocks.0.attn.v": range(3, 24)}))
+    scores = {"blocks.0.attn.v": torch.arange(21.0)}
+    with pytest.raises(TargetError, match=r"blocks\.0\.attn\.v"):
+        trim(Cost(once, SIZE), scores, Target(metric="macs", keep=0.98), even_heads=True)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+@pytest.mark.parametrize("scope", ["global", "site"])
+@pytest.mark.parametrize("keep", [1, 1.0])
+def test_keeping_everything_takes_no_edits(metric: Any, scope: Any, keep: float) -> None:
+    assert trim(cost(), random_scores(0), Target(metric=metric, keep=keep), scope=scope) == ()
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+def test_a_share_and_its_count_mean_the_same(metric: Any) -> None:
+    scores = random_scores(0)
+    dense = left((), metric, list(scores))
+    share = trim(cost(), scores, Target(metric=metric, keep=0.75))
+    assert share == trim(cost(), scores, Target(metric=metric, keep=int(0.75 * dense)))
+    assert share == trim(cost(), scores, Target(metric=metric, keep=float(int(0.75 * dense))))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused_by_site(bad: float) -> None:
+    scores = random_scores(0)
+    scores["blocks.1.mlp.hidden"][3] = bad
+    with pytest.raises(TargetError, match=r"blocks\.1\.mlp\.hidden"):
+        trim(cost(), scores, Target(metric="units", keep=0.5))
+
+
+@pytest.mark.parametrize("shape", [(47,), (49,), (48, 1), ()])
+def test_scores_of_another_size_are_refused_by_site(shape: tuple[int, ...]) -> None:
+    scores = {"blocks.1.mlp.hidden": torch.ones(shape)}
+    with pytest.raises(TargetError, match=r"blocks\.1\.mlp\.hidden.*48"):
+        trim(cost(), scores, Target(metric="units", keep=0.5))
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+@pytest.mark.parametrize("scope", ["global", "site"])
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_a_target_out_of_reach_names_the_least_that_is_in_reach(
+    metric: Any, scope: Any, round_to: int
+) -> None:
+    scores = random_scores(0)
+    with pytest.raises(TargetError, match=f"target.{metric}") as caught:
+        trim(cost(), scores, Target(metric=metric, keep=2), scope=scope, round_to=round_to)
+    numbers = [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", str(caught.value))]
+    floor = least(metric, scores, round_to)
+    assert floor in numbers
+    target = Target(metric=metric, keep=floor)
+    edits = trim(cost(), scores, target, scope=scope, round_to=round_to)
+    assert left(edits, metric, list(scores)) == floor
+
+
+HEAD_WARS = {
+    "blocks.0.attn.qk": torch.arange(24.0),  # the last head is the best to query with
+    "blocks.0.attn.v": torch.arange(24.0).flip(0),  # the first one has the best values
+}
+
+
+@given(metric=METRICS, share=st.floats(0.05, 0.99))
+def test_the_target_is_met_where_query_keys_and_values_prefer_other_heads(
+    metric: Any, share: float
+) -> None:
+    """All query-key dims of the only head left may be gone; the plan has to say so."""
+    target = budget(metric, share, HEAD_WARS)
+    edits = trim(cost(), HEAD_WARS, target)
+    assert left(edits, metric, list(HEAD_WARS)) <= target.keep
+    assert count(cut(net(), plan(edits)), SIZE)[:2] == cost().plan(plan(edits))[:2]
+
+
+@settings(max_examples=60)
+@given(seed=SEEDS, scope=SCOPES, metric=METRICS, share=st.floats(0.2, 0.99))
+def test_scores_at_every_site_lead_to_a_plan_within_the_target(
+    seed: int, scope: Any, metric: Any, share: float
+) -> None:
+    scores = random_scores(seed, ("attn.heads", "attn.qk", *GATED))
+    target = budget(metric, share, scores)
+    edits = trim(cost(), scores, target, scope=scope)
+    assert left(edits, metric, list(scores)) <= target.keep
+    assert count(cut(net(), plan(edits)), SIZE)[:2] == cost().plan(plan(edits))[:2]
+
+
+def test_heads_and_values_that_prefer_other_heads_still_leave_one() -> None:
+    scores = {
+        "blocks.0.attn.heads": torch.tensor([3.0, 2.0, 1.0]),
+        "blocks.0.attn.v": torch.arange(24.0),
+    }
+    edits = trim(cost(), scores, Target(metric="macs", keep=0.99))
+    assert 0 < left(edits, "macs", []) <= 0.99 * cost().dense_count.macs
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+@pytest.mark.parametrize(
+    "keep",
+    [0, 0.0, 1.2, 2.5, -1, -0.5, "x", "0.5", float("nan"), float("inf"), True, False, None, [0.5]],
+    ids=repr,
+)
+def test_a_target_that_is_no_share_and_no_count_is_refused(metric: Any, keep: Any) -> None:
+    with pytest.raises(TargetError, match=f"target.{metric}"):
+        Target(metric=metric, keep=keep)
+
+
+@pytest.mark.parametrize("metric", ["flops", "blocks_ms", "", "MACS"])
+def test_a_target_of_another_metric_is_refused(metric: Any) -> None:
+    with pytest.raises(TargetError, match="macs, params, units"):
+        Target(metric=metric, keep=0.5)
+
+
+@pytest.mark.parametrize(
+    ("keep", "dense", "limit"),
+    [(0.7, 10, 7), (0.5, 7, 3), (1.0, 9, 9), (1, 9, 9), (2, 9, 2), (8.0, 8, 8), (0.1, 30, 3)],
+)
+def test_the_limit_is_a_whole_number_and_at_most_the_dense_one(
+    keep: float, dense: int, limit: int
+) -> None:
+    assert Target(metric="units", keep=keep).limit(dense) == limit
+
+
+def test_a_site_of_double_pace_loses_twice_the_share() -> None:
+    scores = random_scores(0)
+    fast = [name for name in scores if name.endswith("hidden")]
+    target = Target(metric="units", keep=0.8)
+    edits = trim(cost(), scores, target, scope="site", pace=dict.fromkeys(fast, 2.0))
+    lost = {name: 1 - len(kept_at(edits, name)) / len(score) for name, score in scores.items()}
+    slow = [share for name, share in lost.items() if name not in fast]
+    for name in fast:
+        assert lost[name] == pytest.approx(2 * sum(slow) / len(slow), abs=0.15)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "units"])
+def test_more_than_there_is_is_refused(metric: Any) -> None:
+    with pytest.raises(TargetError, match=rf"target\.{metric}=1000000000000: expected at most"):
+        trim(cost(), random_scores(0), Target(metric=metric, keep=10**12))
+
+
+@given(st.floats(0, 5))
+def test_strengths_interpolate_between_the_levels(strength: float) -> None:
+    below = math.floor(strength)
+    expected = 1 - 0.1 * below - 0.1 * (strength - below)
+    assert at_strength(strength, LEVELS) == pytest.approx(expected, abs=1e-9)
+
+
+def test_whole_and_half_strengths_are_exact() -> None:
+    assert [at_strength(strength, LEVELS) for strength in range(6)] == LEVELS
+    assert at_strength(2.5, LEVELS) == 0.75
+    assert at_strength(2.5, [1.0, 0.9, 0.8, 0.2, 0.1, 0.05]) == 0.5
+    assert at_strength(0, LEVELS) == 1
+
+
+@pytest.mark.parametrize("strength", [0, 5, 0.0, 2.5, 5.0])
+def test_strengths_from_0_to_5_are_allowed(strength: float) -> None:
+    check_strength(strength, LEVELS, where="a.yaml")
+
+
+@pytest.mark.parametrize(
+    "strength", [-1, -1e-9, 5.1, "x", "3", float("nan"), float("inf"), True, [3]], ids=repr
+)
+def test_other_strengths_are_refused(strength: Any) -> None:
+    with pytest.raises(TargetError, match=r"strength=.*0 to 5 .*a\.yaml"):
+        check_strength(strength, LEVELS, where="a.yaml")
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [],
+        LEVELS[:5],
+        [*LEVELS, 0.4],
+        [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+        [1.0, 0.9, 0.9, 0.7, 0.6, 0.5],
+        [1.0, 0.9, 0.95, 0.7, 0.6, 0.5],
+        [1.0, 0.8, 0.6, 0.4, 0.2, 0.0],
+        [1.0, 0.8, 0.6, 0.4, 0.2, -0.1],
+        [1.0, 0.9, float("nan"), 0.7, 0.6, 0.5],
+        LEVELS[::-1],
+    ],
+    ids=str,
+)
+def test_levels_that_do_not_fall_from_1_to_above_0_are_refused(levels: list[float]) -> None:
+    with pytest.raises(TargetError, match=r"levels=.*a\.yaml"):
+        check_strength(3, levels, where="a.yaml")
+
+
+def test_the_target_that_is_set_overrides_the_strength() -> None:
+    none = {"macs": None, "params": None, "units": None}
+    assert choose(3, LEVELS, none, metric="units") == Target(metric="units", keep=0.7)
+    assert choose(3, LEVELS, {}, metric="macs") == Target(metric="macs", keep=0.7)
+    for metric in ("macs", "params", "units"):
+        found = choose(3, LEVELS, {**none, metric: 0.4}, metric="units")
+        assert found == Target(metric=metric, keep=0.4)
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ({"macs": 0.5, "params": 0.5}, "target.macs, target.params"),
+        ({"macs": 0.5, "params": 0.5, "units": 0.5}, "target.macs, target.params, target.units"),
+        ({"flops": 0.5}, "target.flops"),
+        ({"macs": 0}, "target.macs=0"),
+    ],
+)
+def test_at_most_one_known_target_may_be_set(target: dict[str, Any], named: str) -> None:
+    with pytest.raises(TargetError, match=named):
+        choose(3, LEVELS, target, metric="units")
+
+
+def test_even_heads_lose_equally_many_dims() -> None:
+    net = small_net()
+    cost = Cost(net, SIZE)
+    site = "blocks.0.attn.v"
+    scores = {site: torch.arange(24, dtype=torch.float64)}
+    keeps = trim(cost, scores, Target(metric="units", keep=0.5), even_heads=True)
+    assert keeps[0].index == (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23)
+
+
+def test_a_budget_in_blocks_is_what_remains_without_them() -> None:
+    target = Target(metric="blocks", keep=1)
+    without = Plan(model=MODEL, edits=(Drop(branch="blocks.0.attn"), Drop(branch="blocks.0.mlp")))
+    assert cost().blocks()[0] == TINY["depth"]
+    assert cost().allowed(target) == cost().plan(without).macs == count(cut(net(), without), 32)[1]
+    assert not target.is_identity
+    half = cost().allowed(Target(metric="blocks", keep=0.5))
+    assert half == cost().dense_count.macs - math.ceil(0.5 * cost().blocks()[1] / 2)
+
+
+@pytest.mark.parametrize("keep", [0, -1, "many", True])
+def test_a_budget_in_blocks_is_a_positive_number(keep: Any) -> None:
+    with pytest.raises(TargetError, match=f"target.blocks={keep}: expected how many blocks"):
+        Target(metric="blocks", keep=keep)
+
+
+def test_no_more_blocks_go_than_there_are() -> None:
+    with pytest.raises(TargetError, match=r"target\.blocks=2: the network has 2 blocks"):
+        cost().allowed(Target(metric="blocks", keep=2))
+
+
+@given(share=st.floats(0.05, 0.6), seed=SEEDS)
+def test_units_are_trimmed_to_a_budget_in_blocks(share: float, seed: int) -> None:
+    target, scores = Target(metric="blocks", keep=share), random_scores(seed)
+    edits = trim(cost(), scores, target)
+    limit, reached = cost().allowed(target), left(edits, "macs", list(scores))
+    assert limit - cost().dense_count.macs // 50 < reached <= limit

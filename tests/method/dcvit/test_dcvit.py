@@ -1,0 +1,468 @@
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from torch import nn
+
+from command import QUICK, Command, Done, swin
+from conftest import randomise, skeleton_net, small_net
+from vitrim import count
+from vitrim.budget.blocks import Group, dense_widths, groups_of, share_of
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import Target
+from vitrim.cli.compose import CONF
+from vitrim.errors import ConfigError, VitrimError
+from vitrim.method.dcvit.accounting import paper_macs, paper_widths
+from vitrim.method.dcvit.method import DCViT
+from vitrim.method.dcvit.trials import CANDIDATE, learnt, plan_of_trial
+from vitrim.network.structure import blocks_of
+from vitrim.network.surgery import cut
+from vitrim.plan import BLOCKS, Drop, Evidence, Keep, Plan
+
+
+def built(*overrides: str) -> DCViT:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=["method=dcvit", *overrides])
+    method: DCViT = instantiate(cfg.method, _convert_="all")
+    return method
+
+
+@cache
+def cost_of(name: str) -> Cost:
+    return Cost(skeleton_net(name), 224)
+
+
+def singles(cost: Cost) -> list[Group]:
+    return [(block,) for block in [*blocks_of(cost.structure)][1:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("vit_tiny_patch16_224", (575, 383, 286, 229)),
+        ("vit_small_patch16_224", (1152, 767, 574, 459)),
+        ("vit_base_patch16_224", (2304, 1535, 1151, 920)),
+        ("deit_base_patch16_224", (2304, 1535, 1151, 920)),
+        ("vit_large_patch16_224", (3072, 2047, 1535, 1227)),
+    ],
+)
+def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple[int, ...]) -> None:
+    cost = cost_of(name)
+    for n, width in enumerate(widths, start=1):
+        found = paper_widths(cost, Target(metric="blocks", keep=n), singles(cost))
+        assert list(found.values()) == [width] * (n + 1)
+
+
+def test_the_papers_count_of_vit_base() -> None:
+    cost = cost_of("vit_base_patch16_224")
+    whole, block, held = paper_macs(cost)
+    attention, mlp = held["blocks.1"]
+    assert (whole, block) == (16_863_630_336, 1_395_554_304)
+    assert (attention, mlp) == (465_386_496, 929_562_624)
+    assert (whole - 3 * block) / whole == pytest.approx(0.751734186, abs=1e-9)
+
+
+SWIN = "swin_base_patch4_window7_224"
+
+
+def test_the_papers_count_of_swins_stages() -> None:
+    _, block, held = paper_macs(cost_of(SWIN))
+    total = 0
+    for stage, depth in enumerate((2, 2, 18, 2)):
+        tokens, dim = 56**2 >> 2 * stage, 128 << stage
+        found = {held[f"layers.{stage}.blocks.{at}"] for at in range(depth)}
+        assert found == {(4 * tokens * dim * (dim + 1), 8 * tokens * dim**2)}
+        total += depth * 4 * tokens * dim * (3 * dim + 2)
+    assert block == total // 24
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.5, 2.5, 4, 7])
+def test_blocks_of_several_stages_meet_the_papers_budget_with_one_share(keep: float) -> None:
+    cost = cost_of(SWIN)
+    _, block, held = paper_macs(cost)
+    order = [f"layers.{stage}.blocks.{at}" for at in (0, 1) for stage in (0, 3, 2, 1)]
+    groups = [(block,) for block in order]
+    widths = paper_widths(cost, Target(metric="blocks", keep=keep), groups)
+    assert [*widths] == order[: len(widths)]
+    sizes = {name: 512 << int(name.split(".")[1]) for name in widths}
+    gone = sum(
+        held[name][0] + held[name][1] * (size - widths[name]) / size for name, size in sizes.items()
+    )
+    unit = sum(held[name][1] / size for name, size in sizes.items())
+    assert -1 <= gone - keep * block < unit
+    shares = [widths[name] / size for name, size in sizes.items()]
+    assert max(shares) - min(shares) < 1 / 512
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_fifty_targets_are_met_to_within_a_hidden_unit_a_block(metric: Any) -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    unit = 2 * 192 * 197 if metric == "macs" else 2 * 192 + 1
+    for step in range(50):
+        target = Target(metric=metric, keep=0.995 - 0.0115 * step)
+        widths, dropped = dense_widths(cost, target, singles(cost))
+        plan = plan_of(cost, widths, dropped)
+        left = getattr(cost.plan(plan), metric)
+        assert 0 <= cost.allowed(target) - left < unit, (target, widths)
+        assert max(widths.values()) - min(widths.values()) <= 1
+
+
+def plan_of(cost: Cost, widths: dict[str, int], dropped: list[str]) -> Any:
+    edits: list[Any] = [Drop(branch=f"{block}.attn") for block in dropped]
+    edits += [
+        Keep(site=f"{block}.mlp.hidden", index=tuple(range(width)))
+        for block, width in widths.items()
+        if width < cost.structure.sites[f"{block}.mlp.hidden"].size
+    ]
+    return Plan(model={}, edits=tuple(edits))
+
+
+def test_so_little_may_go_that_an_attention_stays() -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    widths, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), singles(cost))
+    assert dropped == []
+    assert list(widths) == ["blocks.1"]
+
+
+def test_more_blocks_take_less_of_each() -> None:
+    cost = cost_of("deit_tiny_patch16_224")
+    target = Target(metric="blocks", keep=2)
+    few, _ = dense_widths(cost, target, singles(cost))
+    more, dropped = dense_widths(cost, target, singles(cost), extra=1)
+    assert len(more) == len(few) + 1 == len(dropped)
+    assert min(more.values()) > max(few.values())
+
+
+def deep_net() -> nn.Module:
+    return small_net(dtype=torch.float32, depth=6)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1, 2.5, 4])
+def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
+    net, method = deep_net(), built(f"strength={strength}")
+    cost = Cost(net, 32)
+    plan = method.plan(net, Evidence(scores={}), cost)
+    limit = cost.allowed(method.budget)
+    assert 0 <= limit - cost.plan(plan).macs < 2 * 24 * 5
+    assert count(cut(net, plan), 32)[:2] == cost.plan(plan)[:2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.reuse=magic"], "method.reuse=magic"),
+        (["method.accounting=mine"], "method.accounting=mine"),
+        (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
+        (["method.together=0"], "method.together=0: expected a whole number of blocks from 1 on"),
+        (["method.together=1.5"], "method.together=1.5"),
+        (["method.together=two"], "method.together=two"),
+        (["method.spare=[1]"], r"method\.spare=\[1\]"),
+        (["method.extra=-1"], "method.extra=-1"),
+        (["method.extra=1", "method.accounting=paper"], "method.extra=1: .* 0 with accounting"),
+        (["target.units=100"], r"target\.units: attentions go"),
+        (["method.only=[]"], r"method\.only=\[\]"),
+        (["method.trial.width=0"], r"method\.trial\.width=0"),
+        (["method.trial.width=2"], r"method\.trial\.width=2"),
+        (["method.dream.images=0"], r"method\.dream\.images=0"),
+        (["method.dream.lr=0"], r"method\.dream\.lr=0"),
+        (["method.metric_set=real"], "method.metric_set=real"),
+        (["method.distance=cosine"], "method.distance=cosine"),
+        (["method.tuning.mimic=patches"], r"method\.tuning\.mimic=patches"),
+        (["method.ridges.fold=0"], r"method\.ridges\.fold=0"),
+    ],
+)
+def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(Exception, match=said) as raised:
+        built(*overrides)
+    cause = raised.value.__cause__ or raised.value
+    assert isinstance(cause, (VitrimError, ConfigError))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["target.macs=0.2"], "target.macs=0.2 cannot be reached: compressing all 4 candidate"),
+        (["target.blocks=1", "method.extra=3"], "method.extra=3: 2 blocks and these are more than"),
+        (["method.only=[blocks.0]"], "method.only: blocks.0: expected some of blocks.1, blocks.2"),
+        (["method.together=2", "target.macs=0.7"], "all 1 candidates (2 blocks) leaves"),
+        (
+            ["method.together=2", "target.blocks=1", "method.extra=1"],
+            "method.extra=1: 2 blocks and these are more than the 1 candidates (2 blocks)",
+        ),
+        (
+            ["method.together=2", "target.blocks=2", "method.accounting=paper"],
+            "it takes 4 blocks, and there are 1 candidates (2 blocks)",
+        ),
+        (["method.together=2", "method.only=[blocks.1]"], "expected some of blocks.2, blocks.3"),
+        (["method.together=5"], "method.together=5, method.spare=[1, 1]: no stage has 5"),
+        (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
+        (
+            ["target.blocks=4.5", "method.accounting=paper"],
+            "target.blocks=4.5 cannot be reached: it takes 5 blocks, and there are 4 candidates",
+        ),
+    ],
+)
+def test_unreachable_targets_are_refused_before_any_training(
+    overrides: list[str], said: str
+) -> None:
+    with pytest.raises(VitrimError, match=re.escape(said)):
+        built(*overrides).check(Cost(deep_net(), 32))
+
+
+SHORT = (
+    *QUICK,
+    "method.metric_set=dream",
+    "method.dream.iterations=2",
+    "method.dream.images=4",
+    "method.tuning.training.epochs=1",
+)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("method.progressive=false",),
+        ("method.reuse=none", "method.regression=false"),
+        ("method.reuse=activation", "method.distance=mse", "method.tuning.mimic=class"),
+        ("method.reuse=random", "method.tuning.front=false", "method.trial.training.epochs=1"),
+        ("method.metric_set=images", "target.params=0.7"),
+        ("method.accounting=paper", "target.blocks=1"),
+    ],
+)
+def test_every_ablation_runs(command: Command, variant: tuple[str, ...]) -> None:
+    done = command("method=dcvit", "strength=4", *SHORT, *variant)
+    assert done.code == 0, done.output
+
+
+def test_the_metric_set_is_drawn(command: Command) -> None:
+    done = command("method=dcvit", "strength=4", *SHORT)
+    with Image.open(done.report.parent / "metric_set.png") as image:
+        assert image.size == (4 * 10 + 2, 12)  # four of 8 pixels, 2 pixels between them
+
+
+def test_progress_is_judged_after_every_block(command: Command) -> None:
+    done = command("method=dcvit", "target.macs=0.6", *SHORT)
+    report = json.loads(done.report.read_text())
+    assert set(report["stages"]) == {"cut", "refit", "mimic", "refit-2", "mimic-2"}
+
+
+@pytest.mark.parametrize(
+    ("width", "stages"),
+    [
+        (
+            0.3125,
+            {"cut", "mimic", "refit", "mimic-2"},
+        ),  # the 80 of 256 units that the budget leaves
+        (0.5, {"cut", "refit", "mimic", "refit-2", "mimic-2"}),
+    ],
+)
+def test_the_best_trial_is_the_first_step_if_it_fits(
+    command: Command, width: float, stages: set[str]
+) -> None:
+    trained = ("method.trial.training.epochs=1", f"method.trial.width={width}")
+    done = command("method=dcvit", "target.macs=0.6", *SHORT, *trained)
+    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    assert plan["widths"] == [80, 79]
+    assert set(json.loads(done.report.read_text())["stages"]) == stages
+
+
+def test_the_trial_is_judged_where_that_is_all(command: Command) -> None:
+    trained = ("method.trial.training.epochs=3", f"method.trial.width={79 / 256}")
+    done = command("method=dcvit", "target.macs=0.8", *SHORT, *trained)
+    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    assert plan["widths"] == [79]
+    report = json.loads(done.report.read_text())
+    assert set(report["stages"]) == {"cut", "mimic"}
+    assert report["compact"]["top1"] == report["stages"]["mimic"]["top1"]
+
+
+def test_blocks_can_be_chosen_by_hand_and_share_the_trials(command: Command) -> None:
+    for block in ("blocks.1", "blocks.2"):
+        done = command("method=dcvit", "target.blocks=0.9", *SHORT, f"method.only=[{block}]")
+        plan = json.loads((done.report.parent / "plan.json").read_text())
+        assert plan["provenance"]["blocks"] == [block]
+        assert set(plan["provenance"]["trials"]) == {"blocks.1", "blocks.2"}
+    assert len([*(command.out / "phases").glob("score-*")]) == 1
+
+
+def test_compression_leaves_the_dense_network_alone() -> None:
+    net = randomise(deep_net())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    method = built("strength=4")
+    cut(net, method.plan(net, Evidence(scores={}), Cost(net, 32)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_network_without_anything_to_drop_is_refused_in_words() -> None:
+    cost = Cost(skeleton_net("mixer_s32_224"), 224)
+    with pytest.raises(ConfigError, match="no blocks of an attention and an MLP"):
+        built("strength=2").check(cost)
+
+
+def test_of_a_convolutional_network_the_fewest_blocks_go_by_score_for_their_share() -> None:
+    net = skeleton_net("mobilenetv2_100")
+    cost, method = Cost(net, 64), built("target.macs=0.9", "method.spare=[0,0]")
+    blocks = [*blocks_of(cost.structure)]
+    shares = torch.tensor([share_of(cost, block) for block in blocks])
+    scores = shares * torch.arange(len(blocks), 0, -1)  # for their share, the last is the easiest
+    plan = method.plan(net, Evidence(scores={BLOCKS: scores}), cost)
+    dropped = [edit.branch for edit in plan.drops()]
+    assert dropped == blocks[: -len(dropped) - 1 : -1]
+    assert len(dropped) == len(plan.edits)
+    limit = cost.allowed(method.budget)
+    assert cost.plan(plan).macs <= limit
+    fewer = Plan(model={}, edits=plan.edits[:-1])
+    assert cost.plan(fewer).macs > limit
+    unseen = method.plan(net, Evidence(scores={}), cost)
+    assert unseen.provenance["blocks"] == blocks[: len(unseen.edits)]
+
+
+def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:
+    net = randomise(deep_net())
+    method = built("target.macs=0.8", "method.trial.width=0.9", "method.regression=false")
+    cost = Cost(net, 32)
+    hidden = {f"blocks.{i}.mlp.hidden": torch.arange(48.0) for i in range(1, 5)}
+    scores = {**hidden, BLOCKS: torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    first = plan_of_trial(net, ("blocks.1",), Evidence(scores=scores), 0.9)
+    tried = torch.cat([7 * tensor.flatten() for tensor in learnt(cut(net, first))])
+    found = {CANDIDATE: {"parameters": tried, "place": torch.tensor(0)}}
+    evidence = Evidence(scores=scores, moments=found)
+    plan = method.plan(net, evidence, cost)
+    assert plan.provenance["blocks"] == ["blocks.1", "blocks.2"]
+    student = cut(net, plan)
+    next(iter(method.recovery(student, net, evidence, 10)))
+    for block in ("blocks.0", "blocks.2", "blocks.3"):
+        for part in ("mlp.fc2.weight", "attn.proj.weight"):
+            path = f"{block}.{part}"
+            assert torch.equal(student.get_parameter(path), net.get_parameter(path)), path
+
+
+def small_swin() -> nn.Module:
+    """Return a random Swin: maps of 8x8 and 4x4 tokens in windows of 4x4."""
+    return randomise(
+        timm.create_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=32,
+            window_size=4,
+            embed_dim=12,
+            depths=(4, 5),
+            num_heads=(2, 3),
+            num_classes=7,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("together", "spare", "stages"),
+    [(1, 1, [1, 2, 18, 1]), (2, 1, [0, 1, 9, 0]), (2, 0, [1, 1, 9, 1]), (4, 0, [0, 0, 4, 0])],
+)
+def test_successive_blocks_of_a_stage_are_one_candidate(
+    together: int, spare: int, stages: list[int]
+) -> None:
+    described = cost_of(SWIN).structure
+    blocks = [*blocks_of(described)]
+    groups = groups_of(described, blocks[spare : len(blocks) - spare], together)
+    assert [sum(f"layers.{i}" in group[0] for group in groups) for i in range(4)] == stages
+    for group in groups:
+        places = [blocks.index(block) for block in group]
+        assert places == [*range(places[0], places[0] + together)]
+        assert int(group[0].rpartition(".")[2]) % together == 0
+
+
+@pytest.mark.parametrize("budget", ["strength=1.5", "strength=2.5", "target.params=0.7"])
+def test_pairs_lose_both_attentions_and_the_same_share_of_units(budget: str) -> None:
+    net, method = small_swin(), built(budget, "method.together=2")
+    cost = Cost(net, 32)
+    plan = method.plan(net, Evidence(scores={}), cost)
+    unit, limit = method.budget.unit, cost.allowed(method.budget)
+    assert 0 <= limit - getattr(cost.plan(plan), unit) < 2 * 12 * 8 * 8
+    blocks = plan.provenance["blocks"]
+    expected = [f"layers.{i}.blocks.{j}" for i, j in ((0, 2), (0, 3), (1, 0), (1, 1))]
+    assert blocks == expected[: len(blocks)]
+    assert len(blocks) in (2, 4)
+    assert [edit.branch for edit in plan.drops()] == [f"{block}.attn" for block in blocks]
+    shares = [
+        width / (48 << int(block.split(".")[1]))
+        for block, width in zip(blocks, plan.provenance["widths"], strict=True)
+    ]
+    assert max(shares) - min(shares) < 1.01 / 48
+    small = cut(net, plan)
+    assert count(small, 32)[:2] == cost.plan(plan)[:2]
+    assert bool(torch.isfinite(small(torch.ones(1, 3, 32, 32))).all())
+
+
+def test_extra_is_in_pairs_and_so_are_attentions_that_stay() -> None:
+    cost = Cost(small_swin(), 32)
+    order = groups_of(cost.structure, [*blocks_of(cost.structure)], 2)
+    few, dropped = dense_widths(cost, Target(metric="blocks", keep=1), order)
+    more, _ = dense_widths(cost, Target(metric="blocks", keep=1), order, extra=2)
+    assert (len(few), len(more)) == (2, 6)
+    assert dropped == list(order[0])
+    little, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), order)
+    assert (list(little), dropped) == (list(order[0]), [])
+
+
+@pytest.mark.parametrize(
+    ("only", "blocks"),
+    [("layers.1.blocks.3", (2, 3)), ("layers.1.blocks.0", (0, 1))],
+)
+def test_a_pair_is_asked_for_by_one_of_its_blocks(only: str, blocks: tuple[int, int]) -> None:
+    net = small_swin()
+    method = built("target.blocks=1", "method.together=2", f"method.only=[{only}]")
+    plan = method.plan(net, Evidence(scores={}), Cost(net, 32))
+    assert plan.provenance["blocks"] == [f"layers.1.blocks.{at}" for at in blocks]
+
+
+def test_pairs_of_the_papers_accounting_in_swin() -> None:
+    cost = cost_of(SWIN)
+    _, block, held = paper_macs(cost)
+    order = groups_of(cost.structure, [*blocks_of(cost.structure)][1:-1], 2)
+    widths = paper_widths(cost, Target(metric="blocks", keep=4), order[1:])
+    attention, mlp = held["layers.2.blocks.0"]
+    ratio = 1 - (4 * block - 6 * attention) / (6 * mlp)
+    assert list(widths) == [f"layers.2.blocks.{at}" for at in range(6)]
+    assert list(widths.values()) == [int(2048 * ratio)] * 6
+
+
+DIGITS_SWIN = (
+    *swin("[2,4]"),
+    "method=dcvit",
+    "method.together=2",
+    "method.spare=[2,0]",
+    "method.accounting=paper",
+    "target.blocks=2.5",
+)
+"""Two pairs to choose from, in the second stage; both are needed, with equal widths."""
+
+
+def provenance(done: Done) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
+    return found
+
+
+def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) -> None:
+    done = command(*DIGITS_SWIN, *QUICK, "data=none")
+    (width,) = set(provenance(done)["widths"])
+    both = {"cut", "refit", "mimic", "mimic-2"}
+    steps = both, both | {"refit-2"}
+    for share, stages in zip((width / 96, 0.9), steps, strict=True):
+        trained = ("method.trial.training.epochs=1", f"method.trial.width={share}")
+        done = command(*DIGITS_SWIN, *QUICK, "method.tuning.training.epochs=1", *trained)
+        assert done.code == 0, done.output
+        plan = provenance(done)
+        first, second = sorted(plan["trials"], key=lambda block: plan["trials"][block])
+        assert {first, second} == {"layers.1.blocks.0", "layers.1.blocks.2"}
+        assert plan["blocks"] == [
+            f"{start[:-1]}{int(start[-1]) + at}" for start in (first, second) for at in (0, 1)
+        ]
+        report = json.loads(done.report.read_text())
+        assert set(report["stages"]) == stages  # the best trial is a step, if its width fits

@@ -1,0 +1,297 @@
+"""Mixed-rank compression: budgets, plans, factors and recoveries."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose as composed
+from hydra import initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from command import QUICK, Command
+from conftest import MODEL, SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
+from vitrim import LowRank, Plan, count, cut
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import TargetError
+from vitrim.cli.compose import CONF
+from vitrim.method.mixed_rank.method import MixedRank
+from vitrim.method.mixed_rank.metric import METRICS
+from vitrim.method.mixed_rank.profile import Profile
+from vitrim.method.mixed_rank.regress import Regress
+from vitrim.method.mixed_rank.residual import Residual
+from vitrim.plan import Evidence, dumps, loads
+from vitrim.trainer.calibrate import watch
+from vitrim.trainer.mimic import Mimic
+
+RULES = ("uniform", "energy", "error", "loss")
+
+
+@cache
+def built(*overrides: str) -> MixedRank:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = composed("run", overrides=["method=mixed_rank", *overrides])
+    found: MixedRank = instantiate(cfg.method, _convert_="all")
+    return found
+
+
+@cache
+def pictures(seed: int = 5, n: int = 48) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(n, 3, 8, 8, generator=generator)
+    return nn.functional.interpolate(low, size=SIZE, mode="bilinear")
+
+
+@cache
+def net() -> nn.Module:
+    return small_net(dtype=torch.float32)
+
+
+def learned(phase: Profile) -> Evidence:
+    for at in range(0, 48, 16):
+        phase.training_step((pictures()[at : at + 16], None), at)
+    phase.on_train_end()
+    return phase.evidence()
+
+
+def compact_of(method: MixedRank, start: nn.Module, evidence: Evidence) -> tuple[nn.Module, Plan]:
+    plan = method.plan(start, evidence, Cost(start, SIZE))
+    compact = cut(start, plan)
+    with torch.no_grad():
+        for name, value in method.compensation_of(start, compact, plan, evidence).items():
+            compact.get_parameter(name).copy_(value)
+    return compact, plan
+
+
+@pytest.mark.parametrize("decomposition", METRICS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("qkv", ["together", "split"])
+def test_every_choice_meets_the_budget_to_within_one_rank(
+    decomposition: str, rule: str, qkv: str
+) -> None:
+    method = built(
+        f"method.decomposition={decomposition}",
+        f"method.allocation={rule}",
+        f"method.qkv={qkv}",
+        "target.params=0.8",
+    )
+    compact, plan = compact_of(method, net(), learned(method.scorer(net())))
+    cost = Cost(net(), SIZE)
+    limit = int(0.8 * cost.dense_count.params)
+    left = cost.plan(plan)
+    assert left[:2] == count(compact, SIZE)[:2]
+    assert limit - 144 < left.params <= limit  # 144: one rank of the widest layer
+    assert bool(torch.isfinite(outputs(compact, images(dtype=torch.float32))).all())
+
+
+def test_deit_base_without_images_lands_at_40_percent() -> None:
+    start = skeleton_net("deit_base_patch16_224")
+    cost = Cost(start, 224)
+    method = built("target.params=0.4")
+    energies = {name: [1.0] * min(p.rows, p.columns) for name, p in method._pieces(cost.structure)}
+    ranks = method._ranks(cost, energies, "uniform")
+    assert len(ranks) == 48
+    left = cost.of(*_args(cost, ranks))
+    assert 34_627_062 - 768 - 3072 < left.params <= 34_627_062
+
+
+def _args(cost: Cost, ranks: dict[str, int]) -> tuple[Any, ...]:
+    from vitrim.network.survivors import settle
+
+    return settle(cost.structure, {}), (), ranks
+
+
+def test_macs_are_a_budget_too() -> None:
+    method = built("target.macs=0.7")
+    _, plan = compact_of(method, net(), learned(method.scorer(net())))
+    cost = Cost(net(), SIZE)
+    assert 0.66 < cost.plan(plan).macs / cost.dense_count.macs <= 0.7
+
+
+@pytest.mark.parametrize("decomposition", METRICS)
+def test_with_ranks_full_nothing_is_lost(decomposition: str) -> None:
+    method = built(f"method.decomposition={decomposition}", "method.max_share=1.0")
+    evidence = learned(method.scorer(net()))
+    for name, piece in method._pieces(Cost(net(), SIZE).structure):
+        spectrum = method._spectrum(net(), piece, method._found(name, piece, evidence))
+        up, down = spectrum.factors(min(piece.rows, piece.columns))
+        weight = net().get_parameter(f"{piece.layer}.weight")
+        assert relative_error(up @ down, weight) <= 1e-4
+
+
+def test_the_same_components_lose_less_output_than_those_of_the_plain_svd() -> None:
+    aware, plain = built("method.decomposition=centred"), built("method.decomposition=plain")
+    evidence = learned(aware.scorer(net()))
+    for name, piece in aware._pieces(Cost(net(), SIZE).structure):
+        with torch.no_grad(), watch(net(), [(piece.layer, False)]) as flows:
+            net()(pictures(seed=6))
+        x = flows[piece.layer].flatten(0, -2).double()
+        x = x - x.mean(0)
+        weight = net().get_parameter(f"{piece.layer}.weight").detach().double()
+
+        spectra = (
+            aware._spectrum(net(), piece, aware._found(name, piece, evidence)),
+            plain._spectrum(net(), piece, {}),
+        )
+        for rank in range(1, min(piece.rows, piece.columns) - 4, 4):
+            ours, theirs = (
+                float((x @ (weight - up.double() @ down.double()).T).square().sum())
+                for up, down in (spectrum.factors(rank) for spectrum in spectra)
+            )
+            assert ours <= theirs, (name, rank)
+
+
+def test_by_default_outputs_change_less_than_with_uniform_ranks() -> None:
+    x = pictures(seed=6)
+    dense = outputs(net(), x)
+    errors = {}
+    for rule in ("loss", "uniform"):
+        method = built("target.params=0.75", f"method.allocation={rule}")
+        compact, _ = compact_of(method, net(), learned(method.scorer(net())))
+        errors[rule] = float((outputs(compact, x) - dense).square().sum())
+    assert errors["loss"] < errors["uniform"]
+
+
+def test_the_plan_without_images_is_that_of_the_plain_svd() -> None:
+    method = built("target.params=0.7")
+    plan = method.plan(net(), Evidence(scores={}), Cost(net(), SIZE))
+    assert plan.provenance["decomposition"] == "plain"
+    assert plan.provenance["allocation"] == "uniform"
+    assert method.compensation_of(net(), cut(net(), plan), plan, Evidence(scores={})) == {}
+
+
+def test_curves_are_there_when_asked_for() -> None:
+    method = built("target.params=0.8", "method.curves=true")
+    plan = method.plan(net(), learned(method.scorer(net())), Cost(net(), SIZE))
+    found = plan.provenance["curves"]
+    assert found.keys() == dict(method._pieces(Cost(net(), SIZE).structure)).keys()
+    assert all(curve["rank"][-1] == 24 for curve in found.values())
+    assert all(curve["error"][-1] <= 1e-3 for curve in found.values())
+    assert loads(dumps(plan)) == plan
+
+
+def test_the_mean_is_kept_by_the_bias() -> None:
+    method = built("target.params=0.9", "method.layers=[qkv]", "method.allocation=uniform")
+    compact, plan = compact_of(method, net(), learned(method.scorer(net())))
+    assert len(plan.edits) == 2
+    counts = torch.tensor([4.0, 1.0, 1.0, 1.0, 1.0])[:, None]  # of the class token and patches
+    means = []
+    for module in (net(), compact):
+        with torch.no_grad(), watch(module, [("blocks.0.attn.qkv", True)]) as flows:
+            module(pictures())
+        means.append((counts * flows["blocks.0.attn.qkv"].mean(0)).sum(0))
+    assert relative_error(means[1], means[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phases"),
+    [
+        ((), [Regress]),
+        (("method.regression=false",), []),
+        (("method.residual.rank=2", "method.tuning.trained=all"), [Regress, Residual, Mimic]),
+        (("method.regression=false", "method.tuning.trained=uncompressed"), [Mimic]),
+    ],
+)
+def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) -> None:
+    method = built(*overrides)
+    start = small_net()
+    factorised = Plan(model=MODEL, edits=(LowRank(linear="blocks.0.mlp.fc1", rank=6),))
+    found = [*method.recovery(cut(start, factorised), start, Evidence(scores={}), 7)]
+    assert [type(phase) for phase in found] == phases
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.layers=[]", r"method\.layers.*qkv, proj, fc1, fc2"),
+        ("method.layers=[head]", r"method\.layers.*head"),
+        ("method.qkv=x", r"method\.qkv=x.*together or split"),
+        ("method.decomposition=x", r"method\.decomposition=x.*whitening"),
+        ("method.allocation=x", r"method\.allocation=x.*energy"),
+        ("method.spread=0", r"method\.spread=0.*above 0"),
+        ("method.max_share=1.5", r"method\.max_share=1\.5.*at most 1"),
+        ("method.loss_images=0", r"method\.loss_images=0.*from 1"),
+        ("method.curves=2", r"method\.curves=2.*true or false"),
+        ("method.regression=2", r"method\.regression=2.*true or false"),
+        ("method.residual.rank=-1", r"method\.residual\.rank=-1.*from 0"),
+        ("method.tuning.trained=x", r"method\.tuning\.trained=x.*uncompressed"),
+        ("method.tuning.pooled=-1", r"method\.tuning\.pooled=-1.*from 0"),
+        ("method.ridges.metric=0", r"method\.ridges\.metric=0.*above 0"),
+        ("method.ridges.derivatives=1.5", r"method\.ridges\.derivatives=1\.5.*0\.\.1"),
+        ("target.units=100", r"target\.units.*params or macs"),
+        ("strength=6", r"strength=6.*from 0 to 5"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        built(override)
+
+
+def test_a_residual_without_a_layer_to_train_is_left_out() -> None:
+    method = built("method.residual.rank=2", "method.regression=false")
+    start = small_net()
+    sliced = plan_of({"blocks.0.mlp.hidden": range(30)})
+    edits = (*sliced.edits, LowRank(linear="blocks.0.mlp.fc1", rank=6))
+    compact = cut(start, Plan(model=MODEL, edits=edits))
+    assert [*method.recovery(compact, start, Evidence(scores={}), 7)] == []
+
+
+def test_without_a_bias_the_mean_is_decomposed_with_the_rest() -> None:
+    start = small_net(dtype=torch.float32, qkv_bias=False, proj_bias=False)
+    errors = {}
+    for decomposition in ("centred", "whitening"):
+        method = built("target.params=0.8", f"method.decomposition={decomposition}")
+        compact, _ = compact_of(method, start, learned(method.scorer(start)))
+        errors[decomposition] = relative_error(
+            outputs(compact, pictures()), outputs(start, pictures())
+        )
+    assert errors["centred"] <= 2 * errors["whitening"]
+
+
+@pytest.mark.parametrize("rule", ["loss", "error"])
+def test_a_branch_that_matters_nothing_is_given_up_first(rule: str) -> None:
+    start = small_net(dtype=torch.float32, init_values=0.5)
+    with torch.no_grad():
+        start.blocks[0].ls2.gamma.zero_()
+    method = built("target.params=0.85", f"method.allocation={rule}")
+    plan = method.plan(start, learned(method.scorer(start)), Cost(start, SIZE))
+    ranks = {edit.linear: edit.rank for edit in plan.low_ranks()}
+    assert ranks["blocks.0.mlp.fc1"] <= 2
+    assert ranks["blocks.0.mlp.fc2"] <= 2
+
+
+def test_pieces_left_dense_can_be_factorised_later() -> None:
+    plan = Plan(model=MODEL, edits=(LowRank(linear="blocks.0.attn.qkv.q", rank=3),))
+    names = dict(built()._pieces(Cost(cut(net(), plan), SIZE).structure))
+    assert {"blocks.0.attn.qkv.k", "blocks.0.attn.qkv.v", "blocks.1.attn.qkv"} <= names.keys()
+
+
+def test_a_budget_out_of_reach_names_the_least_in_reach() -> None:
+    with pytest.raises(TargetError, match=r"target\.params=0\.01 cannot be reached: rank 1"):
+        built("target.params=0.01").check(Cost(net(), SIZE))
+
+
+def test_ranks_count_from_the_dense_network_where_a_sliced_one_is_begun_with() -> None:
+    origin = Cost(net(), SIZE)
+    start = cut(net(), plan_of({f"blocks.{i}.mlp.hidden": range(40) for i in (0, 1)}))
+    method = built("target.params=0.8")
+    cost = Cost(start, SIZE, origin)
+    plan = method.plan(start, learned(method.scorer(start)), cost)
+    limit = int(0.8 * origin.dense_count.params)
+    assert limit - 144 < cost.plan(plan).params <= limit
+
+
+def test_the_phases_run_from_the_command_line(command: Command) -> None:
+    done = command(
+        "method=mixed_rank",
+        "target.params=0.8",
+        "method.residual.rank=1",
+        "method.tuning.trained=uncompressed",
+        "method.tuning.training.epochs=1",
+        "method.residual.training.epochs=1",
+        *QUICK,
+    )
+    assert done.code == 0, done.message

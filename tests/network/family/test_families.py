@@ -1,0 +1,346 @@
+"""Families beside ViT, Swin and the convolutional ones: what is cut of each is cut exactly."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
+from timm.models.mlp_mixer import MlpMixer
+from torch import nn
+
+import vitrim.store
+from command import QUICK, Command
+from conftest import images, outputs, plan_of, plans, randomise, relative_error
+from matrix import NETWORKS, Case, Loader
+from vitrim import LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim.budget.cost import Cost
+from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure
+from vitrim.network.skeleton import on_meta
+from vitrim.plan import PlanError
+from vitrim.trainer.calibrate import watch
+
+CALLED = ("attn.input", "attn.heads", "attn.v", "mlp.input", "mlp.hidden")
+BY_HAND = ("attn.heads", "attn.v", "mlp.input", "mlp.hidden")
+UNITS = ("mlp.input", "mlp.hidden")
+VIT = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 7}
+EVA = {**VIT, "img_size": 28}
+SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": [2, 2],
+    "num_heads": [2, 3],
+    "num_classes": 7,
+}
+CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12], "num_classes": 7}
+ATTENTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "beit": ("beit_base_patch16_224", VIT, BY_HAND),
+    "beit, no biases, SwiGLU": (
+        "beit_base_patch16_224",
+        {**VIT, "qkv_bias": False, "swiglu_mlp": True, "init_values": None},
+        CALLED,
+    ),
+    "beit, shared positions": (
+        "beit_base_patch16_224",
+        {**VIT, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        UNITS,
+    ),
+    "eva": ("eva_giant_patch14_clip_224", EVA, BY_HAND),
+    "eva-02, GluMlp": ("eva02_tiny_patch14_224", EVA, BY_HAND),
+    "eva-02, q, k and v apart": (
+        "eva02_base_patch14_224",
+        {**EVA, "scale_mlp": False},
+        CALLED,
+    ),
+    "eva-02, normalised units": ("eva02_base_patch14_224", EVA, CALLED[:-1]),
+    "eva-02, normalised inside": (
+        "eva02_base_patch16_clip_224",
+        VIT,
+        ("attn.input", "mlp.input"),
+    ),
+    "eva, post-norm": ("eva02_tiny_patch14_224", {**EVA, "use_post_norm": True}, BY_HAND),
+    "dinov3": ("vit_small_patch16_dinov3", VIT, CALLED),
+    "dinov3, biases": ("vit_small_patch16_dinov3_qkvb", VIT, BY_HAND),
+    "rope": ("vit_small_patch16_rope_224", VIT, CALLED),
+    "rope, mixed": (
+        "vit_small_patch16_rope_mixed_224",
+        VIT,
+        ("attn.input", "mlp.input", "mlp.hidden"),
+    ),
+    "swin v2": ("swinv2_tiny_window8_256", SWIN, BY_HAND),
+}
+MLPS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "cait": ("cait_xxs24_224", VIT, UNITS),
+    "xcit": ("xcit_nano_12_p16_224", VIT, UNITS),
+    "convit": ("convit_tiny", {**VIT, "embed_dim": 8, "local_up_to_layer": 1}, UNITS),
+    "pvt v2": (
+        "pvt_v2_b0",
+        {"embed_dims": [8, 16, 40, 64], "num_classes": 7},
+        UNITS,
+    ),
+    "levit": (
+        "levit_128s",
+        {"img_size": 64, "embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 3, 4]},
+        UNITS,
+    ),
+    "mobilevit v2": ("mobilevitv2_050", {"num_classes": 7}, ("mlp.hidden",)),
+    "convnext": ("convnext_atto", {**CONVNEXT, "conv_mlp": False}, UNITS),
+    "convnext, convolutions": ("convnext_atto", {**CONVNEXT, "conv_mlp": True}, ("mlp.hidden",)),
+    "pit": (
+        "pit_ti_224",
+        {"img_size": 64, "base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [2, 4, 8]},
+        UNITS,
+    ),
+}
+NOT_COUNTED = ("rope, mixed", "convit") if Version(timm.__version__) < Version("1.0.31") else ()
+FAMILIES = {
+    family: found
+    for family, found in (ATTENTIONS | MLPS).items()
+    if timm.is_model(found[0]) and family not in NOT_COUNTED
+}
+
+
+def of(*families: str) -> pytest.MarkDecorator:
+    """Run a test with those of `families` that the installed timm has."""
+    return pytest.mark.parametrize("family", [name for name in families if name in FAMILIES])
+
+
+each = of(*FAMILIES)
+
+
+@cache
+def net_of(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    name, args, _ = FAMILIES[family]
+    return randomise(timm.create_model(name, pretrained=False, **args).to(dtype))
+
+
+def side_of(family: str) -> int:
+    return int(FAMILIES[family][1].get("img_size", 64))
+
+
+def model_of(family: str) -> dict[str, Any]:
+    name, args, _ = FAMILIES[family]
+    return {"name": name, "args": args}
+
+
+def half(family: str) -> Plan:
+    """Keep a random half of the units of every site; of attentions, all dims of one head."""
+    generator = torch.Generator().manual_seed(3)
+    kept = {}
+    for name, site in sites(net_of(family)).items():
+        index = torch.randperm(site.size, generator=generator)[: max(1, site.size // 2)].tolist()
+        first = site.head_dims[0] if site.head_dims else 0
+        kept[name] = sorted({*index, *range(first)} | ({0} if name.endswith("heads") else set()))
+    return plan_of(kept, model_of(family))
+
+
+@each
+def test_half_of_every_site_is_cut_and_counted_exactly(family: str) -> None:
+    net, plan, x = net_of(family), half(family), images(side_of(family))
+    kinds = FAMILIES[family][2]
+    assert tuple(dict.fromkeys(".".join(site.split(".")[-2:]) for site in sites(net))) == kinds
+    small = cut(net, plan)
+    found = outputs(small, x)
+    assert relative_error(found, outputs(masked(net, plan), x)) <= 1e-12
+    assert relative_error(found, outputs(net, x)) > 1e-3
+    sizes = count(small, side_of(family))
+    assert Cost(net, side_of(family)).plan(plan)[:2] == sizes[:2]
+    assert sizes.params == sum(tensor.numel() for tensor in small.parameters())
+    assert Cost(small, side_of(family)).dense_count == sizes
+
+
+@each
+def test_what_is_cut_is_saved_and_loaded_to_the_bit(family: str, tmp_path: Path) -> None:
+    plan, x = half(family), images(side_of(family), dtype=torch.float32)
+    small = cut(net_of(family, torch.float32), plan)
+    loaded, _ = load(save(tmp_path, small, plan))
+    assert torch.equal(outputs(loaded, x), outputs(small, x))
+
+
+@of("beit", "eva", "levit", "swin v2")
+def test_buffers_that_no_module_can_fill_are_built_anew(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, x = half(family), images(side_of(family))
+    small = cut(net_of(family), plan)
+    monkeypatch.setattr(vitrim.store, "computed", lambda net: {})
+    loaded, _ = load(save(tmp_path, small, plan))
+    assert torch.equal(outputs(loaded, x), outputs(small, x))
+
+
+@of("beit", "dinov3", "swin v2")
+def test_doubles_are_loaded_to_the_bit(family: str, tmp_path: Path) -> None:
+    plan, x = half(family), images(side_of(family))
+    small = cut(net_of(family), plan)
+    loaded, _ = load(save(tmp_path, small, plan))
+    assert torch.equal(outputs(loaded, x), outputs(small, x))
+
+
+@of("beit", "eva-02, q, k and v apart", "dinov3", "swin v2")
+@settings(max_examples=6)
+@given(data=st.data())
+def test_any_plan_is_cut_and_counted_exactly_in_two_steps_too(
+    family: str, data: st.DataObject
+) -> None:
+    net, x = net_of(family), images(side_of(family))
+    first = data.draw(plans(sites(net), model_of(family)))
+    small = cut(net, first)
+    found = outputs(small, x)
+    assert relative_error(found, outputs(masked(net, first), x)) <= 1e-12
+    cost = Cost(net, side_of(family))
+    assert cost.plan(first)[:2] == count(small, side_of(family))[:2]
+    second = data.draw(plans(sites(small), model_of(family)))
+    smaller, at_once = cut(small, second), cut(net, compose(net, first, second))
+    assert relative_error(outputs(smaller, x), outputs(at_once, x)) <= 1e-12
+
+
+@of("beit", "eva-02, q, k and v apart", "dinov3", "swin v2")
+def test_attentions_agree_without_the_fused_kernel(family: str) -> None:
+    small, x = cut(net_of(family), half(family)), images(side_of(family))
+    expected = outputs(small, x)
+    for module in small.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert relative_error(outputs(small, x), expected) <= 1e-12
+
+
+@of("beit", "dinov3", "swin v2", "pvt v2")
+def test_locked_sites_and_layers_say_why(family: str) -> None:
+    described = structure(net_of(family))
+    for site in described.sites.values():
+        if site.locked:
+            with pytest.raises(PlanError, match="cannot be cut exactly"):
+                cut(net_of(family), plan_of({site.name: (0,)}))
+    for layer in described.layers:
+        if layer.locked:
+            with pytest.raises(PlanError, match="cannot be factorised"):
+                cut(net_of(family), Plan(model={}, edits=(LowRank(linear=layer.name, rank=1),)))
+
+
+@of("dinov3", "levit")
+def test_layers_are_factorised_exactly(family: str) -> None:
+    net, x = net_of(family), images(side_of(family))
+    ranks = [
+        LowRank(linear=layer.name, rank=2) for layer in structure(net).layers if not layer.locked
+    ]
+    plan = Plan(model=model_of(family), edits=(*ranks, *half(family).edits))
+    small = cut(net, plan)
+    assert relative_error(outputs(small, x), outputs(masked(net, plan), x)) <= 1e-10
+    assert Cost(net, side_of(family)).plan(plan)[:2] == count(small, side_of(family))[:2]
+
+
+def test_mlps_over_tokens_and_over_channels_are_cut_exactly() -> None:
+    mixer = MlpMixer(img_size=32, patch_size=16, num_blocks=2, embed_dim=24, num_classes=7)
+    net, x = randomise(mixer.double()), images()
+    plan = plan_of({name: range(0, site.size, 2) for name, site in sites(net).items()})
+    assert len(plan.edits) == 8
+    small = cut(net, plan)
+    assert relative_error(outputs(small, x), outputs(masked(net, plan), x)) <= 1e-12
+    assert Cost(net, 32).plan(plan)[:2] == count(small, 32)[:2]
+
+
+def test_units_of_activations_with_parameters_are_not_cut() -> None:
+    net = timm.create_model("cait_xxs24_224", **VIT)
+    net.blocks[0].mlp.act = nn.PReLU(96)
+    assert "blocks.0.mlp.hidden" not in sites(net)
+    assert "blocks.1.mlp.hidden" in sites(net)
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "gmlp_ti16_224"])
+def test_a_family_of_other_mlps_is_refused(name: str) -> None:
+    with on_meta():
+        net = timm.create_model(name)
+    with pytest.raises(UnsupportedArchitecture, match="has no MLP here that can be cut"):
+        structure(net)
+
+
+def test_where_mlps_alone_are_cut_nothing_is_dropped_or_followed() -> None:
+    assert branches(net_of("cait")) == ()
+    with pytest.raises(UnsupportedArchitecture, match="no residual stream of tokens"):
+        stream(net_of("cait"))
+
+
+@pytest.mark.parametrize(
+    "family", [n for n in FAMILIES if n in ATTENTIONS and n not in ("swin v2", "eva, post-norm")]
+)
+def test_following_the_stream_is_running_the_network(family: str) -> None:
+    net, x = cut(net_of(family), half(family)), images(side_of(family))
+    found = stream(net)
+    places = [*((step.before, False) for step in found.steps), (found.after, False)]
+    with torch.no_grad(), watch(net, places) as flows:
+        net(x)
+        flow = found.embed(x)
+        for step in found.steps:
+            assert relative_error(flows[step.before], flow) <= 1e-12
+            flow = step.advance(flow)
+        assert relative_error(flows[found.after], flow) <= 1e-12
+
+
+@of("swin v2", "eva, post-norm")
+def test_branches_that_end_in_norms_are_not_followed(family: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=r"stream of tokens|end in norms"):
+        stream(net_of(family))
+
+
+TINY = ("depth=2", "embed_dim=24", "num_heads=3", "patch_size=2", "in_chans=1")
+
+
+@of("beit", "dinov3")
+def test_units_heads_and_dims_are_ranked_by_images(command: Command, family: str) -> None:
+    done = command(
+        "model=timm",
+        f"model.name={FAMILIES[family][0]}",
+        *(f"+model.args.{word}" for word in TINY),
+        "model.num_classes=10",
+        "model.image_size=8",
+        "model.mean=[0.5]",
+        "model.std=[0.5]",
+        *QUICK,
+        "method=oneshot",
+        "method.sites=[mlp,heads,v]",
+        "method.sampling.images=32",
+        "target.macs=0.6",
+    )
+    assert done.code == 0, done.message
+    assert load(done.report.parent)[1].keeps()
+
+
+CAIT = (
+    "model=timm",
+    "model.name=cait_xxs24_224",
+    *(f"+model.args.{key}={value}" for key, value in VIT.items() if key != "img_size"),
+    "model.image_size=32",
+    "data=none",
+)
+
+
+@pytest.mark.parametrize("method", ["aiminify", "vtp", "oneshot"])
+def test_methods_that_need_no_stream_run(command: Command, method: str) -> None:
+    by_weight = ["method.criterion=magnitude", "method.compensation=none"]
+    done = command(*CAIT, f"method={method}", *(by_weight if method == "oneshot" else ()))
+    assert done.code == 0, done.message
+    net, _ = load(done.report.parent)
+    assert sum(p.numel() for p in net.parameters()) > 0
+
+
+def test_methods_that_need_a_stream_say_so_at_once(command: Command) -> None:
+    done = command(*CAIT, "method=oneshot")
+    assert done.code == 1
+    assert "Cait has no residual stream of tokens" in done.message
+    assert not (command.out / "phases").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NETWORKS if timm.is_model(name)])
+def test_small_networks_of_every_family_go_all_the_way(name: str) -> None:
+    with Loader() as loader:
+        row = Case(name=name, args=NETWORKS[name]).row(loader, ("masked", "backward", "load"))
+    if "refused" not in row:
+        assert {row["masked"], row["backward"], row["load"]} == {"ok"}

@@ -1,4 +1,4 @@
-"""Small networks with random numbers, strategies that draw plans for them, images, a trainer."""
+"""Small networks with random numbers, strategies for plans, images, and a trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from command import Command
 from vitrim import Keep, Plan
-from vitrim.data.imagefolder import image_folder
-from vitrim.data.images import Images
 from vitrim.network import sites
 from vitrim.network.skeleton import on_meta
 from vitrim.network.structure import Site
+
+if TYPE_CHECKING:
+    from command import Command
+    from vitrim.data.image_files import ImageFiles
 
 collect_ignore = ["faults/inject"]
 with suppress(ImportError):  # OpenVINO brings it; it would close the file that pytest captures in
@@ -38,7 +39,7 @@ settings.register_profile(
     deadline=None,
     max_examples=25,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
-    suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no finding
+    suppress_health_check=[HealthCheck.too_slow],  # slow on a busy machine only
 )
 settings.load_profile("vitrim")
 torch.set_num_threads(1)  # networks this small are slower on two
@@ -57,7 +58,7 @@ MODEL = {"name": "vit_tiny_patch16_224", "args": TINY}
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew, so that no bias is zero and no norm or layer scale is one."""
+    """Randomise every parameter, so that no bias is zero and no norm or layer scale is one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -94,8 +95,8 @@ def outputs(net: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([features.flatten(), net.forward_head(features).flatten()])
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def plan_of(kept: Mapping[str, Sequence[int]], model: Mapping[str, Any] = MODEL) -> Plan:
@@ -105,7 +106,7 @@ def plan_of(kept: Mapping[str, Sequence[int]], model: Mapping[str, Any] = MODEL)
 
 
 def silenced(net: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of a plain `net` that multiplies what `plan` removes by zero as it flows by.
+    """Return a copy of a plain `net` that multiplies the activations `plan` removes by zero.
 
     An oracle of its own: it knows timm's modules and nothing of vitrim.
     """
@@ -155,7 +156,7 @@ def heads_of(site: Site) -> list[range]:
 
 @st.composite
 def plans(draw: st.DrawFn, described: Mapping[str, Site], model: Mapping[str, Any] = MODEL) -> Plan:
-    """Draw any plan that fits these sites: any subset of them, any units, heads may go whole."""
+    """Draw any plan for these sites: any subset, any units; whole heads may be removed."""
     kept = {
         name: _subset(draw, site)
         for name, site in described.items()
@@ -168,14 +169,14 @@ def plans(draw: st.DrawFn, described: Mapping[str, Site], model: Mapping[str, An
 
 def _subset(draw: st.DrawFn, site: Site) -> list[int]:
     masks = [(units, draw(st.integers(0, 2 ** len(units) - 1))) for units in heads_of(site)]
-    kept = [unit for units, mask in masks for at, unit in enumerate(units) if mask >> at & 1]
+    kept = [unit for units, mask in masks for bit, unit in enumerate(units) if mask >> bit & 1]
     return kept or [draw(st.integers(0, site.size - 1))]
 
 
 def _agree(
     draw: st.DrawFn, described: Mapping[str, Site], kept: dict[str, list[int]], attn: str
 ) -> None:
-    """Leave one of the kept heads a value dim: an attention without any is refused."""
+    """Keep a value dim in one of the kept heads: an attention without any is refused."""
     alive = {
         unit for head in kept[f"{attn}heads"] for unit in heads_of(described[f"{attn}v"])[head]
     }
@@ -189,7 +190,7 @@ PLANS = plans(sites(small_net()))
 
 
 def fit(phase: LightningModule, data: Any, *, epochs: int = 1) -> None:
-    """Train `phase` on a loader or data module, with a real trainer that leaves no trace."""
+    """Train `phase` on a loader or data module, with a real trainer that writes no files."""
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -207,8 +208,10 @@ PLAIN = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
 MIXED = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
 
 
-def images_in(root: Path, **changes: Any) -> Images:
-    """Return the images below `root`, unmixed, of which none may be bad, but for `changes`."""
+def images_in(root: Path, **changes: Any) -> ImageFiles:
+    """Return the images in `root`, without mixing and bad images; `changes` override that."""
+    from vitrim.data.imagefolder import image_folder
+
     arguments: dict[str, Any] = {
         "root": str(root),
         "train": "train",
@@ -231,4 +234,6 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
     """Return the command `vitrim` with run folders of its own."""
+    from command import Command  # here, because it imports all of vitrim
+
     return Command(tmp_path / "outputs", monkeypatch, capsys)

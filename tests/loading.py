@@ -7,9 +7,9 @@ import sys
 import torch
 import vitrim
 from safetensors.torch import load_file, save_file
-folder, given, found = sys.argv[1:]
+folder, inputs, outputs = sys.argv[1:]
 torch.set_num_threads(1)
 net, plan = vitrim.load(folder)
 with torch.no_grad():
-    save_file({"logits": net(load_file(given)["images"])}, found)
+    save_file({"logits": net(load_file(inputs)["images"])}, outputs)
 """

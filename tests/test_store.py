@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from conftest import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
 from loading import LOAD
-from vitrim import Plan, compose, cut, load, save
-from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, seal, write
+from vitrim import Plan, combine, cut, load, save
+from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, write, write_manifest
 from vitrim.network import UnsupportedArchitecture
 from vitrim.plan import PlanError, dumps, loads
 
@@ -55,12 +55,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved network for properties, which put back what they damage."""
+    """A saved network for property tests, which restore what they damage."""
     return save(tmp_path_factory.mktemp("intact"), cut(net(), KEPT), KEPT)
 
 
 def refused(folder: Path) -> bool:
-    """Return whether loading ends in one of the two errors that it may end in."""
+    """Return whether loading raises one of the two documented errors."""
     try:
         load(folder)
     except (StoreError, PlanError):
@@ -70,18 +70,18 @@ def refused(folder: Path) -> bool:
 
 def refused_with(folder: Path, name: str, content: bytes) -> bool:
     path = folder / name
-    whole = path.read_bytes()
+    original = path.read_bytes()
     path.write_bytes(content)
     try:
         return refused(folder)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file and its checksum: what is behind the checksum has to notice."""
+    """Replace a file and its checksum, to test the checks after the checksum."""
     (folder / name).write_bytes(content)
-    seal(folder, (PLAN, WEIGHTS))
+    write_manifest(folder, (PLAN, WEIGHTS))
 
 
 def leftovers(folder: Path) -> set[str]:
@@ -106,13 +106,13 @@ def test_what_is_saved_is_loaded_to_the_bit(
 
 
 def test_a_fresh_process_computes_the_same_bits(folder: Path, tmp_path: Path) -> None:
-    given_images, found = tmp_path / "images", tmp_path / "logits"
-    safetensors.torch.save_file({"images": x()}, given_images)
-    command = [sys.executable, "-c", LOAD, str(folder), str(given_images), str(found)]
+    inputs, logits = tmp_path / "images", tmp_path / "logits"
+    safetensors.torch.save_file({"images": x()}, inputs)
+    command = [sys.executable, "-c", LOAD, str(folder), str(inputs), str(logits)]
     subprocess.run(command, check=True, cwd=tmp_path)
     with torch.no_grad():
         expected = cut(net(), KEPT)(x())
-    assert torch.equal(safetensors.torch.load_file(found)["logits"], expected)
+    assert torch.equal(safetensors.torch.load_file(logits)["logits"], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -127,7 +127,7 @@ def test_other_precisions_come_back_as_they_were(tmp_path: Path, dtype: torch.dt
 def test_a_network_cut_twice_is_saved_with_the_composed_plan(tmp_path: Path) -> None:
     second = plan_of({"blocks.0.attn.heads": (1, 2), "blocks.0.attn.input": (0, 2)})
     twice = cut(cut(net(), KEPT), second)
-    loaded, _ = load(save(tmp_path, twice, compose(net(), KEPT, second)))
+    loaded, _ = load(save(tmp_path, twice, combine(net(), KEPT, second)))
     assert torch.equal(outputs(loaded, x()), outputs(twice, x()))
 
 
@@ -145,12 +145,12 @@ def test_saving_again_replaces_the_network(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(max_examples=50)
-@example(at=0.0, bit=0)
-def test_one_flipped_bit_is_noticed(intact: Path, name: str, at: float, bit: int) -> None:
+@example(position=0.0, bit=0)
+def test_one_flipped_bit_is_noticed(intact: Path, name: str, position: float, bit: int) -> None:
     content = bytearray((intact / name).read_bytes())
-    content[int(at * len(content))] ^= 1 << bit
+    content[int(position * len(content))] ^= 1 << bit
     assert refused_with(intact, name, bytes(content))
 
 
@@ -190,7 +190,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 class Payload:
-    """A pickle that leaves a trace when it is run."""
+    """A pickle that writes a file when it is loaded."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -334,8 +334,8 @@ def test_a_plan_with_such_an_index_is_refused(folder: Path, index: str) -> None:
         b"\xff\xfe\x00",
         b"[" * 100_000,
         dumps(KEPT).replace('"provenance": {}', '"provenance": {"a": NaN}').encode(),
-        dumps(KEPT).replace('"format": 1', '"format": 2').encode(),
-        dumps(KEPT).replace('"format": 1', '"format": 1, "more": 1').encode(),
+        dumps(KEPT).replace('"format": 2', '"format": 3').encode(),
+        dumps(KEPT).replace('"format": 2', '"format": 2, "more": 1').encode(),
         dumps(KEPT).replace('"provenance": {}', '"provenance": ' + "[" * 40 + "]" * 40).encode(),
     ],
     ids=lambda content: str(content[-20:]),

@@ -1,4 +1,4 @@
-"""Files: written in one step, named by digests, and guarded by a manifest of checksums."""
+"""Files that are written atomically, and verified by a manifest of checksums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -23,74 +22,76 @@ _MAX_FILES = 16
 _FACTS = {"params", "name", "epochs"}
 _DIGITS = {"sha256": re.compile("[0-9a-f]{64}"), "xxh3_128": re.compile("[0-9a-f]{32}")}
 PHASES = "phases"
-"""Folder of the results of phases, in a run folder and beside the run folders."""
+"""Folder of the results of phases, in a run folder and next to the run folders."""
 
 
-def write(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` write a file beside `path`, flush it, and put it in `path`'s place at once."""
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file atomically: `fill` writes a temporary file, which then replaces `path`."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    part = Path(name)
+    temporary = Path(name)
     try:
-        fill(part)
-        with part.open("rb") as written:
+        fill(temporary)
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        part.chmod(0o644)
-        part.replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def writable(folder: Path) -> Path:
-    """Make `folder` and return it, once a file could be written there."""
+    """Create `folder`, check that a file can be written there, and return it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"out: cannot write to {folder} ({error}); out=DIR moves it") from None
+        raise ConfigError(
+            f"out: cannot write to {folder} ({error}); choose another with out=DIR"
+        ) from None
     return folder
 
 
 class StoreError(VitrimError):
-    """A file that is missing, damaged, of a foreign kind, or that does not fit its plan."""
+    """A file that is missing, damaged, not written by vitrim, or that does not fit its plan."""
 
 
-def seal(folder: Path, names: tuple[str, ...], **facts: Any) -> None:
+def write_manifest(folder: Path, names: tuple[str, ...], **facts: object) -> None:
     """Write the manifest of `folder`: two checksums of each named file, and `facts`.
 
-    SHA-256 names the content for the record; XXH3-128, thirty times as fast, guards every load
-    against damage (neither guards against somebody who can rewrite the manifest too).
+    SHA-256 identifies the content; XXH3-128, thirty times faster, detects damage at every load
+    (neither protects against somebody who can also rewrite the manifest).
     """
     files = {
         name: {"sha256": sha256(folder / name), "xxh3_128": _xxh3(folder / name)} for name in names
     }
-    text = _signed({"format": FORMAT, "files": files, **facts})
+    text = _with_checksum({"format": FORMAT, "files": files, **facts})
     write(folder / MANIFEST, lambda path: path.write_text(text))
 
 
-def verify(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Check the named files of `folder` against its manifest and return the manifest.
+def verify(folder: Path, names: tuple[str, ...]) -> None:
+    """Check the named files of `folder` against its manifest.
 
     Raises:
-        StoreError: no manifest, or a file is missing or differs.
+        StoreError: there is no manifest, or a file is missing or differs.
     """
-    manifest = _manifest(folder)
+    checksums = _checksums(folder)
     for name in names:
-        entry = manifest["files"].get(name)
+        entry = checksums.get(name)
         if entry is None or not (folder / name).is_file():
-            raise StoreError(f"{folder / name} is missing: not a complete folder of vitrim")
+            raise StoreError(f"{folder / name} is missing: the folder is not complete")
         if _xxh3(folder / name) != entry["xxh3_128"]:
             raise StoreError(
                 f"{folder / name} differs from its checksum in {MANIFEST}: it is damaged or was "
                 "edited; restore it or run again into another folder"
             )
-    return manifest
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _checksums(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the checksums of each file that the manifest of `folder` lists."""
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"{path} is missing: expected a folder that vitrim saved")
@@ -102,7 +103,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path}: expected format {FORMAT}")
     manifest.pop("checksum", None)
-    if text != _signed(manifest):
+    if text != _with_checksum(manifest):
         raise StoreError(f"{path} is damaged or was edited: its own checksum differs")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
@@ -110,13 +111,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     unknown = sorted(manifest.keys() - {"format", "files"} - _FACTS)
     if unknown or len(files) > _MAX_FILES:
         raise StoreError(
-            f"{path}: unknown keys {unknown[:3]} or more than {_MAX_FILES} files: not of vitrim"
+            f"{path}: unknown keys {unknown[:3]} or more than {_MAX_FILES} files: vitrim did not "
+            "write it"
         )
-    return manifest
+    return files
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether `entry` holds two checksums in hex, and nothing else."""
+    """Whether `entry` consists of the two checksums in hex."""
     return (
         isinstance(entry, dict)
         and entry.keys() == _DIGITS.keys()
@@ -127,7 +129,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Return what is in a file of up to `limit` bytes; what is no text there is replaced."""
+    """Return the text of a file of up to `limit` bytes; invalid UTF-8 is replaced."""
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -135,8 +137,8 @@ def read_text(path: Path, limit: int) -> str:
     return content.decode(errors="replace")
 
 
-def _signed(manifest: Mapping[str, Any]) -> str:
-    """Return the text of a manifest with a checksum of the rest of it."""
+def _with_checksum(manifest: Mapping[str, object]) -> str:
+    """Return the text of a manifest, with a checksum of its other keys."""
     rest = json.dumps(manifest, sort_keys=True)
     signed = {**manifest, "checksum": xxhash.xxh3_128_hexdigest(rest.encode())}
     return json.dumps(signed, indent=1, sort_keys=True)
@@ -149,13 +151,13 @@ def sha256(path: Path) -> str:
 
 
 def _xxh3(path: Path) -> str:
-    if not path.stat().st_size:  # cannot be mapped
+    if not path.stat().st_size:  # an empty file cannot be mapped
         return xxhash.xxh3_128_hexdigest(b"")
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         return xxhash.xxh3_128_hexdigest(content)
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return eight hex digits that identify a JSON value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

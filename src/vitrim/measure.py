@@ -1,4 +1,4 @@
-"""Measure a network: exact params and MACs, latency, and the record of both that a report holds."""
+"""Measure a network: exact params and MACs, and latency."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.network import structure
+from vitrim.network.factored import LowRankLinear, SplitLinear
 from vitrim.network.structure import blocks_of
-
-if TYPE_CHECKING:
-    pass
 
 InputSize = int | Sequence[int]
 """Pixels: a side, (height, width) or (channels, height, width)."""
+
+_ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 
 
 class Count(NamedTuple):
@@ -31,8 +31,8 @@ class Count(NamedTuple):
     flops: int
 
 
-class Census(NamedTuple):
-    """A count and, per layer asked for, the positions its weight is applied at for one image."""
+class LayerCounts(NamedTuple):
+    """A count and, for each requested layer, the positions its weight is applied at per image."""
 
     total: Count
     positions: Mapping[str, int]
@@ -41,27 +41,26 @@ class Census(NamedTuple):
 def count(net: nn.Module, input_size: InputSize) -> Count:
     """Count the parameters, and the multiply-accumulates and FLOPs of one image's forward pass.
 
-    Convolutions, Linears and the two attention matmuls count; norms, biases, activations and
-    softmax do not. FLOPs are twice the MACs. Runs on the meta device, in seconds and without
+    Convolutions, Linears and the two attention matmuls are counted; norms, biases, activations and
+    softmax are not. FLOPs are twice the MACs. Runs on the meta device, in seconds and without
     memory, because on CPU the fused attention kernel hides its matmuls from the counter.
 
     ViT-B/16 at 224 px: 86,567,656 params, 17,563,828,224 MACs, 35,127,656,448 FLOPs.
     """
-    return census(net, input_size, ()).total
+    return count_layers(net, input_size, ()).total
 
 
-def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Census:
-    """Count as `count` does and note how many positions each of `layers` is applied at."""
+def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> LayerCounts:
+    """Count as `count` does, and the positions that each of `layers` is applied at."""
     positions: dict[str, int] = {}
 
-    def note(name: str) -> Any:
+    def recording(name: str) -> _ForwardHook:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows: Any = getattr(module, "out_features", None) or module.weight.shape[0]  # type: ignore[index]
-            positions[name] = output.numel() // rows
+            positions[name] = output.numel() // _n_outputs(module)
 
         return hook
 
-    hooks = [net.get_submodule(name).register_forward_hook(note(name)) for name in layers]
+    hooks = [net.get_submodule(name).register_forward_hook(recording(name)) for name in layers]
     tensors = {
         name: tensor.detach().to("meta")
         for named in (net.named_parameters(), net.named_buffers())
@@ -82,7 +81,16 @@ def census(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -> Cens
             handle.remove()
     flops = int(counter.get_total_flops())
     params = sum(parameter.numel() for parameter in net.parameters())
-    return Census(Count(params, flops // 2, flops), positions)
+    return LayerCounts(Count(params, flops // 2, flops), positions)
+
+
+def _n_outputs(layer: nn.Module) -> int:
+    """Return the number of outputs of a layer at one position."""
+    if isinstance(layer, nn.Linear | LowRankLinear | SplitLinear):
+        return layer.out_features
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # no Parameter while the network is called with meta tensors
+    return weight.shape[0]
 
 
 def image_shape(net: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
@@ -96,7 +104,7 @@ def image_shape(net: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one forward pass over its repetitions, and of single modules by path."""
+    """Milliseconds of one forward pass over its repetitions, and of residual blocks by path."""
 
     median: float
     mean: float
@@ -115,64 +123,70 @@ def latencies(
 ) -> list[Latency]:
     """Return how long each network takes for one forward pass of `batch` images.
 
-    The networks take turns, so that drift of the machine's speed hits all of them alike; one
-    untimed pass each comes first. With `blocks` every residual block is timed as well, in passes of
-    their own. Weights stay where they are moved to: pass networks you own.
+    The passes of the networks are interleaved, so that changes of the machine's speed affect all of
+    them equally; one untimed pass each comes first. With `blocks` every residual block is timed in
+    further passes. The networks are moved to `device` in place.
     """
     nets = [net.to(device).eval() for net in nets]
     x = torch.zeros(batch, *image_shape(nets[0], input_size), device=device)
-    whole: list[list[float]] = [[] for _ in nets]
-    parts: list[dict[str, list[float]]] = [{} for _ in nets]
+    totals: list[list[float]] = [[] for _ in nets]
+    of_blocks: list[dict[str, list[float]]] = [{} for _ in nets]
     with torch.inference_mode():
-        for turn in range(repeats + 1):
-            for net, seen in zip(nets, whole, strict=True):
-                start = _now(x)
+        for repetition in range(repeats + 1):
+            for net, times in zip(nets, totals, strict=True):
+                start = _synchronised_ms(x)
                 net(x)
-                if turn:
-                    seen.append(_now(x) - start)
+                if repetition:
+                    times.append(_synchronised_ms(x) - start)
         for _ in range(repeats):
-            for net, found in zip(nets if blocks else (), parts, strict=False):
-                with _timed(net, x, found):
+            for net, block_times in zip(nets if blocks else (), of_blocks, strict=False):
+                with _timed_blocks(net, x, block_times):
                     net(x)
     return [
-        _latency(seen)._replace(blocks={name: _latency(part) for name, part in found.items()})
-        for seen, found in zip(whole, parts, strict=True)
+        _latency(times)._replace(blocks={name: _latency(ms) for name, ms in block_times.items()})
+        for times, block_times in zip(totals, of_blocks, strict=True)
     ]
 
 
-def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Return milliseconds of every call, `repeats` of each by turns, after one untimed round."""
-    seen: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for call, times in zip(calls, seen, strict=True):
+def interleaved_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Return milliseconds of `repeats` interleaved rounds of all calls, after an untimed round."""
+    durations: list[list[float]] = [[] for _ in calls]
+    for repetition in range(repeats + 1):
+        for call, times in zip(calls, durations, strict=True):
             start = time.perf_counter()
             call()
-            if turn:
+            if repetition:
                 times.append(1e3 * (time.perf_counter() - start))
-    return seen
+    return durations
 
 
-def _latency(seen: Sequence[float]) -> Latency:
-    return Latency(statistics.median(seen), statistics.mean(seen), statistics.pstdev(seen))
+def _latency(times: Sequence[float]) -> Latency:
+    return Latency(statistics.median(times), statistics.mean(times), statistics.pstdev(times))
 
 
-def _now(x: Tensor) -> float:
-    """Return milliseconds from some point in the past, once all work on `x` is done."""
+def _synchronised_ms(x: Tensor) -> float:
+    """Return the clock in milliseconds once all work on the device of `x` is done."""
     if x.is_cuda:
         torch.cuda.synchronize()
     return 1e3 * time.perf_counter()
 
 
 @contextmanager
-def _timed(net: nn.Module, x: Tensor, found: dict[str, list[float]]) -> Iterator[None]:
-    """Note in `found` how long each residual block takes while the context lasts."""
-    begun: dict[str, float] = {}
+def _timed_blocks(net: nn.Module, x: Tensor, times: dict[str, list[float]]) -> Iterator[None]:
+    """Record in `times` how long each residual block takes in this context."""
+    starts: dict[str, float] = {}
 
-    def begin(name: str) -> Any:
-        return lambda module, args: begun.__setitem__(name, _now(x))
+    def begin(name: str) -> Callable[[nn.Module, object], None]:
+        def hook(module: nn.Module, args: object) -> None:
+            starts[name] = _synchronised_ms(x)
 
-    def end(name: str) -> Any:
-        return lambda module, args, output: found.setdefault(name, []).append(_now(x) - begun[name])
+        return hook
+
+    def end(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            times.setdefault(name, []).append(_synchronised_ms(x) - starts[name])
+
+        return hook
 
     handles = []
     for name in blocks_of(structure(net)):

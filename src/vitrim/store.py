@@ -1,7 +1,7 @@
 """Save and load compact networks: plan.json, model.safetensors, manifest.json; no pickle.
 
-Loading builds the dense skeleton on the meta device, cuts it there, and assigns the saved tensors:
-logits are bit-equal to the saved network's, and nothing is downloaded or unpickled.
+Loading builds the dense skeleton on the meta device, cuts it, and assigns the saved tensors. The
+logits are bit-equal to those of the saved network; nothing is downloaded or unpickled.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vitrim.files import PLAN, WEIGHTS, StoreError, read_text, seal, verify, write
-from vitrim.network import computed
+from vitrim.files import PLAN, WEIGHTS, StoreError, read_text, verify, write, write_manifest
+from vitrim.network import non_persistent_buffers
 from vitrim.network.skeleton import skeleton
-from vitrim.network.surgery import carve
+from vitrim.network.surgery import cut_
 from vitrim.plan import MAX_BYTES, Plan, check_json, dumps, loads
 
-_MAX_HEADER = 2**20  # bytes of a safetensors header; that of ViT-g has 60,000
-_MAX_REASON = 256  # characters of what safetensors says
+_MAX_HEADER = 2**20  # bytes of a safetensors header; ViT-g has 60,000
+_MAX_REASON = 256  # characters of a message of safetensors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ALIGNMENT = 64  # bytes; matrix kernels take other paths for data that starts elsewhere
+_ALIGNMENT = 64  # bytes; matrix kernels use other code for data that is not aligned
 
 
 def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
-    """Write `net`, the result of `plan` on its dense network, into `folder` and return it.
+    """Write `net`, the result of `plan` on its dense network, into `folder` and return the folder.
 
-    Each file replaces its predecessor in one step, the manifest last.
+    Each file is replaced atomically, the manifest last.
 
     Raises:
-        StoreError: the plan does not lead to the tensors of `net`.
+        StoreError: the tensors of `net` are not those that the plan leads to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     check_json(plan.model, "plan.model")
     check_json(plan.provenance, "plan.provenance")
     text = dumps(plan)
-    loads(text)  # what could not be read back is not written
+    loads(text)  # a plan that cannot be read back must not be written
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     _check_fit(skeleton(plan), state, where="the network to save")
     write(folder / PLAN, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(state, path, {"format": "pt"}))
-    seal(folder, (PLAN, WEIGHTS), params=sum(p.numel() for p in net.parameters()))
+    write_manifest(folder, (PLAN, WEIGHTS), params=sum(p.numel() for p in net.parameters()))
     return folder
 
 
@@ -66,12 +66,12 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
 
 
 def assign(net: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> nn.Module:
-    """Give the skeleton of `plan` its tensors and return it, the buffers that no file holds too."""
+    """Assign tensors to the skeleton of `plan`, fill the buffers that are not saved; return it."""
     net.load_state_dict(state, strict=True, assign=True)
-    _fill(net, computed(net))
+    _fill(net, non_persistent_buffers(net))
     empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
-    if empty:  # modules that cannot be asked, as most before timm 1.0.23: built anew
-        twin = carve(timm.create_model(plan.model["name"], **plan.model["args"]), plan)
+    if empty:  # modules that cannot refill them (most, before timm 1.0.23): build a second network
+        twin = cut_(timm.create_model(plan.model["name"], **plan.model["args"]), plan)
         twin.to(next(net.parameters()).dtype)
         _fill(net, {name: twin.get_buffer(name) for name in empty})
     return net
@@ -87,7 +87,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        StoreError: missing, a pickle or another kind, damaged, or with an absurd header.
+        StoreError: the file is missing, damaged, a pickle or of another format, or its header is
+            too large.
     """
     if not path.is_file():
         raise StoreError(f"{path}: no such file")
@@ -105,34 +106,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return `tensor` where the allocator would put it: on some CPUs the last bit hangs on that."""
+    """Return `tensor` aligned as the allocator does it: results may differ in the last bit."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _check_fit(net: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     """Raise StoreError unless `state` has exactly the names and shapes of `net`."""
-    problems = misfits(net, state)
+    problems = mismatches(net, state)
     if problems:
         raise StoreError(f"{where} does not fit its plan: {'; '.join(problems[:3])}")
 
 
-def misfits(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Return what keeps `state` from loading into `net`, one sentence each."""
-    expected = {name: _kind(tensor) for name, tensor in net.state_dict().items()}
-    found = {name: _kind(tensor) for name, tensor in state.items()}
+def mismatches(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the reasons why `state` cannot be loaded into `net`, one sentence each."""
+    expected = {name: _signature(tensor) for name, tensor in net.state_dict().items()}
+    given = {name: _signature(tensor) for name, tensor in state.items()}
     return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is not of this network" for name in found if name not in expected),
+        *(f"{name} is missing" for name in expected if name not in given),
+        *(f"{name} does not belong to this network" for name in given if name not in expected),
         *(
-            f"{name} has shape {found[name]}, expected {kind}"
-            for name, kind in expected.items()
-            if name in found and found[name] != kind
+            f"{name} has shape {given[name]}, expected {signature}"
+            for name, signature in expected.items()
+            if name in given and given[name] != signature
         ),
     ]
 
 
-def _kind(tensor: Tensor) -> str:
-    """Return what must agree between two tensors: the shape, and the kind of numbers."""
+def _signature(tensor: Tensor) -> str:
+    """Return what must agree between two tensors: the shape, and for integers the dtype."""
     if tensor.dtype in _FLOATS:
         return str(tuple(tensor.shape))
     return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""Versions of the packages and the commit that a result depends on."""
+"""Versions of the packages, and the commit, that a result depends on."""
 
 from __future__ import annotations
 
@@ -6,29 +6,40 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 
-def versions(*optional: str) -> dict[str, Any]:
-    """Return what a result depends on beside its recipe: package versions and the commit.
+def versions(*optional: str) -> dict[str, object]:
+    """Return what a result depends on besides its recipe: package versions and vitrim's commit.
 
-    `optional` are installed packages that not every run uses.
+    `optional` are installed packages that only some runs use.
     """
     names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics", *optional)
-    here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
+    commit, dirty = _revision(Path(__file__))
     return {
         "vitrim": metadata.version("vitrim"),
         "versions": {
             "python": platform.python_version(),
-            **{n: metadata.version(n) for n in names},
+            **{name: metadata.version(name) for name in names},
         },
         "commit": commit,
-        "dirty": bool(_git(here, "status", "--porcelain")) if commit else None,
+        "dirty": dirty,
     }
 
 
+def _revision(file: Path) -> tuple[str | None, bool | None]:
+    """Return the commit that `file` is of, and whether its repository has changes.
+
+    Both are None for a file that git does not track: an installed vitrim may lie inside somebody
+    else's repository, whose commit says nothing about it.
+    """
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None, None
+    commit = _git(file.parent, "rev-parse", "HEAD")
+    return commit, bool(_git(file.parent, "status", "--porcelain")) if commit else None
+
+
 def _git(folder: Path, *args: str) -> str | None:
+    """Return the output of a git command, or None where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True

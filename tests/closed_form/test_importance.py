@@ -9,14 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import small_net
-from vitrim.closed_form.importance import (
-    CRITERIA,
-    WITHOUT_IMAGES,
-    query_key_spectrum,
-    score,
-    surgeon,
-)
+from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, importance
 from vitrim.closed_form.moments import MomentsError
+from vitrim.closed_form.obs import obs_greedy
+from vitrim.closed_form.query_key import query_key_spectrum
 from vitrim.network import structure
 
 RIDGE = 1e-3
@@ -37,68 +33,68 @@ def weights(size: int, width: int, seed: int = 0) -> Tensor:
 def one_by_one(cov: Tensor, outgoing: Tensor) -> list[int]:
     """Return the order of greedy removal, every step from the definition."""
     ridged = cov + RIDGE * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype)
-    left, order = list(range(len(cov))), []
+    remaining, order = list(range(len(cov))), []
     target = ridged @ outgoing
-    while left:
-        inverse = torch.linalg.inv(ridged[left][:, left])
-        now = inverse @ target[left]
-        cost = now.square().sum(1) / inverse.diagonal()
-        order.append(left.pop(int(cost.argmin())))
+    while remaining:
+        inverse = torch.linalg.inv(ridged[remaining][:, remaining])
+        weights = inverse @ target[remaining]
+        cost = weights.square().sum(1) / inverse.diagonal()
+        order.append(remaining.pop(int(cost.argmin())))
     return order
 
 
 @pytest.mark.parametrize("size", [2, 7, 45, 150, 250])
 def test_the_greedy_order_is_that_of_removal_one_by_one(size: int) -> None:
     cov, outgoing = covariance(size), weights(size, 5 + size // 4)
-    found = surgeon(cov, outgoing, ridge=RIDGE)
-    assert found.argsort().tolist() == one_by_one(cov, outgoing)
-    assert bool((found.sort().values.diff() > 0).all())
+    scores = obs_greedy(cov, outgoing, ridge=RIDGE)
+    assert scores.argsort().tolist() == one_by_one(cov, outgoing)
+    assert bool((scores.sort().values.diff() > 0).all())
 
 
 def test_units_that_will_stay_come_last_and_those_that_go_keep_their_order() -> None:
     cov, outgoing = covariance(150), weights(150, 20)
-    order = surgeon(cov, outgoing, ridge=RIDGE).argsort().tolist()
-    for most in (0, 1, 60, 149, 150, 151):
-        found = surgeon(cov, outgoing, ridge=RIDGE, most=most)
-        assert bool((found.sort().values.diff() > 0).all())
-        assert found.argsort()[:most].tolist() == order[:most]
-    assert int(surgeon(cov, outgoing, ridge=RIDGE, most=0).argmin()) == order[0]
+    order = obs_greedy(cov, outgoing, ridge=RIDGE).argsort().tolist()
+    for n_removed in (0, 1, 60, 149, 150, 151):
+        scores = obs_greedy(cov, outgoing, ridge=RIDGE, n_removed=n_removed)
+        assert bool((scores.sort().values.diff() > 0).all())
+        assert scores.argsort()[:n_removed].tolist() == order[:n_removed]
+    assert int(obs_greedy(cov, outgoing, ridge=RIDGE, n_removed=0).argmin()) == order[0]
 
 
 def test_float32_gives_up_no_more_than_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     cov, outgoing = covariance(400), weights(400, 60)
-    exact = surgeon(cov, outgoing, ridge=RIDGE).sort().values
-    monkeypatch.setattr("vitrim.closed_form.importance._EXACT", 0)
-    found = surgeon(cov.float(), outgoing.float(), ridge=RIDGE).sort().values
-    assert torch.allclose(found[:200].sum(), exact[:200].sum(), rtol=1e-4)
+    exact = obs_greedy(cov, outgoing, ridge=RIDGE).sort().values
+    monkeypatch.setattr("vitrim.closed_form.obs._EXACT", 0)
+    scores = obs_greedy(cov.float(), outgoing.float(), ridge=RIDGE).sort().values
+    assert torch.allclose(scores[:200].sum(), exact[:200].sum(), rtol=1e-4)
 
 
 def test_moments_and_weights_stay_as_they_are() -> None:
     cov, outgoing = covariance(45), weights(45, 8)
-    given = cov.clone(), outgoing.clone()
-    surgeon(cov, outgoing, ridge=RIDGE)
-    assert torch.equal(cov, given[0])
-    assert torch.equal(outgoing, given[1])
+    before = cov.clone(), outgoing.clone()
+    obs_greedy(cov, outgoing, ridge=RIDGE)
+    assert torch.equal(cov, before[0])
+    assert torch.equal(outgoing, before[1])
 
 
 def test_of_two_equal_units_one_goes_first_and_the_other_stays_long() -> None:
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     doubled = torch.cat([x, x[:, :3]], dim=1)
-    found = surgeon(torch.cov(doubled.T), weights(9, 4), ridge=1e-6)
-    first = found.argsort()[:3].tolist()
+    scores = obs_greedy(torch.cov(doubled.T), weights(9, 4), ridge=1e-6)
+    first = scores.argsort()[:3].tolist()
     assert sorted(unit % 6 for unit in first) == [0, 1, 2]
 
 
 def test_of_units_that_nothing_tells_apart_the_higher_index_goes_first() -> None:
-    found = surgeon(torch.eye(5, dtype=torch.float64), torch.ones(5, 2).double(), ridge=RIDGE)
-    assert found.argsort().tolist() == [4, 3, 2, 1, 0]
+    scores = obs_greedy(torch.eye(5, dtype=torch.float64), torch.ones(5, 2).double(), ridge=RIDGE)
+    assert scores.argsort().tolist() == [4, 3, 2, 1, 0]
 
 
 @given(order=st.permutations(range(12)))
 def test_units_in_another_order_go_in_that_order(order: list[int]) -> None:
     cov, outgoing = covariance(12), weights(12, 3)
-    moved = surgeon(cov[order][:, order], outgoing[order], ridge=RIDGE)
-    assert torch.allclose(moved, surgeon(cov, outgoing, ridge=RIDGE)[order], rtol=1e-6)
+    scores = obs_greedy(cov[order][:, order], outgoing[order], ridge=RIDGE)
+    assert torch.allclose(scores, obs_greedy(cov, outgoing, ridge=RIDGE)[order], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,7 @@ def test_units_in_another_order_go_in_that_order(order: list[int]) -> None:
     ids=["constant", "all equal", "half constant"],
 )
 def test_degenerate_moments_give_finite_scores(cov: Tensor) -> None:
-    assert bool(torch.isfinite(surgeon(cov.double(), weights(6, 3), ridge=RIDGE)).all())
+    assert bool(torch.isfinite(obs_greedy(cov.double(), weights(6, 3), ridge=RIDGE)).all())
 
 
 def test_the_spectrum_is_what_the_nearest_smaller_product_loses() -> None:
@@ -126,24 +122,24 @@ def test_the_spectrum_is_what_the_nearest_smaller_product_loses() -> None:
 
 
 def moments_of(net: nn.Module) -> Mapping[str, Mapping[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     for index in range(2):
         for layer in ("attn.proj", "mlp.fc2"):
             width = net.get_submodule(f"blocks.{index}.{layer}").in_features
-            found[f"blocks.{index}.{layer}"] = {
+            moments[f"blocks.{index}.{layer}"] = {
                 "cov": covariance(width, index),
                 "mean": torch.ones(width),
                 "taylor": torch.rand(width, generator=torch.Generator().manual_seed(index)),
             }
         per_head = torch.stack([covariance(8, head) for head in range(3)])
-        found[f"blocks.{index}.attn.qk"] = {
+        moments[f"blocks.{index}.attn.qk"] = {
             "q.cov": per_head,
             "k.cov": per_head.flip(0),
             "q.mean": torch.ones(3, 8),
             "k.mean": torch.ones(3, 8),
             "taylor": torch.rand(24, generator=torch.Generator().manual_seed(index)),
         }
-    return found
+    return moments
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -152,12 +148,14 @@ def test_every_criterion_scores_every_site(criterion: str, kind: str) -> None:
     net = small_net()
     described = structure(net)
     site = described.sites[f"blocks.1.{kind}"]
-    found = score(net, described, moments_of(net), site, criterion=criterion, ridge=RIDGE, seed=0)
-    assert found.shape == (site.size,)
-    assert found.dtype == torch.float64
-    assert bool(torch.isfinite(found).all())
-    assert bool((found >= 0).all())
-    assert found.unique().numel() == site.size
+    scores = importance(
+        net, described, moments_of(net), site, criterion=criterion, ridge=RIDGE, seed=0
+    )
+    assert scores.shape == (site.size,)
+    assert scores.dtype == torch.float64
+    assert bool(torch.isfinite(scores).all())
+    assert bool((scores >= 0).all())
+    assert scores.unique().numel() == site.size
 
 
 def test_simple_criteria_are_their_formulas() -> None:
@@ -174,18 +172,18 @@ def test_simple_criteria_are_their_formulas() -> None:
         "taylor": moments["blocks.0.mlp.fc2"]["taylor"],
     }
     for criterion, formula in expected.items():
-        found = score(net, described, moments, site, criterion=criterion, ridge=RIDGE, seed=0)
-        assert torch.allclose(found, formula.detach().double())
+        scores = importance(net, described, moments, site, criterion=criterion, ridge=RIDGE, seed=0)
+        assert torch.allclose(scores, formula.detach().double())
 
 
 def test_one_round_of_obs_is_the_cost_of_removing_each_unit_alone() -> None:
     net = small_net()
     described, moments = structure(net), moments_of(net)
     site = described.sites["blocks.0.mlp.hidden"]
-    found = score(net, described, moments, site, criterion="obs", ridge=RIDGE, seed=0)
+    scores = importance(net, described, moments, site, criterion="obs", ridge=RIDGE, seed=0)
     cov = moments["blocks.0.mlp.fc2"]["cov"]
     outgoing = net.blocks[0].mlp.fc2.weight.detach().T
-    assert int(found.argmin()) == one_by_one(cov, outgoing)[0]
+    assert int(scores.argmin()) == one_by_one(cov, outgoing)[0]
 
 
 @pytest.mark.parametrize("criterion", [c for c in CRITERIA if c not in WITHOUT_IMAGES])
@@ -193,7 +191,7 @@ def test_criteria_that_look_at_images_say_when_there_were_none(criterion: str) -
     net = small_net()
     described = structure(net)
     with pytest.raises(MomentsError, match=r"blocks\.0\.mlp\.fc2.*images"):
-        score(
+        importance(
             net,
             described,
             {},

@@ -1,4 +1,4 @@
-"""Compact networks taken to other data, with a new head."""
+"""Compact networks with a new classifier, trained on other data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import vitrim
 from command import QUICK, Command
 from conftest import MODEL, images, small_net
 from vitrim.errors import ConfigError
-from vitrim.model.transfer import origin, with_new_head
+from vitrim.model.transfer import methods_of, with_new_head
 from vitrim.plan import Plan
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
@@ -47,7 +47,7 @@ def compact(command: Command) -> Path:
     return done.report.parent
 
 
-def moved(command: Command, root: Path, *arguments: str) -> Path:
+def transferred(command: Command, root: Path, *arguments: str) -> Path:
     done = command(*SOURCE, *NEW, f"data.root={root}", *arguments)
     assert done.code == 0, done.message
     return done.report.parent
@@ -57,7 +57,7 @@ def test_a_compact_network_learns_other_classes(
     command: Command, compact: Path, root: Path
 ) -> None:
     training = ("model.training.epochs=10", "model.training.lr=3e-3")
-    folder = moved(command, root, f"from_run={compact}", *training)
+    folder = transferred(command, root, f"from_run={compact}", *training)
     report = json.loads((folder / "report.json").read_text())
     assert report["stages"].keys() == {"cut", "classify"}
     assert report["cut"]["top1"] < 60 < 90 < report["compact"]["top1"]
@@ -67,7 +67,10 @@ def test_a_compact_network_learns_other_classes(
     (net, plan), (old, begun) = vitrim.load(folder), vitrim.load(compact)
     assert plan.edits == begun.edits
     assert plan.model["args"] == begun.model["args"] | {"num_classes": 5}
-    assert plan.provenance["steps"] == [dict(begun.provenance), {"method": "transfer"}]
+    assert plan.provenance["steps"] == [
+        {"method": "oneshot", **begun.provenance},
+        {"method": "transfer"},
+    ]
     assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
     sizes = [sum(p.numel() for p in network.parameters()) for network in (old, net)]
     assert sizes[0] - sizes[1] == 5 * 65
@@ -79,7 +82,7 @@ def test_the_body_is_kept_and_the_head_drawn_by_the_seed(
 ) -> None:
     still = ("model.training.epochs=1", "model.training.lr=0", f"from_run={compact}")
     folders = [
-        moved(command, root, *still, *more)
+        transferred(command, root, *still, *more)
         for more in (("seed=0",), (f"out={command.out}/again", "seed=0"), ("seed=1",))
     ]
     old = vitrim.load(compact)[0].state_dict()
@@ -94,8 +97,8 @@ def test_a_head_of_as_many_classes_is_a_new_one(
     command: Command, compact: Path, root: Path
 ) -> None:
     still = ("model.training.epochs=1", "model.training.lr=0")
-    first = moved(command, root, *still, f"from_run={compact}")
-    second = moved(command, root, *still, f"from_run={first}", "seed=1")
+    first = transferred(command, root, *still, f"from_run={compact}")
+    second = transferred(command, root, *still, f"from_run={first}", "seed=1")
     heads = [vitrim.load(folder)[0].get_parameter("head.weight") for folder in (first, second)]
     assert not torch.equal(*heads)
 
@@ -105,7 +108,7 @@ def test_the_dense_network_is_taken_along_where_its_weights_are_known(
 ) -> None:
     dense = command(*SOURCE, "method=oneshot", "data=none", "strength=0").report.parent
     known = (f"model.checkpoint={dense}", "model.reset_head=true", "model.training.epochs=1")
-    folder = moved(command, root, f"from_run={dense}", *known)
+    folder = transferred(command, root, f"from_run={dense}", *known)
     report = json.loads((folder / "report.json").read_text())
     assert report["variant"] == "of dense"
     assert report["stages"].keys() == {"cut", "classify"}
@@ -116,7 +119,7 @@ def test_the_dense_network_is_taken_along_where_its_weights_are_known(
 def test_the_result_is_compressed_further_as_any_run(
     command: Command, compact: Path, root: Path
 ) -> None:
-    folder = moved(command, root, f"from_run={compact}", "model.training.epochs=1")
+    folder = transferred(command, root, f"from_run={compact}", "model.training.epochs=1")
     done = command(
         *(*SOURCE, *QUICK, *NEW[1:], f"data.root={root}", f"from_run={folder}"),
         *("method=mixed_rank", "target.params=0.6", "method.tuning.training.epochs=1"),
@@ -130,28 +133,28 @@ def test_the_result_is_compressed_further_as_any_run(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["from_run=null"], ["transfer=true", "from_run=FOLDER"]),
-        (["transfer=maybe"], ["transfer=maybe", "true or false"]),
-        (["strength=3"], ["transfer=true", "strength=0"]),
-        (["data=none", "~data.batch_size"], ["transfer=true", "data=none"]),
+        (["from_run=null"], ["from_run=null", "from_run=FOLDER"]),
+        (["transfer=true"], ["transfer", "method=transfer"]),
+        (["strength=3"], ["method=transfer", "strength=0"]),
+        (["data=none", "~data.batch_size"], ["data=none", "trains"]),
         (["model.args.depth=3"], ["from_run=", "the same model"]),
         (["model.num_classes=6"], ["5 classes", "6"]),
-        (["transfer=false"], ["from_run=", "transfer=true for a new head"]),
-        (["data.train=nothing"], ["no training images"]),
+        (["method=vtp"], ["from_run=", "method=transfer for a new head"]),
+        (["data.train=nothing"], ["no training split"]),
     ],
 )
 def test_what_cannot_be_transferred_is_refused(
     command: Command, compact: Path, root: Path, arguments: list[str], expected: list[str]
 ) -> None:
     before = [*command.out.rglob("recipe.yaml")]
-    said = [*SOURCE, *NEW, f"data.root={root}", f"from_run={compact}"]
+    words = [*SOURCE, *NEW, f"data.root={root}", f"from_run={compact}"]
     if "data=none" in arguments:
-        said = [*SOURCE, "transfer=true", "strength=0", f"from_run={compact}", "data=none"]
+        words = [*SOURCE, "method=transfer", "strength=0", f"from_run={compact}", "data=none"]
         arguments = []
     keys = {word.partition("=")[0] for word in arguments}
-    done = command(*(word for word in said if word.partition("=")[0] not in keys), *arguments)
+    done = command(*(word for word in words if word.partition("=")[0] not in keys), *arguments)
     assert done.code == 1
-    assert all(words in done.message for words in expected), done.message
+    assert all(text in done.message for text in expected), done.message
     assert [*command.out.rglob("recipe.yaml")] == before
 
 
@@ -164,10 +167,17 @@ def test_what_cannot_be_transferred_is_refused(
     ],
 )
 def test_every_family_has_a_head_to_draw(name: str, args: dict[str, float]) -> None:
-    given = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 4, "mlp_ratio": 2.0, **args}
+    changed_args = {
+        "img_size": 32,
+        "embed_dim": 24,
+        "num_heads": 3,
+        "depth": 4,
+        "mlp_ratio": 2.0,
+        **args,
+    }
     net = small_net(name, **args, depth=4)
     old = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    model = {"name": name, "args": given | {"num_classes": 3}}
+    model = {"name": name, "args": changed_args | {"num_classes": 3}}
     before = torch.get_rng_state()
     new, plan = with_new_head(net, Plan(model={}, edits=()), model, 3, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -176,7 +186,7 @@ def test_every_family_has_a_head_to_draw(name: str, args: dict[str, float]) -> N
     changed = {key for key, tensor in new.state_dict().items() if not _same(tensor, old[key])}
     assert changed
     assert all("head" in key for key in changed)
-    assert origin(plan) == "of dense"
+    assert methods_of(plan) == "of dense"
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -185,6 +195,6 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def test_a_network_cut_where_its_head_reads_is_refused() -> None:
     net = small_net()
-    net.embed_dim = 23  # what timm makes the new head of
+    net.embed_dim = 23  # the width that timm gives a new head
     with pytest.raises(ConfigError, match=r"reads \(head.weight has shape"):
         with_new_head(net, Plan(model={}, edits=()), MODEL, 7, seed=0)

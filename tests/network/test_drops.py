@@ -1,4 +1,4 @@
-"""Dropped branches in plans: cutting, masking, counting, saving, composing."""
+"""Dropped branches in plans: cutting, masking, counting, saving, combining."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import MODEL, PLANS, images, outputs, plan_of, relative_error, small_net
-from vitrim import Drop, Keep, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim import Drop, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.network import branches, stream, structure
-from vitrim.network.structure import names_in
+from vitrim.network.structure import members
 from vitrim.plan import PlanError, dumps, loads
 
 BRANCHES = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
@@ -23,7 +23,7 @@ BRANCHES = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
 
 def dropping(names: Collection[str], first: Plan | None = None) -> Plan:
     """Return a plan that drops branches, with those slices of `first` that are not inside."""
-    inside = names_in(structure(small_net()), names)
+    inside = members(structure(small_net()), names)
     keeps = [keep for keep in first.keeps() if keep.site not in inside] if first else []
     return Plan(model=MODEL, edits=(*(Drop(branch=name) for name in sorted(names)), *keeps))
 
@@ -51,29 +51,29 @@ def test_cut_equals_masked_and_counts_what_the_formula_says(
 def test_nothing_of_a_dropped_branch_is_left(names: set[str]) -> None:
     net = small_net(init_values=0.5)
     kept = dict(cut(net, dropping(names)).named_parameters())
-    whole = dict(net.named_parameters())
-    gone = {name.rsplit(".", 1)[0] + ("1" if name.endswith("attn") else "2") for name in names}
-    lost = {name for name in whole if name not in kept}
+    dense = dict(net.named_parameters())
+    branches = {name.rsplit(".", 1)[0] + ("1" if name.endswith("attn") else "2") for name in names}
+    lost = {name for name in dense if name not in kept}
     assert {name for name in lost if ".ls" in name or ".norm" in name} == {
-        name for name in whole if any(part in name for part in expected_places(gone))
+        name for name in dense if any(part in name for part in norms_and_scales(branches))
     }
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in kept.items())
 
 
-def expected_places(gone: Collection[str]) -> list[str]:
-    """Return the norm and layer scale of each branch, said as block and place."""
-    return [f"{name[:-1]}.{kind}{name[-1]}." for name in gone for kind in ("norm", "ls")]
+def norms_and_scales(branches: Collection[str]) -> list[str]:
+    """Return the norm and layer scale of each branch, given as block and number."""
+    return [f"{name[:-1]}.{kind}{name[-1]}." for name in branches for kind in ("norm", "ls")]
 
 
 @given(names=st.sets(st.sampled_from(BRANCHES), min_size=1, max_size=3))
 def test_the_stream_of_what_is_left_leads_to_the_features(names: set[str]) -> None:
     compact, x = cut(small_net(init_values=0.5), dropping(names)), images()
-    found = stream(compact)
+    described = stream(compact)
     with torch.no_grad():
-        tokens = found.embed(x)
-        for branch in found.branches:
+        tokens = described.embed(x)
+        for branch in described.branches:
             tokens = tokens + branch.apply(tokens)
-        tokens = compact.get_submodule(found.after)(tokens)
+        tokens = compact.get_submodule(described.final_norm)(tokens)
         assert relative_error(tokens, compact.forward_features(x)) <= 1e-12  # type: ignore[operator]
 
 
@@ -83,7 +83,7 @@ def test_two_cuts_equal_one_by_the_composed_plan(
 ) -> None:
     net, x = small_net(), images()
     for one, other in ((first, dropping(names)), (dropping(names), fitting(net, names, second))):
-        plan = compose(net, one, other)
+        plan = combine(net, one, other)
         twice = cut(cut(net, one), other)
         assert relative_error(outputs(cut(net, plan), x), outputs(twice, x)) <= 1e-12
         assert count(twice, 32)[:2] == Cost(net, 32).plan(plan)[:2]
@@ -97,8 +97,8 @@ def test_composing_forgets_edits_inside_a_branch_that_goes() -> None:
     net = small_net()
     low = LowRank(linear="blocks.0.mlp.fc2", rank=3)
     first = Plan(model=MODEL, edits=(*plan_of({"blocks.0.mlp.hidden": (0, 1)}).edits, low))
-    composed = compose(net, first, dropping({"blocks.0.mlp"}))
-    assert composed.edits == (Drop(branch="blocks.0.mlp"),)
+    combined = combine(net, first, dropping({"blocks.0.mlp"}))
+    assert combined.edits == (Drop(branch="blocks.0.mlp"),)
 
 
 def test_a_dropped_branch_survives_saving_bit_for_bit(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_every_parameter_left_gets_a_gradient_and_keeps_its_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("edits", "said"),
+    ("edits", "message"),
     [
         ((Drop(branch="blocks.7.attn"),), "unknown branch 'blocks.7.attn': expected one of blocks"),
         (
@@ -138,9 +138,9 @@ def test_every_parameter_left_gets_a_gradient_and_keeps_its_mode() -> None:
         ),
     ],
 )
-def test_an_impossible_drop_is_refused(edits: tuple[Drop, ...], said: str) -> None:
+def test_an_impossible_drop_is_refused(edits: tuple[Drop, ...], message: str) -> None:
     for make in (cut, masked, lambda net, plan: Cost(net, 32).plan(plan)):
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(PlanError, match=message):
             make(small_net(), Plan(model=MODEL, edits=edits))
     with pytest.raises(PlanError, match="unknown branch"):
-        compose(small_net(), dropping({"blocks.0.mlp"}), dropping({"blocks.0.mlp"}))
+        combine(small_net(), dropping({"blocks.0.mlp"}), dropping({"blocks.0.mlp"}))

@@ -1,4 +1,4 @@
-"""Low-rank layers in plans: cutting, masking, counting, saving, composing."""
+"""Low-rank layers in plans: cutting, masking, counting, saving, combining."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import MODEL, PLANS, images, outputs, plan_of, relative_error, small_net
-from vitrim import Keep, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim import Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.network import structure
 from vitrim.network.factored import LowRankLinear, SplitLinear
@@ -34,15 +34,15 @@ def low_rank(ranks: Mapping[str, int], first: Plan | None = None) -> Plan:
 
 @st.composite
 def ranks(draw: st.DrawFn) -> dict[str, int]:
-    """Draw ranks for any of the layers, qkv whole or in any of its pieces."""
-    found = {}
+    """Draw ranks for any of the layers, qkv as one layer or any of its pieces."""
+    chosen = {}
     for block in (0, 1):
-        whole = draw(st.booleans())
+        fused = draw(st.booleans())
         for layer, most in HIGHEST.items():
-            fits = not layer.startswith("qkv") or (layer in PIECES) != whole
+            fits = not layer.startswith("qkv") or (layer in PIECES) != fused
             if fits and draw(st.booleans()):
-                found[path(block, layer)] = draw(st.integers(1, most))
-    return found
+                chosen[path(block, layer)] = draw(st.integers(1, most))
+    return chosen
 
 
 @given(first=PLANS, chosen=ranks())
@@ -63,8 +63,8 @@ def test_full_rank_computes_what_the_dense_network_does(chosen: dict[str, int]) 
     net, x = small_net(), images()
     assert relative_error(outputs(cut(net, plan), x), outputs(net, x)) <= 1e-12
     single = small_net(dtype=torch.float32)
-    found = outputs(cut(single, plan), x.float())
-    assert relative_error(found, outputs(single, x.float())) <= 1e-5
+    actual = outputs(cut(single, plan), x.float())
+    assert relative_error(actual, outputs(single, x.float())) <= 1e-5
 
 
 @given(chosen=ranks(), second=PLANS)
@@ -72,8 +72,8 @@ def test_a_low_rank_network_can_be_sliced(chosen: dict[str, int], second: Plan) 
     net, x = small_net(), images()
     once = cut(net, low_rank(chosen))
     assert relative_error(outputs(cut(once, second), x), outputs(masked(once, second), x)) <= 1e-12
-    whole = compose(net, low_rank(chosen), second)
-    same = {name: tensor.shape for name, tensor in cut(net, whole).state_dict().items()}
+    combined = combine(net, low_rank(chosen), second)
+    same = {name: tensor.shape for name, tensor in cut(net, combined).state_dict().items()}
     assert same == {name: tensor.shape for name, tensor in cut(once, second).state_dict().items()}
 
 
@@ -87,8 +87,8 @@ def test_a_sliced_network_can_be_factorised(first: Plan, data: st.DataObject) ->
     }
     chosen = {name: data.draw(st.integers(1, high)) for name, high in most.items() if high}
     second = low_rank(chosen)
-    found = outputs(cut(net, compose(net, first, second)), x)
-    assert relative_error(found, outputs(cut(once, second), x)) <= 1e-10
+    actual = outputs(cut(net, combine(net, first, second)), x)
+    assert relative_error(actual, outputs(cut(once, second), x)) <= 1e-10
 
 
 def test_the_input_is_not_touched_and_nothing_is_shared() -> None:
@@ -133,8 +133,11 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path) -> None:
     ("ranks", "message"),
     [
         ({"blocks.0.mlp.fc3": 2}, "unknown linear 'blocks.0.mlp.fc3'"),
-        ({"blocks.0.mlp.fc1": 25}, "rank 25 is above the 24"),
-        ({"blocks.0.attn.qkv": 3, "blocks.0.attn.qkv.q": 3}, "with the layer that it is a piece"),
+        ({"blocks.0.mlp.fc1": 25}, "rank 25 is above its maximum of 24"),
+        (
+            {"blocks.0.attn.qkv": 3, "blocks.0.attn.qkv.q": 3},
+            "together with the layer it is part of",
+        ),
         ({"patch_embed.proj": 3}, "unknown linear"),
     ],
 )

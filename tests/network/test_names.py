@@ -1,4 +1,4 @@
-"""Every network of timm by name: cut to shape, or refused in words."""
+"""Every network of timm by name: it is cut, or refused with a message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def skeleton(name: str) -> nn.Module:
 
 
 def halved(net: nn.Module) -> Plan:
-    """Return a plan that halves every site that it can, but for the last block, which goes."""
+    """Return a plan that halves every site except in the last block, which it drops."""
     described = structure(net)
     last = [*blocks_of(described).values()][-1] if described.branches else []
     inside = {
@@ -50,13 +50,13 @@ def halved(net: nn.Module) -> Plan:
     keeps = [
         Keep(site=site.name, index=tuple(range(0, site.size, 2)))
         for site in described.sites.values()
-        if site.size > 1 and not site.locked and site.name not in inside | heads
+        if site.size > 1 and not site.locked_reason and site.name not in inside | heads
     ]
     return Plan(model={}, edits=(*(Drop(branch=name) for name in last), *keeps))
 
 
 def check(name: str) -> bool:
-    """Return whether a network can be cut; then it is, and has the right shape and size."""
+    """Return whether a network can be cut; if so, check the shape and size of the result."""
     net = skeleton(name)
     try:
         structure(net)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +27,7 @@ from conftest import (
     skeleton_net,
     small_net,
 )
-from vitrim import Plan, compose, cut, masked
+from vitrim import Plan, combine, cut, masked
 from vitrim.network import sites
 from vitrim.network.attention import GatheredLinear, SlicedAttention
 from vitrim.plan import PlanError, dumps, loads
@@ -73,10 +74,10 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def differing(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Return the names of the tensors that only one has, or that are not equal to the bit."""
-    same = {name for name in found.keys() & expected if torch.equal(found[name], expected[name])}
-    return sorted((found.keys() | expected) - same)
+    same = {name for name in actual.keys() & expected if torch.equal(actual[name], expected[name])}
+    return sorted((actual.keys() | expected) - same)
 
 
 def attentions(module: nn.Module) -> Iterator[SlicedAttention]:
@@ -103,9 +104,9 @@ def choose_kernel() -> Iterator[Callable[[bool], None]]:
 @example(EVERYTHING)
 def test_cut_equals_masked_and_silenced_activations(plan: Plan) -> None:
     x = images()
-    found = outputs(cut(net(), plan), x)
-    assert relative_error(found, outputs(masked(net(), plan), x)) <= 1e-12
-    assert relative_error(found, outputs(silenced(net(), plan), x)) <= 1e-12
+    actual = outputs(cut(net(), plan), x)
+    assert relative_error(actual, outputs(masked(net(), plan), x)) <= 1e-12
+    assert relative_error(actual, outputs(silenced(net(), plan), x)) <= 1e-12
 
 
 @given(PLANS)
@@ -113,8 +114,8 @@ def test_cut_equals_masked_and_silenced_activations(plan: Plan) -> None:
 @example(EVERYTHING)
 def test_cut_equals_masked_in_single_precision(plan: Plan) -> None:
     x = images(dtype=torch.float32)
-    found = outputs(cut(net(torch.float32), plan), x)
-    assert relative_error(found, outputs(masked(net(torch.float32), plan), x)) <= 1e-5
+    actual = outputs(cut(net(torch.float32), plan), x)
+    assert relative_error(actual, outputs(masked(net(torch.float32), plan), x)) <= 1e-5
 
 
 @given(first=PLANS, data=st.data())
@@ -122,8 +123,8 @@ def test_a_cut_network_can_be_cut_and_masked_again(first: Plan, data: st.DataObj
     once = cut(net(), first)
     second = data.draw(plans(sites(once)))
     x = images()
-    found = outputs(cut(once, second), x)
-    assert relative_error(found, outputs(masked(once, second), x)) <= 1e-12
+    actual = outputs(cut(once, second), x)
+    assert relative_error(actual, outputs(masked(once, second), x)) <= 1e-12
 
 
 @given(PLANS)
@@ -192,12 +193,12 @@ def test_attention_masks_mean_the_same_after_the_cut(plan: Plan, fused: bool) ->
     bias = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     pair = [fuse(make(net(), plan), fused=fused) for make in (cut, masked)]
     masks: list[dict[str, Any]] = [{"attn_mask": bias}]
-    if Version(timm.__version__) >= Version("1.0.26"):  # before, only the fused kernel knew these
+    if Version(timm.__version__) >= Version("1.0.26"):  # earlier, only the fused kernel had masks
         masks += [{"attn_mask": bias > 0}, {"is_causal": True}]
     for given_mask in masks:
         for block in (0, 1):  # the fused kernel runs where a head's two widths are equal
-            found, expected = (twin.blocks[block].attn(x, **given_mask) for twin in pair)
-            assert relative_error(found, expected) <= 1e-12
+            actual, expected = (twin.blocks[block].attn(x, **given_mask) for twin in pair)
+            assert relative_error(actual, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -298,10 +299,10 @@ def test_the_meta_device_gives_the_same_shapes() -> None:
 
 
 def same_after(first: Plan, second: Plan, dense: nn.Module | None = None) -> None:
-    """Assert that two cuts and the cut by the composed plan give the same network, to the bit."""
+    """Assert that two cuts and the cut by the combined plan give the same network, to the bit."""
     dense = net() if dense is None else dense
     twice = cut(cut(dense, first), second)
-    once = cut(dense, compose(dense, first, second))
+    once = cut(dense, combine(dense, first, second))
     assert not differing(state(once), state(twice))
     assert torch.equal(outputs(once, images()), outputs(twice, images()))
 
@@ -344,22 +345,41 @@ def test_the_heads_kept_of_a_cut_network_may_never_have_had_query_key_dims() -> 
 
 
 @pytest.mark.parametrize("plan", EDGES, ids=IDS)
-def test_composing_with_nothing_changes_nothing(plan: Plan) -> None:
+def test_combining_with_nothing_changes_nothing(plan: Plan) -> None:
     same_after(EMPTY, plan)
     same_after(plan, EMPTY)
 
 
-def test_a_composed_plan_counts_in_units_of_the_dense_network() -> None:
+def test_a_combined_plan_counts_in_units_of_the_dense_network() -> None:
     site = "blocks.0.mlp.hidden"
-    plan = compose(net(), plan_of({site: (2, 5, 7, 9)}), plan_of({site: (1, 3)}))
+    plan = combine(net(), plan_of({site: (2, 5, 7, 9)}), plan_of({site: (1, 3)}))
     assert [(keep.site, keep.index) for keep in plan.keeps()] == [(site, (5, 9))]
     assert plan.model == MODEL
 
 
-def test_a_plan_composed_many_times_can_still_be_read() -> None:
+def test_a_combined_plan_names_its_methods() -> None:
+    plans = [
+        Plan(model=MODEL, edits=(), method=name, provenance={"strength": strength})
+        for name, strength in (("oneshot", 2), ("vtp", 1), ("mixed_rank", 3))
+    ]
+    plan = combine(net(), combine(net(), *plans[:2]), plans[2])
+    assert plan.method == "oneshot+vtp+mixed_rank"
+    assert plan.provenance == {
+        "steps": [
+            {"method": "oneshot", "strength": 2},
+            {"method": "vtp", "strength": 1},
+            {"method": "mixed_rank", "strength": 3},
+        ]
+    }
+    assert combine(net(), EMPTY, plans[0]).method == "oneshot"
+
+
+@pytest.mark.parametrize("method", ["", "mixed_rank"])
+def test_a_plan_combined_many_times_can_still_be_read(method: str) -> None:
     plan = EMPTY
-    for width in range(40, 20, -1):
-        plan = compose(net(), plan, plan_of({"blocks.0.mlp.hidden": range(width)}))
+    for width in range(45, 5, -1):
+        second = replace(plan_of({"blocks.0.mlp.hidden": range(width)}), method=method)
+        plan = combine(net(), plan, second)
     assert loads(dumps(plan)) == plan
 
 
@@ -372,7 +392,7 @@ def test_a_plan_composed_many_times_can_still_be_read() -> None:
         ({"patch_embed": (0,)}, "patch_embed"),
         ({"blocks.0.mlp.hidden": (0, 48)}, "48 is out of range"),
         ({"blocks.1.attn.heads": (3,)}, "3 is out of range"),
-        ({"blocks.0.attn.heads": (0,), "blocks.0.attn.v": (8, 9)}, "blocks.0.attn: no head"),
+        ({"blocks.0.attn.heads": (0,), "blocks.0.attn.v": (8, 9)}, "blocks.0.attn: no kept head"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(

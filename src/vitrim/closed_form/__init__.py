@@ -1,4 +1,5 @@
-"""What follows from weights and activation statistics without training: importance, reconstruction.
+"""What follows from weights and activation statistics without training.
 
-May import: network, data, jobs and what is below them; no lightning.
+`moments` gathers statistics, `importance` ranks units by them, `reconstruction` changes the kept
+weights to compensate for removed units. May import: network, plan, errors; no lightning.
 """

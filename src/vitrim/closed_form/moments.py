@@ -1,29 +1,34 @@
-"""Mean and covariance of activations, gathered in one pass in memory that no image count changes.
+"""Mean and covariance of activations, gathered in one pass; memory does not grow with the images.
 
-Rows are taken relative to the first batch's mean, multiplied in float32 and added up in float64:
-what is far from zero loses no digits.
+The first batch's mean is subtracted from all rows; products are computed in float32 and summed in
+float64. Activations far from zero lose no digits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
 
-_BLOCK = 256  # columns that are multiplied at once
+MomentTensors = Mapping[str, Mapping[str, Tensor]]
+"""Finished moments of layers or sites: the name of a layer or site -> tensors by name."""
+
+_BLOCK = 256  # columns of one product
 
 
 class MomentsError(VitrimError):
-    """Activations that no statistics can be made of."""
+    """Activations whose moments are missing or not finite."""
 
 
 class Moments(nn.Module):
-    """Weighted moments of rows with `channels` numbers, one set for each of `groups`.
+    """Weighted moments of rows with `channels` elements, one set for each of `groups`.
 
     `weight` is the sum of the weights, `mean` has the shape (groups, channels), `cov` (groups,
     channels, channels), both without `groups` where there are none. `cov` is empty until `finish`
-    has made it, in float32.
+    computes it, in float32.
     """
 
     weight: Tensor
@@ -42,10 +47,10 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def add(self, rows: Tensor, weights: Tensor) -> None:
-        """Take in `rows` of shape (groups, n, channels), row i counting `weights[i]` times.
+        """Add `rows` of shape (groups, n, channels), row i with weight `weights[i]`.
 
         Raises:
-            MomentsError: a number is not finite; the layer is named.
+            MomentsError: an activation is not finite; the message names the layer.
         """
         rows, root = rows.float(), weights.float().sqrt()[:, None]
         if self._shift is None:
@@ -54,37 +59,39 @@ class Moments(nn.Module):
             self._sum = rows.new_zeros(*groups, channels, dtype=torch.float64)
             self._squares = rows.new_zeros(*groups, channels, channels, dtype=torch.float64)
             self.weight = self.weight.to(rows.device)
-        moved = (rows - self._shift.unsqueeze(-2)) * root
-        for at in range(0, moved.shape[-1], _BLOCK):  # the upper half: the other is its mirror
-            block = slice(at, at + _BLOCK)
-            self._squares[..., block, at:] += moved[..., block].mT @ moved[..., at:]
+        centred = (rows - self._shift.unsqueeze(-2)) * root
+        for start in range(0, centred.shape[-1], _BLOCK):  # the upper triangle; it is symmetric
+            block = slice(start, start + _BLOCK)
+            self._squares[..., block, start:] += centred[..., block].mT @ centred[..., start:]
         if not bool(torch.isfinite(self._squares.diagonal(dim1=-2, dim2=-1)).all()):
             raise MomentsError(
                 f"{self.name}: its activations are not finite (or overflow float32) on a "
-                "calibration batch; look at the images and the weights"
+                "calibration batch; check the images and the weights"
             )
-        self._sum += (moved * root).sum(-2, dtype=torch.float64)
+        self._sum += (centred * root).sum(-2, dtype=torch.float64)
         self.weight = self.weight + weights.sum(dtype=torch.float64)
 
     def finish(self) -> None:
-        """Make `cov` of what was taken in; safe to call twice.
+        """Compute `mean` and `cov` from the added rows; safe to call twice.
 
         Raises:
-            MomentsError: nothing was.
+            MomentsError: no rows were added.
         """
         if self._shift is None:
             if not self.cov.numel():
-                raise MomentsError(f"{self.name}: no activations, for want of calibration images")
+                raise MomentsError(
+                    f"{self.name}: no activations, because there were no calibration images"
+                )
             return
         step = self._sum / self.weight
         outer = step.unsqueeze(-1) * step.unsqueeze(-2)
         upper = self._squares.div_(self.weight).triu_()
-        whole = upper + upper.triu(1).mT
-        self.cov = (whole - outer).float().cpu()
+        second_moment = upper + upper.triu(1).mT
+        self.cov = (second_moment - outer).float().cpu()
         self.mean = (self._shift.double() + step).cpu()
         self.weight = self.weight.cpu()
         self._shift = None
-        del self._sum, self._squares  # as large as all moments together, twice over
+        del self._sum, self._squares  # twice as large as all moments together
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""
@@ -92,7 +99,7 @@ class Moments(nn.Module):
 
 
 def key_of(name: str) -> str:
-    """Return what a buffer or submodule of that name is registered as: no dots are allowed there.
+    """Return the key of a buffer or submodule for a dotted name: keys must not contain dots.
 
     >>> key_of("blocks.0.mlp.fc1")
     'blocks/0/mlp/fc1'
@@ -102,5 +109,5 @@ def key_of(name: str) -> str:
 
 def add_to(module: nn.Module, name: str, part: Tensor) -> None:
     """Add `part`, in float64, to the buffer of that name, which is empty at first."""
-    held, part = module.get_buffer(key_of(name)), part.double()
-    module.register_buffer(key_of(name), held.to(part) + part if held.numel() else part)
+    total, part = module.get_buffer(key_of(name)), part.double()
+    module.register_buffer(key_of(name), total.to(part) + part if total.numel() else part)

@@ -1,13 +1,13 @@
-"""Closed-form changes to the kept weights that make up for what a plan removes.
+"""Closed-form changes to the kept weights that compensate for what a plan removes.
 
 With x_P the removed and x_S the kept inputs of a Linear y = W x + b, over the calibration images:
 
     bias     b += W_P mean_P                                            (VBP, ICCV 2025)
     ridge    x_P ~ B x_S + c;  W_S += W_P B,  b += W_P c                (CORP, arXiv 2602.05243)
 
-For queries and keys there is no such layer: bias does nothing, and ridge takes the product of the
-kept size that comes nearest to the dense logits (`criteria.query_key_spectrum`), whichever dims the
-plan names in a head: only their number counts.
+For queries and keys there is no such layer: bias does nothing, and ridge uses the query-key product
+of the kept size that is nearest to the dense logits (`query_key_spectrum`). Only the number of dims
+that the plan keeps in a head matters there, not which dims they are.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vitrim.closed_form.importance import Moments, query_key_moments, query_key_spectrum
-from vitrim.closed_form.moments import MomentsError
+from vitrim.closed_form.moments import MomentsError, MomentTensors
+from vitrim.closed_form.query_key import query_key_moments, query_key_spectrum
 from vitrim.network.structure import Attention, Layer, Structure
-from vitrim.network.survivors import Survivors, index_of, removed_of, resolve, widths_of
+from vitrim.network.survivors import Kept, index_of, removed_of, resolve, widths_of
 from vitrim.plan import Plan
 
 Compensation = Literal["none", "bias", "ridge", "sequential"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
 
 
-def compensated(
+def reconstruct(
     net: nn.Module,
     compact: nn.Module,
     described: Structure,
     plan: Plan,
-    moments: Moments,
+    moments: MomentTensors,
     *,
     kind: Compensation,
     ridge: float,
 ) -> dict[str, Tensor]:
-    """Return new values of parameters of `compact`, by name.
+    """Return new values for parameters of `compact`, by name.
 
     Args:
         net: the dense network.
@@ -47,7 +47,7 @@ def compensated(
         described: the structure of `net`.
         plan: what was cut.
         moments: of the layers whose inputs were cut, by layer; of queries and keys, by site.
-        kind: see above; `sequential` is `ridge` here, and goes on where the images are.
+        kind: see above; `sequential` is `ridge` here, followed by a recovery phase on images.
         ridge: added to the diagonal of the kept units' covariance, relative to its mean.
 
     Raises:
@@ -64,7 +64,7 @@ def compensated(
             rows = index_of(layer.out, survivors)
             bias = compact.get_submodule(layer.name).bias
             weight = weight[rows].double()
-            columns, offset = _folded(
+            columns, offset = _fold(
                 layer,
                 weight,
                 kept,
@@ -78,51 +78,58 @@ def compensated(
                 values[f"{layer.name}.bias"] = bias.detach().double() + offset
     if kind != "bias":
         for attention in described.attentions:
-            values |= _smaller_product(net, compact, described, attention, survivors, moments)
+            values |= _reduced_qk(net, compact, described, attention, survivors, moments)
     return {name: value.to(compact.get_parameter(name).dtype) for name, value in values.items()}
 
 
-def _folded(
-    layer: Layer, weight: Tensor, kept: Tensor, moments: Moments, ridge: float, *, biased: bool
+def _fold(
+    layer: Layer,
+    weight: Tensor,
+    kept: Tensor,
+    moments: MomentTensors,
+    ridge: float,
+    *,
+    biased: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the new weight (out, kept) and what its bias gains (out,); without ridge, B is 0."""
-    found = moments.get(layer.name)
-    if found is None or not bool(torch.isfinite(found["mean"]).all()):
+    """Return the new weight (out, kept) and the bias change (out,); without ridge, B is 0."""
+    statistics = moments.get(layer.name)
+    if statistics is None or not bool(torch.isfinite(statistics["mean"]).all()):
         raise MomentsError(f"{layer.name}: there are no finite moments of its inputs")
-    gone = removed_of(weight.shape[1], kept).nonzero()[:, 0]
-    mean = found["mean"].double()
-    removed = weight[:, gone]
+    removed = removed_of(weight.shape[1], kept).nonzero()[:, 0]
+    mean = statistics["mean"].double()
+    removed_weight = weight[:, removed]
     if not ridge:
-        return weight[:, kept], removed @ mean[gone]
-    cov = found["cov"]
-    if not biased:  # no constant: the regression goes through the origin
+        return weight[:, kept], removed_weight @ mean[removed]
+    cov = statistics["cov"]
+    if not biased:  # without a constant, the regression goes through the origin
         cov = cov + torch.outer(mean, mean).to(cov)
     rows = cov.index_select(0, kept)
-    inputs, cross = (rows.index_select(1, units).double() for units in (kept, gone))
-    taken = regress(inputs, cross @ removed.T, ridge)
-    return weight[:, kept] + taken.T, removed @ mean[gone] - taken.T @ mean[kept]
+    inputs, cross = (rows.index_select(1, units).double() for units in (kept, removed))
+    folded = ridge_solve(inputs, cross @ removed_weight.T, ridge)
+    offset = removed_weight @ mean[removed] - folded.T @ mean[kept]
+    return weight[:, kept] + folded.T, offset
 
 
-def fitted(
-    found: Mapping[str, Tensor], n_inputs: int, ridge: float, *, biased: bool
+def ridge_fit(
+    statistics: Mapping[str, Tensor], n_inputs: int, ridge: float, *, biased: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the ridge solution of targets by inputs: weight (targets, inputs) and bias (targets,).
+    """Return the ridge regression of targets on inputs: weight (targets, inputs), bias (targets,).
 
     Args:
-        found: finished moments of rows with the inputs first and the targets behind them.
-        n_inputs: how many of the numbers are inputs.
-        ridge: relative to the inputs' mean variance, see `regress`.
+        statistics: finished moments of rows with the inputs first and the targets after them.
+        n_inputs: number of inputs.
+        ridge: relative to the inputs' mean variance, see `ridge_solve`.
         biased: whether the bias will be used; without it the regression goes through the origin.
     """
-    cov, mean = found["cov"].double(), found["mean"]
+    cov, mean = statistics["cov"].double(), statistics["mean"]
     if not biased:
         cov = cov + torch.outer(mean, mean)
-    weight = regress(cov[:n_inputs, :n_inputs], cov[:n_inputs, n_inputs:], ridge).T
+    weight = ridge_solve(cov[:n_inputs, :n_inputs], cov[:n_inputs, n_inputs:], ridge).T
     return weight, mean[n_inputs:] - weight @ mean[:n_inputs]
 
 
-def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return the ridge solution (C + ridge mean(diag C) I)^-1 X, zero where nothing varies.
+def ridge_solve(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Return the ridge solution (C + ridge mean(diag C) I)^-1 X, and zero for constant inputs.
 
     Args:
         cov: C, covariance of the inputs, (n, n), float64.
@@ -137,20 +144,20 @@ def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if not int(failed):
         return torch.cholesky_solve(cross, factor)
-    values, vectors = torch.linalg.eigh(ridged)  # a ridge below rounding
-    found: Tensor = vectors @ ((vectors.T @ cross) / values.clamp_min(level)[:, None])
-    return found
+    values, vectors = torch.linalg.eigh(ridged)  # the ridge is below the rounding error
+    solution: Tensor = vectors @ ((vectors.T @ cross) / values.clamp_min(level)[:, None])
+    return solution
 
 
-def _smaller_product(
+def _reduced_qk(
     net: nn.Module,
     compact: nn.Module,
     described: Structure,
     attention: Attention,
-    survivors: Survivors,
-    moments: Moments,
+    survivors: Kept,
+    moments: MomentTensors,
 ) -> dict[str, Tensor]:
-    """Return the qkv layer with the nearest smaller product in every head that lost dims."""
+    """Return the qkv layer with the nearest smaller product in every head that loses dims."""
     site = described.sites[attention.qk]
     starts = [0, *accumulate(site.head_dims)]
     widths = widths_of(site, survivors).tolist()
@@ -162,23 +169,24 @@ def _smaller_product(
         raise MomentsError(f"{attention.qk}: there are no moments of its queries and keys")
     layer = next(layer for layer in described.layers if layer.name == attention.qkv)
     columns = index_of(layer.inp, survivors)
-    found = moments[attention.qk]
-    bases = {head: query_key_spectrum(*query_key_moments(found, head))[0] for head in narrowed}
+    statistics = moments[attention.qk]
+    bases = {head: query_key_spectrum(*query_key_moments(statistics, head))[0] for head in narrowed}
     values = {}
-    for name, whole in net.get_submodule(attention.qkv).named_parameters():
-        dense = whole.detach().double()
+    for name, parameter in net.get_submodule(attention.qkv).named_parameters():
+        dense = parameter.detach().double()
         dense = dense[:, columns] if name == "weight" else dense
-        small = compact.get_parameter(f"{attention.qkv}.{name}").detach().double().clone()
-        at, q_size = 0, sum(widths[head] for head in heads)
+        reduced = compact.get_parameter(f"{attention.qkv}.{name}").detach().double().clone()
+        row, q_size = 0, sum(widths[head] for head in heads)
         for head in heads:
-            width, full = widths[head], site.head_dims[head]
+            width, dense_width = widths[head], site.head_dims[head]
             if head in bases:
                 q, k = bases[head]
                 for basis, to, start in (
-                    (q, at, starts[head]),
-                    (k, q_size + at, site.size + starts[head]),
+                    (q, row, starts[head]),
+                    (k, q_size + row, site.size + starts[head]),
                 ):
-                    small[to : to + width] = basis[:, :width].T @ dense[start : start + full]
-            at += width
-        values[f"{attention.qkv}.{name}"] = small
+                    rows = dense[start : start + dense_width]
+                    reduced[to : to + width] = basis[:, :width].T @ rows
+            row += width
+        values[f"{attention.qkv}.{name}"] = reduced
     return values

@@ -1,4 +1,4 @@
-"""Networks as a run takes them: weights from anywhere, timm's entrypoint, new heads.
+"""The dense networks that a run starts from: weights from timm, a file or training; new heads.
 
-May import: trainer, store, network, data and what is below them.
+May import: trainer (for the recipe of dense training), data, store, network and what is below them.
 """

@@ -1,44 +1,45 @@
-"""A network of timm: how it is built, where its weights come from, what images it wants."""
+"""A network of timm: how it is built, where its weights come from, what images it expects."""
 
 from __future__ import annotations
 
+import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_model_data_config
 from timm.layers import HybridEmbed, PatchEmbed
-from timm.models import swin_transformer, vision_transformer
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError
-from vitrim.files import MANIFEST, WEIGHTS, StoreError, sha256, verify
+from vitrim.model.checkpoint import check_path, fingerprint_of, read_checkpoint
 from vitrim.network import structure
-from vitrim.network.skeleton import dense_skeleton
+from vitrim.network.skeleton import shared_skeleton
 from vitrim.plan import Plan, PlanError
-from vitrim.store import assign, misfits, read_tensors
+from vitrim.store import assign
 from vitrim.trainer.recipe import Recipe
-
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # a scheme; one letter is a drive
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".tar", ".zip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timm:
-    """A dense network by timm's name; weights from timm's hub, a file, or training.
+    """A dense network of timm; its weights come from timm's hub, a file, or training.
 
-    `checkpoint` is a .safetensors file in timm's key layout, or a folder that vitrim saved;
-    `sha256` pins its content; `mean` and `std`, per channel, are what its images are normalised by
-    where that is not as timm says. `reset_head` starts a new classifier on the loaded weights: the
-    whole is then trained by `training`, as a network without weights is. `args` go to
-    timm.create_model.
+    Args:
+        name: timm's name of the network.
+        pretrained: whether to download timm's weights.
+        checkpoint: a .safetensors file in timm's key layout, or a folder that vitrim saved.
+        sha256: the expected SHA-256 of the checkpoint.
+        num_classes: outputs of the classifier; None: timm's number.
+        reset_head: whether to start with a new classifier on the loaded weights; the network is
+            then trained by `training`, as one without weights is.
+        image_size: side of the images in pixels; None: timm's size.
+        mean: per channel, for the normalisation of images; None: timm's values.
+        std: per channel, as `mean`.
+        args: further arguments of timm.create_model.
+        training: the recipe of the dense training.
     """
 
     name: str
@@ -50,73 +51,59 @@ class Timm:
     image_size: int | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    args: Mapping[str, Any]
+    args: Mapping[str, object]
     training: Recipe
 
     def __post_init__(self) -> None:
-        if not timm.is_model(self.name.split(".")[0]):
-            near = get_close_matches(self.name, timm.list_models(), n=5, cutoff=0.3)
+        if not timm.is_model(_architecture(self.name)):
+            similar = get_close_matches(self.name, timm.list_models(), n=5, cutoff=0.3)
             raise ConfigError(
                 f"model.name={self.name}: timm {timm.__version__} has no such network; "
-                f"near it: {', '.join(near)}"
+                f"similar names: {', '.join(similar)}"
             )
         if self.pretrained and self.checkpoint is not None:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
-        _check_kind(self.checkpoint)
-        skeleton = self.skeleton()
+        if self.checkpoint is not None:
+            check_path(self.checkpoint)
+        skeleton = self.shared_skeleton()
         structure(skeleton)
-        self._check_pixels()
-        for side, patch in zip(self.spec().size, _patch(skeleton), strict=True):
+        spec = self.spec()
+        _check_pixels("mean", self.mean, spec.channels, least=-math.inf)
+        _check_pixels("std", self.std, spec.channels, least=0.0)
+        for side, patch in zip(spec.size, _patch(skeleton), strict=True):
             if side % patch:
                 raise ConfigError(
-                    f"model.image_size={side}: not divisible by the patch of {patch} pixels; "
+                    f"model.image_size={side}: not divisible by the patch size of {patch} pixels; "
                     f"{side // patch * patch} and {(side // patch + 1) * patch} are"
                 )
 
-    def _check_pixels(self) -> None:
-        channels = self.spec().channels
-        for name, least in (("mean", -math.inf), ("std", 0.0)):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            numbers = all(type(v) in (int, float) and least < v < math.inf for v in values)
-            if len(values) != channels or not numbers:
-                raise ConfigError(
-                    f"model.{name}={values}: expected {channels} numbers"
-                    f"{' above 0' if name == 'std' else ''}, or null"
-                )
-
     @property
-    def sourced(self) -> bool:
-        """Whether there are weights to begin with."""
+    def has_weights(self) -> bool:
+        """Whether weights are loaded, at least those of the backbone."""
         return self.pretrained or self.checkpoint is not None
 
     @property
     def trained(self) -> bool:
-        """Whether all weights come from somewhere, so that no dense training is needed."""
-        return self.sourced and not self.reset_head
+        """Whether all weights are loaded, so that no dense training is needed."""
+        return self.has_weights and not self.reset_head
 
     @property
     def n_classes(self) -> int:
         """Outputs of the classifier."""
-        return int(self.skeleton().num_classes)  # type: ignore[arg-type]
+        return int(self.shared_skeleton().num_classes)  # type: ignore[arg-type]
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, object]:
         """Return what a plan needs to build the dense skeleton: `name` and `args`."""
-        args = dict(self.args)
-        if self.num_classes is not None:
-            args["num_classes"] = self.num_classes
-        if self.image_size is not None and not _takes_any_size(self.name):
-            args["img_size"] = self.image_size
-        return {"name": self.name, "args": args}
+        return {"name": self.name, "args": self._arguments()}
 
     def spec(self) -> ImageSpec:
-        """Return how images are prepared: timm's settings of this network, and what is set here."""
-        config = resolve_model_data_config(self.skeleton())
+        """Return how images are prepared: timm's settings of this network, and those set here."""
+        config = resolve_model_data_config(self.shared_skeleton())
         channels, height, width = config["input_size"]
+        in_chans = self.args.get("in_chans")
         size = (height, width) if self.image_size is None else (self.image_size, self.image_size)
         return ImageSpec(
-            channels=self.args.get("in_chans", channels),
+            channels=in_chans if isinstance(in_chans, int) else channels,
             size=size,
             mean=config["mean"] if self.mean is None else self.mean,
             std=config["std"] if self.std is None else self.std,
@@ -125,145 +112,86 @@ class Timm:
         )
 
     def fingerprint(self) -> str | None:
-        """Return the SHA-256 of the checkpoint, checked against what is known of it.
+        """Return the SHA-256 of the checkpoint, checked against `sha256`.
 
         Raises:
-            ConfigError: there is no such file, it is not what `sha256` or its manifest says.
+            ConfigError: there is no such file, or its SHA-256 is not the expected one.
         """
-        if self.checkpoint is None:
-            return None
-        path = self._file()
-        if not path.is_file():
-            raise ConfigError(f"model.checkpoint={self.checkpoint}: no such file")
-        digest = sha256(path)
-        if self.sha256 is not None and digest != self.sha256:
-            raise ConfigError(
-                f"model.checkpoint={self.checkpoint}: its SHA-256 is {digest}, model.sha256 "
-                f"expects {self.sha256}: the file is damaged or another one"
-            )
-        return digest
+        return None if self.checkpoint is None else fingerprint_of(self.checkpoint, self.sha256)
 
     def build(self, *, fetch: bool = True) -> nn.Module:
-        """Return the dense network in eval mode on CPU, its weights loaded or freshly drawn.
+        """Return the dense network in eval mode on CPU, its weights loaded or random.
 
-        Without `fetch` those of the hub are left where they are, and drawn, too.
+        Without `fetch` nothing is downloaded, and the hub's weights are replaced by random ones.
 
         Raises:
-            ConfigError: the weights cannot be had, do not fit, are a pickle, or are damaged.
+            ConfigError: the weights cannot be downloaded, do not fit, are a pickle, or are damaged.
         """
-        description = self.description()
-        if self.checkpoint is None:
-            try:
-                net: nn.Module = timm.create_model(
-                    self.name, pretrained=self.pretrained and fetch, **description["args"]
-                )
-            except (OSError, RuntimeError) as error:
-                raise ConfigError(
-                    f"model.pretrained={self.pretrained}: {self.name} could not be had ({error}); "
-                    "model.checkpoint=FILE.safetensors loads a local copy"
-                ) from None
-            return net.eval()
-        net = self.skeleton()
-        return assign(net, self._state(net), Plan(model=self._described(), edits=())).eval()
+        if self.checkpoint is not None:
+            skeleton = self.skeleton()
+            state = read_checkpoint(self.checkpoint, skeleton, reset_head=self.reset_head)
+            return assign(skeleton, state, Plan(model=self._untagged(), edits=())).eval()
+        try:
+            net: nn.Module = timm.create_model(
+                self.name, pretrained=self.pretrained and fetch, **self._arguments()
+            )
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.pretrained={self.pretrained}: could not download the weights of "
+                f"{self.name} ({error}); model.checkpoint=FILE.safetensors loads a local copy"
+            ) from None
+        return net.eval()
 
     def skeleton(self) -> nn.Module:
-        """Return the dense network without weights, on the meta device."""
+        """Return the dense network without weights, on the meta device, as the caller's own."""
+        return copy.deepcopy(self.shared_skeleton())
+
+    def shared_skeleton(self) -> nn.Module:
+        """Return the dense network without weights, built once: callers must not modify it."""
         try:
-            return dense_skeleton(self._described())
+            return shared_skeleton(self._untagged())
         except PlanError as error:
             raise ConfigError(f"model: {error}") from None
 
-    def _described(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, object]:
+        arguments = dict(self.args)
+        if self.num_classes is not None:
+            arguments["num_classes"] = self.num_classes
+        if self.image_size is not None and not _takes_any_size(self.name):
+            arguments["img_size"] = self.image_size
+        return arguments
+
+    def _untagged(self) -> dict[str, object]:
         """Return the description without the tag of timm's weights."""
-        return self.description() | {"name": self.name.split(".")[0]}
-
-    def _file(self) -> Path:
-        path = Path(str(self.checkpoint))
-        return path / WEIGHTS if path.is_dir() else path
-
-    def _state(self, net: nn.Module) -> dict[str, Tensor]:
-        """Return the checkpoint's tensors, found fit for `net`."""
-        path = self._file()
-        try:
-            if (path.parent / MANIFEST).is_file() and path.name == WEIGHTS:
-                verify(path.parent, (WEIGHTS,))
-            state = read_tensors(path)
-        except StoreError as error:
-            raise ConfigError(f"model.checkpoint={self.checkpoint}: {error}") from None
-        state = _counters(net) | _adapted(net, state)
-        if self.reset_head:
-            state = _with_new_head(net, state)
-        problems = misfits(net, state)
-        if problems:
-            raise ConfigError(
-                f"model.checkpoint={self.checkpoint} does not fit {self.name} with "
-                f"{self.n_classes} classes: {'; '.join(problems[:3])}; model.num_classes sets the "
-                "classes, model.reset_head=true leaves the checkpoint's head out"
-            )
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ConfigError(
-                    f"model.checkpoint={self.checkpoint}: {name} is not finite, the file is damaged"
-                )
-        return {name: tensor.clone() for name, tensor in state.items()}
+        return {"name": _architecture(self.name), "args": self._arguments()}
 
 
-def _check_kind(checkpoint: str | None) -> None:
-    """Refuse what names an address, or a kind of file that can run code when it is read."""
-    named = str(checkpoint or "")
-    if _ADDRESS.match(named):
+def _architecture(name: str) -> str:
+    """Return a name of timm without the tag of its weights."""
+    return name.split(".")[0]
+
+
+def _check_pixels(
+    name: str, values: Sequence[float] | None, channels: int, *, least: float
+) -> None:
+    """Raise ConfigError unless `values` is None or has one number above `least` per channel."""
+    if values is None:
+        return
+    numbers = all(type(value) in (int, float) and least < value < math.inf for value in values)
+    if len(values) != channels or not numbers:
         raise ConfigError(
-            f"model.checkpoint={named}: an address; fetch the file yourself, give its path, and "
-            "pin what it is with model.sha256"
+            f"model.{name}={values}: expected {channels} numbers"
+            f"{' above 0' if least == 0.0 else ''}, or null"
         )
-    if named.lower().endswith(_PICKLES):
-        raise ConfigError(
-            f"model.checkpoint={named}: a kind of file that can hold a pickle, which can run code: "
-            "expected a .safetensors file, or a run folder"
-        )
-
-
-def _adapted(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` as timm's own filters change it: older layouts, other image sizes."""
-    match net:
-        case vision_transformer.VisionTransformer() if "pos_embed" in state:
-            return dict(vision_transformer.checkpoint_filter_fn(state, net))
-        case swin_transformer.SwinTransformer():
-            tables = {name for name in state if name.endswith("relative_position_bias_table")}
-            if tables <= net.state_dict().keys():  # of another network, the filter knows no place
-                return dict(swin_transformer.checkpoint_filter_fn(state, net))
-    return state
 
 
 def _takes_any_size(name: str) -> bool:
-    """Whether the network pools a map of any size, and is not told the size of its images."""
+    """Whether the network pools a map of any size, and has no argument for the image size."""
     config = timm.get_pretrained_cfg(name)
     return config is not None and not config.fixed_input_size and config.pool_size is not None
 
 
 def _patch(net: nn.Module) -> tuple[int, int]:
-    """Return the sides, in pixels, of which an image's have to be multiples."""
+    """Return the sides, in pixels, that the sides of an image must be multiples of."""
     embedding = getattr(net, "patch_embed", None)
     return embedding.patch_size if isinstance(embedding, PatchEmbed | HybridEmbed) else (1, 1)
-
-
-def _counters(net: nn.Module) -> dict[str, Tensor]:
-    """Return zeros for the batch counters of norms, which older checkpoints do not have."""
-    return {
-        name: torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in net.named_buffers()
-        if name.endswith(".num_batches_tracked")
-    }
-
-
-def _with_new_head(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with zero weights in place of the classifier's, for training to fill."""
-    names = ("head", "head_dist", "linear_head", "fc", "classifier")
-    heads = tuple(f"{name}." for name in names)
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
-    fresh = {
-        name: torch.zeros(tensor.shape)
-        for name, tensor in net.state_dict().items()
-        if name.startswith(heads)
-    }
-    return kept | fresh

@@ -1,8 +1,9 @@
 """What can be cut in a network, and the surgery.
 
-`structure` describes a network: its sites, branches, layers and attentions.
-`vitrim.network.surgery` cuts and masks by that description. Every module of `vitrim.network.family`
-registers the network classes of one family. May import: plan, files, versions and errors.
+`structure(net)` describes a network: its sites, branches, layers and attentions. `stream(net)`
+describes its residual stream. `vitrim.network.surgery` cuts and masks by the description. Every
+module of `vitrim.network.family` registers the network classes of one family. May import: plan,
+files, versions and errors.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from vitrim.network import family
 from vitrim.network.dispatch import (
     UnsupportedArchitecture,
     branches,
-    computed,
-    drop,
-    settle,
+    drop_branch,
+    fix_input_size,
+    non_persistent_buffers,
     sites,
     stream,
     structure,
@@ -22,10 +23,10 @@ from vitrim.network.dispatch import (
 __all__ = [
     "UnsupportedArchitecture",
     "branches",
-    "computed",
-    "drop",
+    "drop_branch",
     "family",
-    "settle",
+    "fix_input_size",
+    "non_persistent_buffers",
     "sites",
     "stream",
     "structure",

@@ -1,8 +1,8 @@
 """Self-attention whose heads may differ in width, and a Linear that reads part of its input.
 
 Legend: B batch, N tokens, D embed, Q all query (or key) dims, V all value dims, H heads of equal
-widths in one run, K query-key width and W value width of such a head; of window attention, B is
-the windows of a batch and L those of an image (1 where all have the same bias).
+widths in one run, K query-key width and W value width of such a head. In window attention, B is
+the number of windows of a batch and L that of an image (1 where all have the same bias).
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from itertools import groupby
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from vitrim.network.factored import widths_of_layer
+
 
 class GatheredLinear(nn.Linear):
     """A Linear that reads only the columns `index` of a wider input.
 
-    The residual stream keeps its width, so the gather stands at the layer's door. The index is
-    derived from the plan and not part of the state dict: saved tensors hold parameters only.
+    The residual stream keeps its width, so the layer itself selects its columns. The index follows
+    from the plan and is not part of the state dict: saved tensors hold parameters only.
     """
 
     index: Tensor
@@ -36,19 +38,44 @@ class GatheredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., wide) to (..., out_features)."""
-        # as rows: along the last of three dims, index_select is ten times as slow on CPU
+        # by rows: along the last of three dims, index_select is ten times slower on CPU
         rows = input.flatten(0, -2).index_select(1, self.index)
         narrow = rows.view(*input.shape[:-1], self.in_features)
         return F.linear(narrow, self.weight, self.bias)
 
 
+class _SoftmaxAttention(Protocol):
+    """What `attention_output` reads of an attention."""
+
+    scale: float
+    fused_attn: bool
+    training: bool
+    attn_drop: nn.Dropout
+
+
+class _FusedProjection(Protocol):
+    """What `project_qkv` reads of an attention: one layer, and biases that it may not contain."""
+
+    qkv: nn.Module
+    q_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """An attention that has been cut: the widths of its heads."""
+
+    qk_dims: tuple[int, ...]
+    v_dims: tuple[int, ...]
+
+
 class SlicedAttention(nn.Module):
     """timm's self-attention after a cut: every head has its own query-key and value width.
 
-    Takes over the modules and parameter names of the attention it replaces. The softmax scale
-    stays the dense network's: it is passed to the kernel, which would otherwise take it from the
-    new width. Neighbouring heads of equal widths run together; equal query-key and value widths
-    take the fused kernel, others three plain operations, which on CPU are faster than the fused
+    The modules and parameter names are those of the attention that it replaces. The softmax scale
+    is the dense network's and is passed to the kernel, which would otherwise compute it from the
+    new width. Neighbouring heads of equal widths run together. Equal query-key and value widths
+    use the fused kernel; others use three plain operations, which on CPU are faster than the fused
     kernel's fallback. A head without query-key dims attends to every token equally.
     """
 
@@ -57,6 +84,7 @@ class SlicedAttention(nn.Module):
     k_norm: nn.Module
     attn_drop: nn.Dropout
     norm: nn.Module
+    gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
 
@@ -69,7 +97,7 @@ class SlicedAttention(nn.Module):
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
         self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
-        take_over(self, dense)
+        take_over(self, dense, optional=("gate",))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -78,12 +106,11 @@ class SlicedAttention(nn.Module):
 
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
-            return attended(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
+            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
 
-        out_BNV = self.norm(by_run(self.qkv(x), self.qk_dims, self.v_dims, attend))
-        gate = getattr(self, "gate", None)
-        if gate is not None:
-            out_BNV = out_BNV * gate(x).sigmoid()
+        out_BNV = self.norm(map_head_runs(self.qkv(x), self.qk_dims, self.v_dims, attend))
+        if self.gate is not None:
+            out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -95,8 +122,8 @@ class SlicedAttention(nn.Module):
 class SlicedWindowAttention(nn.Module):
     """timm's window attention after a cut; widths, scale and kernels are as in `SlicedAttention`.
 
-    Of the relative position bias table, ((2h-1)(2w-1), heads) for windows of (h, w) tokens, the
-    columns of removed heads are gone. A head without query-key dims attends by position alone.
+    The relative position bias table, ((2h-1)(2w-1), heads) for windows of (h, w) tokens, has no
+    columns for removed heads. A head without query-key dims attends by position only.
     """
 
     relative_position_bias_table: nn.Parameter
@@ -130,7 +157,7 @@ class SlicedWindowAttention(nn.Module):
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
             return self._attend(q_BHNK, k_BHNK, v_BHNW, bias_LHNN[:, heads])
 
-        out_BNV = by_run(self.qkv(x), self.qk_dims, self.v_dims, attend)
+        out_BNV = map_head_runs(self.qkv(x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -158,27 +185,33 @@ class SlicedWindowAttention(nn.Module):
         return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
-def take_over(attn: nn.Module, dense: Any) -> None:
-    """Give the sliced `attn` the modules and parameters of the attention that it replaces."""
+def take_over(attn: nn.Module, dense: nn.Module, *, optional: Sequence[str] = ()) -> None:
+    """Register the modules and parameters of the attention `dense` in the sliced `attn`.
+
+    Modules named in `optional` that `dense` lacks are None.
+    """
     for name, parameter in dense.named_parameters(recurse=False):
         attn.register_parameter(name, parameter)
     for name, module in dense.named_children():
         attn.add_module(name, module)
+    for name in optional:
+        if name not in dict(dense.named_children()):
+            attn.register_module(name, None)
 
 
-def projected(attn: Any, x: Tensor) -> Tensor:
-    """Return queries, keys and values of all heads side by side, (B, N, C).
+def project_qkv(attn: _FusedProjection, x: Tensor) -> Tensor:
+    """Return queries, keys and values of all heads, concatenated: (B, N, C).
 
-    Of an attention with one layer for them, whose biases may be no part of it.
+    The attention has one layer for them, and may keep its biases outside of the layer.
     """
     qkv_BNC: Tensor = attn.qkv(x)
-    if getattr(attn, "q_bias", None) is None:
+    if attn.q_bias is None or attn.v_bias is None:
         return qkv_BNC
     return qkv_BNC + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
 
 
-def attended(
-    attn: Any,
+def attention_output(
+    attn: _SoftmaxAttention,
     q_BHNK: Tensor,
     k_BHNK: Tensor,
     v_BHNW: Tensor,
@@ -205,7 +238,7 @@ def attended(
 
 
 def _bias(attn_BHNN: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor | None:
-    """Return what a mask adds to scores; as in the fused kernel, a causal run has no other mask."""
+    """Return what a mask adds to scores; as in the fused kernel, a causal mask replaces others."""
     if is_causal:
         return attn_BHNN.new_full(attn_BHNN.shape[-2:], -torch.inf).triu(1)
     if mask is None or mask.dtype != torch.bool:
@@ -215,7 +248,7 @@ def _bias(attn_BHNN: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor 
 
 @singledispatch
 def sliced(attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> nn.Module:
-    """Return the attention whose sliced layers are those of `attn`, with these widths per head."""
+    """Return an attention of the given widths per head with the (sliced) layers of `attn`."""
     return SlicedAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
 
 
@@ -227,53 +260,54 @@ def _(
     return SlicedWindowAttention(attn, qk_dims=qk_dims, v_dims=v_dims)
 
 
-def head_dims(attn: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the query-key and the value width of every head, each of shape (heads,)."""
-    if getattr(attn, "v_dims", ()):
+    if isinstance(attn, Sliced):
         return attn.qk_dims, attn.v_dims
-    dim = attn.proj.in_features // attn.num_heads
-    return (dim,) * attn.num_heads, (dim,) * attn.num_heads
+    n_heads = int(attn.num_heads)  # type: ignore[arg-type]
+    dim = widths_of_layer(attn.get_submodule("proj"))[0] // n_heads
+    return (dim,) * n_heads, (dim,) * n_heads
 
 
 def _scores(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
     """Return the products of queries and keys, (B, H, N, N).
 
-    Without dims they are zeros: other programs' graphs know no empty tensors.
+    Without dims they are zeros: exported graphs cannot contain empty tensors.
     """
     if not q_BHNK.shape[-1]:
         return q_BHNK.new_zeros(*q_BHNK.shape[:-1], k_BHNK.shape[-2])
     return q_BHNK @ k_BHNK.transpose(-2, -1)
 
 
-def by_run(
+def map_head_runs(
     qkv_BNC: Tensor,
     qk_dims: Sequence[int],
     v_dims: Sequence[int],
     attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
 ) -> Tensor:
-    """Return the outputs of all heads side by side, (B, N, V).
+    """Return the outputs of all heads, concatenated: (B, N, V).
 
-    `attend` maps q, k and v of neighbouring heads of equal widths, and which heads those are, to
-    (B, H, N, W).
+    `attend` maps q, k and v of a run of neighbouring heads of equal widths, and the slice of those
+    heads, to (B, H, N, W).
     """
     qk, v = sum(qk_dims), sum(v_dims)
     q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, [qk, qk, v], dim=-1)
-    runs = []
-    at = at_qk = at_v = 0
+    outputs = []
+    head = qk_column = v_column = 0
     for (k, w), group in groupby(zip(qk_dims, v_dims, strict=True)):
         h = len(list(group))
         out_BHNW = attend(
-            _heads(q_BNQ, at_qk, h, k),
-            _heads(k_BNQ, at_qk, h, k),
-            _heads(v_BNV, at_v, h, w),
-            slice(at, at + h),
+            _heads(q_BNQ, qk_column, h, k),
+            _heads(k_BNQ, qk_column, h, k),
+            _heads(v_BNV, v_column, h, w),
+            slice(head, head + h),
         )
-        runs.append(out_BHNW.transpose(1, 2).flatten(2))
-        at, at_qk, at_v = at + h, at_qk + h * k, at_v + h * w
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)
+        outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        head, qk_column, v_column = head + h, qk_column + h * k, v_column + h * w
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def _heads(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:
-    """Return `n_heads` heads from column `start` on, shape (B, H, N, head_dim)."""
+    """Return `n_heads` heads from column `start`, shape (B, H, N, head_dim)."""
     run_BNC = x_BNC[..., start : start + n_heads * head_dim]
     return run_BNC.view(*x_BNC.shape[:2], n_heads, head_dim).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Linear layers in two factors, and a Linear whose runs of rows are layers of their own."""
+"""Low-rank Linear layers, and a Linear whose runs of rows are layers of their own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vitrim.network.structure import Layer, full
 
 
 class LowRankLinear(nn.Module):
-    """A Linear of rank r: y = up(down(x)), down of shape (r, in) without bias, up (out, r) with it.
+    """A Linear of rank r: y = up(down(x)), with down (r, in) without bias and up (out, r).
 
-    `down` may read part of a wider input, as the layer it comes from may (`GatheredLinear`).
+    `down` may read part of a wider input, as the layer that it replaces may (`GatheredLinear`).
     """
 
     down: nn.Linear
@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """That of `up`."""
+        """The bias of `up`."""
         return self.up.bias
 
     def forward(self, input: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class LowRankLinear(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """Linears that read the same input, their outputs side by side: query, key and value rows."""
+    """Linears that read the same input, their outputs concatenated: query, key and value rows."""
 
     def __init__(self, pieces: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -63,55 +63,65 @@ class SplitLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """Columns of every piece."""
-        return int(self.get_submodule(self.pieces[0]).in_features)  # type: ignore[arg-type]
+        return widths_of_layer(self.get_submodule(self.pieces[0]))[0]
 
     @property
     def out_features(self) -> int:
         """Rows of all pieces."""
-        widths = [self.get_submodule(name).out_features for name in self.pieces]
-        return sum(widths)  # type: ignore[arg-type]
+        return sum(widths_of_layer(self.get_submodule(name))[1] for name in self.pieces)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         return torch.cat([self.get_submodule(name)(input) for name in self.pieces], dim=-1)
 
 
-def layers_of(module: nn.Module, whole: Layer) -> tuple[Layer, ...]:
-    """Return `whole`, or what the module at its name consists of: pieces, and of them factors."""
+def widths_of_layer(module: nn.Module) -> tuple[int, int]:
+    """Return the number of inputs and outputs of a Linear, low-rank layer or Conv."""
+    match module:
+        case nn.Conv2d():
+            return module.in_channels, module.out_channels
+        case nn.Linear() | LowRankLinear() | SplitLinear():
+            return module.in_features, module.out_features
+    raise TypeError(f"{type(module).__name__}: expected a Linear or a Conv2d")
+
+
+def layers_of(module: nn.Module, layer: Layer) -> tuple[Layer, ...]:
+    """Return `layer`, or the layers that the module at its name consists of: pieces and factors."""
     if isinstance(module, SplitLinear):
         return tuple(
-            layer
-            for name, part in zip(module.pieces, whole.out, strict=True)
-            for layer in layers_of(
+            inner
+            for name, part in zip(module.pieces, layer.out, strict=True)
+            for inner in layers_of(
                 module.get_submodule(name),
                 replace(
-                    whole, name=f"{whole.name}.{name}", out=(replace(part, offset=0),), pieces=()
+                    layer, name=f"{layer.name}.{name}", out=(replace(part, offset=0),), pieces=()
                 ),
             )
         )
     if isinstance(module, LowRankLinear):
-        inner = full(module.rank)
-        down = replace(whole, name=f"{whole.name}.down", out=inner, pieces=(), factor=True)
+        rank = full(module.rank)
+        down = replace(layer, name=f"{layer.name}.down", out=rank, pieces=(), factor=True)
         up = replace(
-            whole, name=f"{whole.name}.up", inp=inner, gathers=False, pieces=(), factor=True
+            layer, name=f"{layer.name}.up", inp=rank, gathers=False, pieces=(), factor=True
         )
         return down, up
-    return (whole,)
+    return (layer,)
 
 
 def low_rank_layers(net: nn.Module, branch: str) -> Iterator[tuple[str, str, int]]:
-    """Iterate over the low-rank layers of a branch: the path, the whole layer's, and its row there.
+    """Iterate over the low-rank layers of a branch: path, path in the dense network, first row.
 
-    They differ where the layer is a piece of a whole one.
+    The dense path differs where the low-rank layer is a piece of a dense layer; the row is then the
+    first that the piece has in the dense layer.
     """
     for name, module in net.get_submodule(branch).named_modules(prefix=branch):
         if not isinstance(module, LowRankLinear):
             continue
-        above, _, piece = name.rpartition(".")
-        pieces: tuple[str, ...] = getattr(net.get_submodule(above), "pieces", ())
-        if not pieces:
+        parent_name, _, piece = name.rpartition(".")
+        parent = net.get_submodule(parent_name)
+        if not isinstance(parent, SplitLinear):
             yield name, name, 0
             continue
-        before = [net.get_submodule(f"{above}.{p}") for p in pieces[: pieces.index(piece)]]
-        widths: list[int] = [part.out_features for part in before]  # type: ignore[misc]
-        yield name, above, sum(widths)
+        before = parent.pieces[: parent.pieces.index(piece)]
+        rows = sum(widths_of_layer(parent.get_submodule(path))[1] for path in before)
+        yield name, parent_name, rows

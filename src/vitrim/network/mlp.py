@@ -1,7 +1,7 @@
-"""The MLPs of timm: what makes their hidden units, what reads them, what stands in between.
+"""The description of timm's MLPs: the layers before, between and after their hidden units.
 
 Sites of the MLP at a module path (D wide, M hidden):
-    mlp.input    (D,)   columns of the first Linears     gathered; not where that is a convolution
+    mlp.input    (D,)   columns of the first Linears    gathered; absent where they are convolutions
     mlp.hidden   (M,)   rows of the first layers, channels in between, columns of the last layer
 """
 
@@ -15,64 +15,68 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
 from vitrim.network.dispatch import UnsupportedArchitecture
-from vitrim.network.factored import layers_of
+from vitrim.network.factored import layers_of, widths_of_layer
 from vitrim.network.structure import Dim, Layer, Part, Site, Structure, full
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
+class _Layers:
     """The layers of a class of MLPs, by name.
 
-    `opens` make the hidden units, `copies` numbers for each; `between` are depthwise convolutions
-    and BatchNorms, of one channel each; `closes` reads the units.
+    `first` are the layers whose rows are the hidden units, `rows_per_unit` each; `between` are
+    depthwise convolutions and BatchNorms, with one channel per unit; `last` reads the units.
     """
 
-    opens: tuple[str, ...] = ("fc1",)
-    copies: int = 1
+    first: tuple[str, ...] = ("fc1",)
+    rows_per_unit: int = 1
     between: tuple[str, ...] = ()
-    closes: str = "fc2"
+    last: str = "fc2"
 
 
-_KINDS = {
-    Mlp: _Kind(),
-    ConvMlp: _Kind(),
-    GluMlp: _Kind(copies=2),
-    SwiGLU: _Kind(opens=("fc1_g", "fc1_x")),
-    MlpWithDepthwiseConv: _Kind(between=("dwconv",)),
-    LevitMlp: _Kind(opens=("ln1.linear",), between=("ln1.bn",), closes="ln2.linear"),
+_LAYERS = {
+    Mlp: _Layers(),
+    ConvMlp: _Layers(),
+    GluMlp: _Layers(rows_per_unit=2),
+    SwiGLU: _Layers(first=("fc1_g", "fc1_x")),
+    MlpWithDepthwiseConv: _Layers(between=("dwconv",)),
+    LevitMlp: _Layers(first=("ln1.linear",), between=("ln1.bn",), last="ln2.linear"),
 }
-SUPPORTED = ", ".join(kind.__name__ for kind in _KINDS)
+SUPPORTED = ", ".join(kind.__name__ for kind in _LAYERS)
 """The classes of MLPs that can be cut."""
 
 
 def is_mlp(module: nn.Module) -> bool:
     """Whether a module is an MLP that can be cut."""
-    return type(module) in _KINDS
+    return type(module) in _LAYERS
 
 
 def mlp_of(name: str, mlp: nn.Module) -> Structure:
     """Describe the MLP at module path `name`, dense or cut.
 
     Raises:
-        UnsupportedArchitecture: it is of another class than timm's.
+        UnsupportedArchitecture: its class is not one of timm's MLPs.
     """
-    kind = _KINDS.get(type(mlp))
-    if kind is None:
+    layers = _LAYERS.get(type(mlp))
+    if layers is None:
         raise UnsupportedArchitecture(f"{name} is a {type(mlp).__name__}; supported: {SUPPORTED}")
-    first, last = mlp.get_submodule(kind.opens[0]), mlp.get_submodule(kind.closes)
-    hidden, wide = _columns(last), _columns(first)
-    unit, read = f"{name}.hidden", f"{name}.input"
+    first, last = mlp.get_submodule(layers.first[0]), mlp.get_submodule(layers.last)
+    wide, (hidden, out_width) = widths_of_layer(first)[0], widths_of_layer(last)
     gathers = not isinstance(first, nn.Conv2d)
-    sites: tuple[Site, ...] = (Site(name=unit, size=hidden, locked=_lock(mlp)),)
-    if gathers:
-        sites = (Site(name=read, size=wide), *sites)
-    made = (Part(site=unit, offset=0, size=hidden),)
-    rows = tuple(Part(site=unit, offset=at * hidden, size=hidden) for at in range(kind.copies))
-    columns = (Part(site=read, offset=0, size=wide),) if gathers else full(wide)
-    dims: dict[str, tuple[Dim, Dim]] = {path: (rows, columns) for path in kind.opens}
-    dims |= {path: (made, ()) for path in kind.between}
-    dims[kind.closes] = full(_rows(last)), made
-    layers = [
+    units = Site(
+        name=f"{name}.hidden", kind="hidden", size=hidden, locked_reason=_locked_reason(mlp)
+    )
+    inputs = Site(name=f"{name}.input", kind="input", size=wide)
+    sites = (inputs, units) if gathers else (units,)
+    channels = (Part(site=units.name, offset=0, size=hidden),)
+    rows = tuple(
+        Part(site=units.name, offset=copy * hidden, size=hidden)
+        for copy in range(layers.rows_per_unit)
+    )
+    columns = (Part(site=inputs.name, offset=0, size=wide),) if gathers else full(wide)
+    dims: dict[str, tuple[Dim, Dim]] = {path: (rows, columns) for path in layers.first}
+    dims |= {path: (channels, ()) for path in layers.between}
+    dims[layers.last] = full(out_width), channels
+    described = [
         layer
         for path, (out, inp) in dims.items()
         for layer in layers_of(
@@ -82,35 +86,29 @@ def mlp_of(name: str, mlp: nn.Module) -> Structure:
                 branch=name,
                 out=out,
                 inp=inp,
-                gathers=gathers and path in kind.opens,
-                locked=_no_linear(mlp.get_submodule(path)),
+                gathers=gathers and path in layers.first,
+                locked_reason=_not_factorisable(mlp.get_submodule(path)),
             ),
         )
     ]
-    return Structure(sites={site.name: site for site in sites}, layers=tuple(layers))
+    return Structure(sites={site.name: site for site in sites}, layers=tuple(described))
 
 
-def _lock(mlp: nn.Module) -> str:
-    """Return why the hidden units cannot be cut one by one, or nothing."""
-    if not isinstance(getattr(mlp, "norm", None), nn.Identity | None):
+def _locked_reason(mlp: nn.Module) -> str:
+    """Return why the hidden units cannot be cut one by one, or an empty string."""
+    modules = dict(mlp.named_children())
+    if not isinstance(modules.get("norm"), nn.Identity | None):
         return "the hidden units are normalised"
-    if any(True for _ in mlp.get_submodule("act").parameters()):
+    if any(True for _ in modules["act"].parameters()):
         return "their activation has parameters"
     return ""
 
 
-def _no_linear(layer: nn.Module) -> str:
+def _not_factorisable(layer: nn.Module) -> str:
+    """Return why a layer cannot be factorised, or an empty string."""
     match layer:
         case nn.Conv2d():
-            return "it is a convolution, and factors are made of Linears only"
+            return "it is a convolution, and only Linears can be factorised"
         case nn.BatchNorm1d() | nn.BatchNorm2d():
-            return "it is a norm, and factors are made of Linears only"
+            return "it is a norm, and only Linears can be factorised"
     return ""
-
-
-def _columns(layer: nn.Module) -> int:
-    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features  # type: ignore[return-value]
-
-
-def _rows(layer: nn.Module) -> int:
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]

@@ -1,12 +1,11 @@
-"""Networks without weights, on the meta device: the dense one of a plan, and its compact one."""
+"""Networks without weights, on the meta device: the dense and the compact network of a plan."""
 
 from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import timm
 import torch
@@ -14,26 +13,45 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
-from vitrim.network.surgery import carve
+from vitrim.network.surgery import cut_
 from vitrim.plan import Plan, PlanError
 
-_MAX_VALUES, _MAX_TEXT, _MAX_NUMBER, _MAX_REPEATS = 1000, 256, 2**16, 1000  # for timm to build
+# limits of arguments that are passed to timm
+_MAX_VALUES, _MAX_TEXT, _MAX_NUMBER, _MAX_REPEATS = 1000, 256, 2**16, 1000
 _MAX_MODULES, _MAX_ELEMENTS = 5000, 2**33
+_MAX_SHARED = 4
 _LOADING = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}
-"""Arguments of timm's factory itself: where weights come from, which a plan must not say."""
+"""Arguments of timm's factory itself: the source of the weights, which a plan must not state."""
+
+_shared: dict[str, nn.Module] = {}
 
 
 def skeleton(plan: Plan) -> nn.Module:
     """Return the compact network of `plan` without weights, on the meta device."""
-    return carve(dense_skeleton(plan.model), plan)
+    return cut_(dense_skeleton(plan.model), plan)
 
 
-def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
+def shared_skeleton(model: Mapping[str, object]) -> nn.Module:
+    """Return what `dense_skeleton` does, built once: for callers that do not modify the network.
+
+    Raises:
+        PlanError: as `dense_skeleton`.
+    """
+    key = repr(model)
+    if key not in _shared:
+        net = dense_skeleton(model)
+        while len(_shared) >= _MAX_SHARED:
+            del _shared[next(iter(_shared))]
+        _shared[key] = net
+    return _shared[key]
+
+
+def dense_skeleton(model: Mapping[str, object]) -> nn.Module:
     """Return the dense network of timm.create_model's `name` and `args`, without weights.
 
     Raises:
-        PlanError: timm knows no such network, or `args` would load something, do not fit it, or
-            make a network beyond all sense.
+        PlanError: timm has no such network; or `args` would load weights, do not fit the network,
+            or make it larger than any real one.
     """
     if set(model) != {"name", "args"} or not isinstance(model["args"], dict):
         raise PlanError(f"plan.model has the keys {sorted(model)}: expected name and args")
@@ -42,10 +60,10 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
         raise PlanError(f"plan.model.name={name!r}: timm {timm.__version__} has no such model")
     loading = sorted(args.keys() & _LOADING)
     if loading:
-        raise PlanError(f"plan.model.args: {', '.join(loading)} may not stand there")
+        raise PlanError(f"plan.model.args: {', '.join(loading)} are not allowed")
     _check_values(args)
     try:
-        with on_meta(), _bounded():
+        with on_meta(), _size_limit():
             net: nn.Module = timm.create_model(name, pretrained=False, **args)
     except (
         TypeError,
@@ -61,36 +79,36 @@ def dense_skeleton(model: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def _check_values(args: Mapping[str, Any]) -> None:
-    """Raise PlanError where an argument is larger than that of any network."""
+def _check_values(args: Mapping[str, object]) -> None:
+    """Raise PlanError for an argument that is larger than that of any real network."""
     values = [
         (_MAX_REPEATS if "depth" in name or "layers" in name else _MAX_NUMBER, value)
         for name, value in args.items()
     ]
-    for most, value in values:  # which grows
+    for limit, value in values:  # the loop appends the contents of containers
         match value:
             case dict():
-                values += [(most, part) for pair in value.items() for part in pair]
+                values += [(limit, part) for pair in value.items() for part in pair]
             case list() | tuple():
-                values += [(most, part) for part in value]
+                values += [(limit, part) for part in value]
             case str() if len(value) <= _MAX_TEXT:
                 pass
             case None | bool():
                 pass
-            case int() | float() if abs(value) <= most:
+            case int() | float() if abs(value) <= limit:
                 pass
             case _:
                 raise PlanError(
-                    f"plan.model.args: {reprlib.repr(value)}: expected numbers up to {most:,}, "
-                    f"words up to {_MAX_TEXT} characters, and lists of them"
+                    f"plan.model.args: {reprlib.repr(value)}: expected numbers up to {limit:,}, "
+                    f"strings up to {_MAX_TEXT} characters, and lists of them"
                 )
         if len(values) > _MAX_VALUES:
             raise PlanError(f"plan.model.args: expected at most {_MAX_VALUES} values")
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """Stop the building of a network with more modules or numbers than any has."""
+def _size_limit() -> Iterator[None]:
+    """Raise ValueError when a network gets more modules or elements than any real one has."""
     modules = elements = 0
 
     def count(owner: nn.Module, name: str, part: object) -> None:
@@ -99,7 +117,7 @@ def _bounded() -> Iterator[None]:
         elements += part.numel() if isinstance(part, Tensor) else 0
         if modules > _MAX_MODULES or elements > _MAX_ELEMENTS:
             raise ValueError(
-                f"it has more than {_MAX_MODULES:,} modules or {_MAX_ELEMENTS:,} numbers"
+                f"it has more than {_MAX_MODULES:,} modules or {_MAX_ELEMENTS:,} elements"
             )
 
     handles = [
@@ -122,26 +140,34 @@ def on_meta() -> Iterator[None]:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skip the random initialisation of tensors that have no memory: half of a skeleton's time.
+    """Skip the random initialisation of meta tensors, which takes half of a skeleton's time.
 
-    The drop path rates that timm 1.0.19 and 1.0.20 read out of a tensor have memory.
+    `linspace` stays on the CPU, because timm 1.0.19 and 1.0.20 read drop path rates from it.
     """
 
+    # kaiming_uniform_ as a whole: the mode does not see the calls inside
     _FILLS = frozenset(
-        ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+        (
+            "uniform_",
+            "normal_",
+            "erfinv_",
+            "mul_",
+            "add_",
+            "clamp_",
+            "zero_",
+            "fill_",
+            "copy_",
+            "kaiming_uniform_",
+        )
     )
-    _FILLS |= {
-        "copy_",
-        "kaiming_uniform_",
-    }  # the latter whole: its inside is out of this mode's sight
 
     def __torch_function__(
         self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is torch.linspace:
             kwargs["device"] = "cpu"

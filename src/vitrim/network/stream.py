@@ -1,4 +1,4 @@
-"""How a network's residual stream runs: what is added to it, branch by branch."""
+"""The residual stream of a network: the steps that add to it, in their order."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Branch:
+class BranchStep:
     """One step x + f(x) of the stream.
 
-    `name` is the branch's module path as in `Structure.branches`, `before` that of the norm whose
-    input is x; `apply` is f, norm and layer scale included; `scale` is the layer scale that its
-    last Linear's output is multiplied by, (D,), or None. `tokens` brings what flows inside f into
-    the order of the stream's tokens, (B, N, channels).
+    Args:
+        name: the branch's module path as in `Structure.branches`.
+        reader: the path of the norm whose input is x.
+        apply: f, norm and layer scale included.
+        scale: the layer scale that multiplies the output of the branch's last Linear, (D,), or
+            None.
+        tokens: maps an activation inside f to the order of the stream's tokens, (B, N, channels).
     """
 
     name: str
-    before: str
+    reader: str
     apply: Callable[[Tensor], Tensor]
     scale: Tensor | None
     tokens: Callable[[Tensor], Tensor]
@@ -30,7 +33,7 @@ class Branch:
         return x + self.apply(x)
 
     def unscaled(self, x: Tensor) -> Tensor:
-        """Return x (..., D) before the layer scale; where that is zero, nothing gets through: 0."""
+        """Return x (..., D) before the layer scale, and 0 where the layer scale is zero."""
         if self.scale is None:
             return x
         scale = self.scale.to(x)
@@ -38,10 +41,10 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Merge:
-    """One step f(x) to a stream of other tokens and width; `before` is the module that reads x."""
+class MergeStep:
+    """One step f(x) to a stream of other tokens and width; `reader` is the module that reads x."""
 
-    before: str
+    reader: str
     apply: Callable[[Tensor], Tensor]
 
     def advance(self, x: Tensor) -> Tensor:
@@ -53,36 +56,40 @@ class Merge:
 class Stream:
     """The stream x from the images on, (B, N, D) or (B, H, W, D).
 
-    `embed` makes it of images (B, C, H, W); `after` is the module path of the norm that reads it
-    when all steps are through; of its tokens the first `prefix` are no patches, and the first
-    `readout` of them are what the classifier reads. `alone`: that norm's output is all that the
-    network's features are.
+    Args:
+        embed: maps images (B, C, H, W) to x.
+        steps: what is applied to x, in order.
+        final_norm: the module path of the norm that reads x after all steps.
+        n_prefix_tokens: number of leading tokens that are not patches.
+        n_readout_tokens: number of leading tokens that the classifier reads; 0 where it reads a
+            mean over tokens.
+        norm_is_features: whether the final norm's output is all of the network's features.
     """
 
     embed: Callable[[Tensor], Tensor]
-    steps: tuple[Branch | Merge, ...]
-    after: str
-    prefix: int
-    readout: int
-    alone: bool
+    steps: tuple[BranchStep | MergeStep, ...]
+    final_norm: str
+    n_prefix_tokens: int
+    n_readout_tokens: int
+    norm_is_features: bool
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
+    def branches(self) -> tuple[BranchStep, ...]:
         """The steps that are branches."""
-        return tuple(step for step in self.steps if isinstance(step, Branch))
+        return tuple(step for step in self.steps if isinstance(step, BranchStep))
 
     def features(self, net: nn.Module, x: Tensor, first: int) -> Tensor:
-        """Return what `net` makes of its stream x before the step at place `first`: its features.
+        """Return the features of `net` for the stream x before the step at index `first`.
 
-        `net` is the described network, and `alone`.
+        `net` is the described network; `norm_is_features` must be true.
         """
-        assert self.alone
+        assert self.norm_is_features
         for step in self.steps[first:]:
             x = step.advance(x)
-        found: Tensor = net.get_submodule(self.after)(x)
-        return found
+        features: Tensor = net.get_submodule(self.final_norm)(x)
+        return features
 
-    def following(self, step: Branch | Merge) -> str:
+    def reader_after(self, step: BranchStep | MergeStep) -> str:
         """Return the path of the module whose input is the stream after `step`."""
-        place = self.steps.index(step) + 1
-        return self.steps[place].before if place < len(self.steps) else self.after
+        index = self.steps.index(step) + 1
+        return self.steps[index].reader if index < len(self.steps) else self.final_norm

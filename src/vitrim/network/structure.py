@@ -1,29 +1,39 @@
-"""What can be cut in a network, said once: slicing, masking and counting all read it here.
+"""The description of what can be cut in a network; slicing, masking and counting all read it.
 
-A `Layer` names one Linear, Conv or BatchNorm and says which sites its output rows and input columns
-belong to. From that follow the slice (`axes_of`), the mask (its complement) and the closed formula
-for params and MACs (`target.Cost`). A family module (vit.py, ...) builds the description; nothing
-else knows its names.
+A `Layer` names one Linear, Conv or BatchNorm and states which sites its output rows and input
+columns belong to. The slice (`survivors.axes_of`), the mask (its complement) and the formula for
+params and MACs (`budget.cost.Cost`) follow from that. A family module (family/vit.py, ...) builds
+the description; no other module knows timm's attribute names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["input", "heads", "qk", "v", "hidden", "channels"]
+"""What the units of a site are.
+
+`input`: columns of the layers that read the output of one norm; `heads`: attention heads; `qk` and
+`v`: query-key and value dims of heads; `hidden`: hidden units of an MLP; `channels`: channels
+between two convolutions.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """A set of `size` interchangeable units that can be kept or removed one by one.
+    """A set of `size` interchangeable units of one kind; each can be kept or removed.
 
     `head_dims` holds the width of every head, in order, where the units are dims of heads.
-    `locked` is empty, or the reason why this network's site cannot be cut exactly.
+    `locked_reason` is empty, or states why the site of this network cannot be cut exactly.
     """
 
     name: str
+    kind: Kind
     size: int
     head_dims: tuple[int, ...] = ()
-    locked: str = ""
+    locked_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +50,20 @@ Dim = tuple[Part, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """A module with a weight: rows by `out`, columns by `inp`; `gathers` if its input stays wide.
+    """A module with a weight: the sites of its rows (`out`) and of its columns (`inp`).
 
-    `inp` is empty where every row is of its own channel: in a BatchNorm, and in a depthwise Conv.
-    `pieces` names the parts of `out` where each could be a layer of its own. `factor` marks one of
-    the two that a low-rank layer consists of; `locked` is empty, or the reason why there can be no
-    factors in this layer's place. `beside` is empty, or a layer that is applied at the same
-    positions, where the network reads the weight without calling the layer.
+    Args:
+        name: the module path.
+        branch: the path of the branch that the layer is in.
+        out: the parts of its rows.
+        inp: the parts of its columns; empty for a BatchNorm and for a depthwise Conv, where every
+            row belongs to one channel.
+        gathers: whether its input keeps the dense width, so that a cut layer selects columns.
+        pieces: names of the parts of `out` where each could be a layer of its own.
+        factor: whether this is one of the two factors of a low-rank layer.
+        locked_reason: empty, or why the layer cannot be factorised.
+        positions_from: empty, or the layer that is applied at the same positions, where the network
+            reads the weight without calling the layer.
     """
 
     name: str
@@ -56,16 +73,16 @@ class Layer:
     gathers: bool = False
     pieces: tuple[str, ...] = ()
     factor: bool = False
-    locked: str = ""
-    beside: str = ""
+    locked_reason: str = ""
+    positions_from: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
     """One self-attention: the sites of its heads, query-key dims and value dims.
 
-    `qkv` is the layer whose positions are the tokens; `context` how many tokens each one attends
-    to (None: all of them).
+    `qkv` is the layer whose positions are the tokens; `context` is the number of tokens that each
+    token attends to (None: all of them).
     """
 
     branch: str
@@ -76,12 +93,9 @@ class Attention:
     context: int | None = None
 
 
-_NAMES = ("branch", "qkv", "heads", "qk", "v")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A parameter of no layer that has, along `axis`, one entry per unit of `site`."""
+class PerHeadParameter:
+    """A parameter outside all layers with one entry per unit of `site` along `axis`."""
 
     name: str
     branch: str
@@ -90,12 +104,12 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Residual:
+class ResidualBranch:
     """A branch f of x + f(x), which can be dropped.
 
-    `block` is the path of the block that it is in (its own where it is all of it); `modules` are
-    the paths that are its own, norm and layer scale included; once all parameters at `ends` are
-    zero, it adds nothing.
+    `block` is the path of the block that contains it (its own path where the branch is the whole
+    block); `modules` are the paths of its modules, norm and layer scale included. The branch adds
+    nothing once all parameters at `ends` are zero.
     """
 
     name: str
@@ -109,10 +123,15 @@ class Structure:
     """Everything that can be cut in one network."""
 
     sites: Mapping[str, Site]
-    branches: tuple[Residual, ...] = ()
+    branches: tuple[ResidualBranch, ...] = ()
     layers: tuple[Layer, ...] = ()
-    attentions: tuple[Attention, ...] = field(default=())
-    tables: tuple[Table, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    per_head_parameters: tuple[PerHeadParameter, ...] = ()
+
+
+def of_kind(structure: Structure, *kinds: Kind) -> list[Site]:
+    """Return the sites of the given kinds in network order, locked sites included."""
+    return [site for site in structure.sites.values() if site.kind in kinds]
 
 
 def blocks_of(structure: Structure) -> dict[str, list[str]]:
@@ -123,23 +142,23 @@ def blocks_of(structure: Structure) -> dict[str, list[str]]:
     return blocks
 
 
-def order_of(structure: Structure) -> list[str]:
-    """Return the paths of all blocks in network order, those included that have no branch."""
+def block_order(structure: Structure) -> list[str]:
+    """Return the paths of all blocks in network order, blocks without a branch included."""
     blocks = {branch.name: branch.block for branch in structure.branches}
-    named = (blocks.get(layer.branch, layer.branch) for layer in structure.layers)
-    return [*dict.fromkeys(name for name in named if name)]
+    paths = (blocks.get(layer.branch, layer.branch) for layer in structure.layers)
+    return [*dict.fromkeys(path for path in paths if path)]
 
 
-def names_in(structure: Structure, branches: Collection[str]) -> set[str]:
-    """Return the sites, layers and pieces of layers that are inside some branches."""
+def members(structure: Structure, branches: Collection[str]) -> set[str]:
+    """Return the names of the sites, layers and pieces of layers inside the given branches."""
     layers = [layer for layer in structure.layers if layer.branch in branches]
-    found = {name for layer in layers for name in runs_of(layer)}
-    found |= {part.site for layer in layers for part in (*layer.out, *layer.inp) if part.site}
-    return found | {item.heads for item in structure.attentions if item.branch in branches}
+    names = {name for layer in layers for name in factorisable_rows(layer)}
+    names |= {part.site for layer in layers for part in (*layer.out, *layer.inp) if part.site}
+    return names | {item.heads for item in structure.attentions if item.branch in branches}
 
 
-def runs_of(layer: Layer) -> dict[str, Dim]:
-    """Return the rows of what of a layer can be factorised: of the whole, then of its pieces."""
+def factorisable_rows(layer: Layer) -> dict[str, Dim]:
+    """Return the rows that can be factorised, by name: those of the layer, then of its pieces."""
     pieces = zip(layer.pieces, layer.out if layer.pieces else (), strict=True)
     return {layer.name: layer.out, **{f"{layer.name}.{name}": (part,) for name, part in pieces}}
 
@@ -150,35 +169,23 @@ def full(size: int) -> Dim:
 
 
 def joined(parts: Sequence[Structure]) -> Structure:
-    """Return one structure of several."""
+    """Return one structure with the contents of several."""
     return Structure(
         sites={name: site for part in parts for name, site in part.sites.items()},
         branches=tuple(branch for part in parts for branch in part.branches),
         layers=tuple(layer for part in parts for layer in part.layers),
         attentions=tuple(attention for part in parts for attention in part.attentions),
-        tables=tuple(table for part in parts for table in part.tables),
+        per_head_parameters=tuple(item for part in parts for item in part.per_head_parameters),
     )
 
 
 def prefixed(structure: Structure, prefix: str) -> Structure:
     """Return the structure of a network that holds the described one at module path `prefix`."""
-
-    def dim(parts: Dim) -> Dim:
-        return tuple(
-            part if part.site is None else replace(part, site=prefix + part.site) for part in parts
-        )
-
-    def inside(attention: Attention) -> Attention:
-        names = {name: prefix + getattr(attention, name) for name in _NAMES}
-        return replace(attention, **names)
-
+    sites = [replace(site, name=prefix + site.name) for site in structure.sites.values()]
     return Structure(
-        sites={
-            prefix + name: replace(site, name=prefix + name)
-            for name, site in structure.sites.items()
-        },
+        sites={site.name: site for site in sites},
         branches=tuple(
-            Residual(
+            ResidualBranch(
                 name=prefix + branch.name,
                 block=prefix + branch.block,
                 modules=tuple(prefix + path for path in branch.modules),
@@ -186,25 +193,42 @@ def prefixed(structure: Structure, prefix: str) -> Structure:
             )
             for branch in structure.branches
         ),
-        layers=tuple(
+        layers=tuple(_prefixed_layer(layer, prefix) for layer in structure.layers),
+        attentions=tuple(
             replace(
-                layer,
-                name=prefix + layer.name,
-                branch=prefix + layer.branch,
-                out=dim(layer.out),
-                inp=dim(layer.inp),
-                beside=layer.beside and prefix + layer.beside,
+                attention,
+                branch=prefix + attention.branch,
+                qkv=prefix + attention.qkv,
+                heads=prefix + attention.heads,
+                qk=prefix + attention.qk,
+                v=prefix + attention.v,
             )
-            for layer in structure.layers
+            for attention in structure.attentions
         ),
-        attentions=tuple(inside(attention) for attention in structure.attentions),
-        tables=tuple(
+        per_head_parameters=tuple(
             replace(
-                table,
-                name=prefix + table.name,
-                branch=prefix + table.branch,
-                site=prefix + table.site,
+                item,
+                name=prefix + item.name,
+                branch=prefix + item.branch,
+                site=prefix + item.site,
             )
-            for table in structure.tables
+            for item in structure.per_head_parameters
         ),
+    )
+
+
+def _prefixed_layer(layer: Layer, prefix: str) -> Layer:
+    return replace(
+        layer,
+        name=prefix + layer.name,
+        branch=prefix + layer.branch,
+        out=_prefixed_dim(layer.out, prefix),
+        inp=_prefixed_dim(layer.inp, prefix),
+        positions_from=layer.positions_from and prefix + layer.positions_from,
+    )
+
+
+def _prefixed_dim(dim: Dim, prefix: str) -> Dim:
+    return tuple(
+        part if part.site is None else replace(part, site=prefix + part.site) for part in dim
     )

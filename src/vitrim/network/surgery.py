@@ -1,13 +1,13 @@
-"""The two readings of a plan: `cut` makes the smaller network, `masked` its twin of the old shapes.
+"""Apply a plan: `cut` returns the smaller network, `masked` the same function in dense shapes.
 
-Both are pure: the network that comes in is not touched, and nothing in the result shares its
-memory. Slices come first; what is factorised is what they leave of a layer.
+Both are pure: the given network is not modified and shares no memory with the result. Slices are
+applied first; a low-rank edit factorises the sliced layer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from vitrim.network.attention import GatheredLinear, sliced
 from vitrim.network.decompose import decompose
-from vitrim.network.dispatch import drop, structure
+from vitrim.network.dispatch import drop_branch, structure
 from vitrim.network.factored import LowRankLinear, SplitLinear
-from vitrim.network.structure import Attention, Layer, Structure, names_in, runs_of
+from vitrim.network.structure import Attention, Layer, Structure, factorisable_rows, members
 from vitrim.network.survivors import (
-    Survivors,
-    as_keeps,
+    Kept,
     axes_of,
     dropped_of,
     index_of,
     ranks_of,
     removed_of,
     resolve,
+    to_edits,
     width_of,
     widths_of,
 )
-from vitrim.plan import Plan
+from vitrim.plan import MAX_NAME, Plan
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,28 +38,30 @@ M = TypeVar("M", bound=nn.Module)
 def cut(net: nn.Module, plan: Plan) -> nn.Module:
     """Return a new, physically smaller network that computes what `masked(net, plan)` computes.
 
-    Works on any device, the meta device included. A plan without edits gives a bit-identical copy.
-    Low-rank layers get the factors of the truncated SVD.
+    Works on any device, the meta device included. A plan without edits returns a bit-identical
+    copy. Low-rank layers get the factors of the truncated SVD.
 
     Raises:
         UnsupportedArchitecture: the network's class has no family module.
         PlanError: the plan does not fit the network.
     """
-    return _cut(net, plan, lambda sliced: copy.deepcopy(net, dict(sliced)))
+    return _cut(net, plan, lambda parameters: copy.deepcopy(net, dict(parameters)))
 
 
-def carve(net: nn.Module, plan: Plan) -> nn.Module:
-    """Cut `net` itself and return it: for a skeleton that nobody else holds, whose copy is waste.
+def cut_(net: nn.Module, plan: Plan) -> nn.Module:
+    """Cut `net` in place and return it; avoids the copy of a skeleton that has one owner.
 
     Raises:
         UnsupportedArchitecture: the network's class has no family module.
         PlanError: the plan does not fit the network.
     """
-    return _cut(net, plan, lambda sliced: _replace(net, sliced))
+    return _cut(net, plan, lambda parameters: _replace(net, parameters))
 
 
-def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Module]) -> nn.Module:
-    """Cut what `put` makes of the sliced parameters, which it gets by the ids of the whole ones."""
+def _cut(
+    net: nn.Module, plan: Plan, with_parameters: Callable[[dict[int, object]], nn.Module]
+) -> nn.Module:
+    """Cut the network that `with_parameters` makes of sliced parameters, by the dense ones' ids."""
     described = structure(net)
     dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
@@ -69,9 +71,9 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
         for layer in described.layers
         if _is_cut(layer, described, survivors)
     }
-    compact = put(_slices(net, slices, _entries(net, described, survivors)))
+    compact = with_parameters(_slices(net, slices, _per_head_slices(net, described, survivors)))
     for name in dropped:
-        drop(compact, name)
+        drop_branch(compact, name)
     for layer in described.layers:
         if layer.name in slices:
             _narrow(compact, layer, slices[layer.name])
@@ -84,9 +86,9 @@ def _cut(net: nn.Module, plan: Plan, put: Callable[[dict[int, object]], nn.Modul
 
 
 def masked(net: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of `net`, same shapes, with zeros wherever `plan` removes something.
+    """Return a copy of `net` with the same shapes and zeros for everything that `plan` removes.
 
-    Weights that it factorises are the product of their factors; a dropped branch ends in zeros.
+    A factorised weight is the product of its factors; a dropped branch ends in zeros.
     """
     described = structure(net)
     dropped = dropped_of(described, plan)
@@ -98,9 +100,9 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
             for path in branch.ends if branch.name in dropped else ():
                 for tensor in twin.get_submodule(path).parameters():
                     tensor.zero_()
-        for table in described.tables:
-            entries = twin.get_parameter(table.name).movedim(table.axis, 0)
-            entries[removed_of(len(entries), survivors[table.site])] = 0.0
+        for item in described.per_head_parameters:
+            entries = twin.get_parameter(item.name).movedim(item.axis, 0)
+            entries[removed_of(len(entries), survivors[item.site])] = 0.0
         for layer in described.layers:
             weight, bias = _tensors(twin, layer.name)
             axes = axes_of(layer, survivors)
@@ -108,7 +110,7 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
                 weight.movedim(axis, 0)[removed_of(weight.shape[axis], kept)] = 0.0
             if bias is not None:
                 bias[removed_of(len(bias), axes[0])] = 0.0
-            for name, out in runs_of(layer).items():
+            for name, out in factorisable_rows(layer).items():
                 if name in ranks:
                     rows, columns = index_of(out, survivors)[:, None], axes[1]
                     up, down = decompose(weight[rows, columns], None).factors(ranks[name])
@@ -116,33 +118,51 @@ def masked(net: nn.Module, plan: Plan) -> nn.Module:
     return twin
 
 
-def compose(net: nn.Module, first: Plan, second: Plan) -> Plan:
-    """Return one plan on `net` with the structure of `second` applied to `cut(net, first)`.
+def combine(net: nn.Module, first: Plan, second: Plan) -> Plan:
+    """Return one plan on `net` that has the structure of `second` applied to `cut(net, first)`.
 
-    Its cut computes the same, too, unless `first` factorises what `second` slices: the slices then
-    come before the factors.
+    Its cut also computes the same, unless `first` factorises a layer that `second` slices: the
+    combined plan slices before it factorises. Its method is the methods of both plans, joined by
+    "+"; its provenance lists both as `steps`.
     """
     outer = structure(net)
     kept = resolve(outer, first)
     inner = structure(cut(_on_meta(net), first))
     dropped_of(inner, second)
     survivors = kept | {site: kept[site][index] for site, index in resolve(inner, second).items()}
-    asked = {keep.site: torch.tensor(keep.index) for keep in first.keeps()}
+    requested = {keep.site: torch.tensor(keep.index) for keep in first.keeps()}
     for keep in second.keeps():
-        asked[keep.site] = kept[keep.site][torch.tensor(keep.index)]
-    steps = [
-        step for plan in (first, second) for step in plan.provenance.get("steps", [plan.provenance])
-    ]
+        requested[keep.site] = kept[keep.site][torch.tensor(keep.index)]
     ranks_of(inner, second)
     drops = (*first.drops(), *second.drops())
-    gone = names_in(outer, {edit.branch for edit in drops})
-    keeps = (keep for keep in as_keeps(outer, survivors, asked) if keep.site not in gone)
+    removed = members(outer, {edit.branch for edit in drops})
+    keeps = (keep for keep in to_edits(outer, survivors, requested) if keep.site not in removed)
     ranks = (edit for plan in (first, second) for edit in plan.low_ranks())
+    steps = [*steps_of(first), *steps_of(second)]
     return Plan(
         model=first.model,
-        edits=(*drops, *keeps, *(edit for edit in ranks if edit.linear not in gone)),
-        provenance={"steps": [dict(step) for step in steps]},
+        edits=(*drops, *keeps, *(edit for edit in ranks if edit.linear not in removed)),
+        method=method_of(steps),
+        provenance={"steps": steps},
     )
+
+
+def steps_of(plan: Plan) -> list[dict[str, object]]:
+    """Return the notes of every method that made the plan, in order, `method` among them."""
+    steps = plan.provenance.get("steps")
+    if steps is not None:
+        return [dict(step) for step in steps]
+    return [{"method": plan.method, **plan.provenance} if plan.method else dict(plan.provenance)]
+
+
+def method_of(steps: Iterable[Mapping[str, object]]) -> str:
+    """Return the methods of steps, joined by "+" and shortened to the longest name of a plan.
+
+    >>> method_of([{"method": "first", "strength": 2}, {"method": "second"}])
+    'first+second'
+    """
+    joined = "+".join(str(step["method"]) for step in steps if step.get("method"))
+    return joined if len(joined) <= MAX_NAME else f"{joined[: MAX_NAME - 3]}..."
 
 
 def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -160,7 +180,7 @@ def _on_meta(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, memo)
 
 
-def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
+def _is_cut(layer: Layer, described: Structure, survivors: Kept) -> bool:
     return any(
         part.site is not None and len(survivors[part.site]) < described.sites[part.site].size
         for part in (*layer.out, *layer.inp)
@@ -169,25 +189,29 @@ def _is_cut(layer: Layer, described: Structure, survivors: Survivors) -> bool:
 
 def _slices(
     net: nn.Module,
-    sliced: Mapping[str, tuple[Tensor, ...]],
-    tables: Mapping[str, tuple[Tensor, ...]],
+    of_layers: Mapping[str, tuple[Tensor, ...]],
+    of_parameters: Mapping[str, tuple[Tensor, ...]],
 ) -> dict[int, object]:
-    """Return, by the id of each parameter of `net`, the one in its place: a slice or a copy.
+    """Return, by the id of each parameter of `net`, its replacement: a slice or a copy.
 
-    `sliced` holds the kept rows and columns of layers, `tables` the kept entries of tables.
-    Statistics of sliced BatchNorms are buffers, and among them, too.
+    The statistics of sliced BatchNorms, which are buffers, are included.
+
+    Args:
+        net: the network to slice.
+        of_layers: the kept rows and columns of layers, by name.
+        of_parameters: the kept entries along each axis of per-head parameters, by name.
     """
     index: dict[int, tuple[Tensor, ...]] = {}
-    held: dict[int, object] = {}
-    for name, axes in sliced.items():
+    buffers: dict[int, object] = {}
+    for name, axes in of_layers.items():
         weight, bias = _tensors(net, name)
         index[id(weight)] = axes
         index[id(bias)] = axes[:1]
         for tensor in _statistics(net.get_submodule(name)):
-            held[id(tensor)] = _slice(tensor, axes[:1])
-    for name, axes in tables.items():
+            buffers[id(tensor)] = _slice(tensor, axes[:1])
+    for name, axes in of_parameters.items():
         index[id(net.get_parameter(name))] = axes
-    return held | {
+    return buffers | {
         id(tensor): nn.Parameter(
             _slice(tensor.detach(), index.get(id(tensor), ())), requires_grad=tensor.requires_grad
         )
@@ -195,48 +219,48 @@ def _slices(
     }
 
 
-def _entries(
-    net: nn.Module, described: Structure, survivors: Survivors
+def _per_head_slices(
+    net: nn.Module, described: Structure, survivors: Kept
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Return the kept entries of every table, along each axis up to the one that is cut."""
+    """Return the kept entries of every per-head parameter, along each axis up to the cut one."""
     return {
-        table.name: (
-            *(torch.arange(size) for size in net.get_parameter(table.name).shape[: table.axis]),
-            survivors[table.site],
+        item.name: (
+            *(torch.arange(size) for size in net.get_parameter(item.name).shape[: item.axis]),
+            survivors[item.site],
         )
-        for table in described.tables
+        for item in described.per_head_parameters
     }
 
 
 def _statistics(module: nn.Module) -> Iterator[Tensor]:
-    """Iterate over the buffers that have one number per row."""
+    """Iterate over the buffers that have one element per row."""
     for name, tensor in module.named_buffers(recurse=False):
         if name in ("running_mean", "running_var"):
             yield tensor
 
 
-def _replace(net: nn.Module, sliced: Mapping[int, object]) -> nn.Module:
+def _replace(net: nn.Module, tensors: Mapping[int, object]) -> nn.Module:
     for module in net.modules():
         for name, tensor in [
             *module.named_parameters(recurse=False, remove_duplicate=False),
             *module.named_buffers(recurse=False, remove_duplicate=False),
         ]:
-            if id(tensor) in sliced:
-                setattr(module, name, sliced[id(tensor)])
+            if id(tensor) in tensors:
+                setattr(module, name, tensors[id(tensor)])
     return net
 
 
 def _slice(tensor: Tensor, index: Sequence[Tensor]) -> Tensor:
     """Return a contiguous copy of the kept rows (axis 0) and, if given, columns (axis 1)."""
-    whole = tensor
+    original = tensor
     for axis, kept in enumerate(index):
         if len(kept) < tensor.shape[axis]:
             tensor = tensor.index_select(axis, kept.to(tensor.device))
-    return tensor.clone() if tensor is whole else tensor
+    return tensor.clone() if tensor is original else tensor
 
 
-def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, ...]) -> None:
-    """Make the module at `layer` agree with its sliced tensors."""
+def _narrow(compact: nn.Module, layer: Layer, axes: tuple[Tensor, ...]) -> None:
+    """Adapt the module at `layer` to its sliced tensors."""
     linear = compact.get_submodule(layer.name)
     weight, bias = _tensors(compact, layer.name)
     match linear:
@@ -248,24 +272,22 @@ def _narrow(compact: nn.Module, layer: Layer, index: tuple[Tensor, ...]) -> None
             linear.in_channels = weight.shape[1] if layer.inp else len(weight)
             linear.groups = 1 if layer.inp else len(weight)
             return
-    columns = index[1]
+    columns = axes[1]
     if not layer.gathers or len(columns) == linear.in_features:
         rows, width = weight.shape
         linear.out_features, linear.in_features = rows, width  # type: ignore[assignment]
         return
     if isinstance(linear, GatheredLinear):
         columns = linear.index.cpu()[columns]
-    at = columns if weight.is_meta else columns.to(weight.device)
-    gathered = GatheredLinear(weight=weight, bias=bias, index=at)
+    index = columns if weight.is_meta else columns.to(weight.device)
+    gathered = GatheredLinear(weight=weight, bias=bias, index=index)
     gathered.training = linear.training
     compact.set_submodule(layer.name, gathered)
 
 
-def _factorise(
-    compact: nn.Module, layer: Layer, survivors: Survivors, ranks: Mapping[str, int]
-) -> None:
-    """Put two factors in the place of a sliced layer, or of those of its pieces that have ranks."""
-    runs = runs_of(layer)
+def _factorise(compact: nn.Module, layer: Layer, survivors: Kept, ranks: Mapping[str, int]) -> None:
+    """Replace a sliced layer, or those of its pieces that have ranks, by two factors."""
+    runs = factorisable_rows(layer)
     if ranks.keys().isdisjoint(runs):
         return
     linear = compact.get_submodule(layer.name)
@@ -279,33 +301,33 @@ def _factorise(
             part: nn.Module = _rows(linear, slice(start, start + rows))
             start += rows
             parts[name.rpartition(".")[2]] = _factors(part, ranks[name]) if name in ranks else part
-        compact.set_submodule(layer.name, _in_mode_of(linear, SplitLinear(parts)))
+        compact.set_submodule(layer.name, _match_mode(linear, SplitLinear(parts)))
 
 
 def _factors(linear: nn.Module, rank: int) -> LowRankLinear:
-    """Return the factors of the truncated SVD; beyond what the layer has, they are zero."""
+    """Return the factors of the truncated SVD, padded with zeros above the rank of the layer."""
     weight = linear.get_parameter("weight")
     rows, columns = weight.shape
     down, up = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
     if not weight.is_meta:
-        found = decompose(weight.detach(), None).factors(rank)
-        up[:, : found[0].shape[1]], down[: found[1].shape[0]] = found
+        svd_up, svd_down = decompose(weight.detach(), None).factors(rank)
+        up[:, : svd_up.shape[1]], down[: svd_down.shape[0]] = svd_up, svd_down
     bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
-    return _in_mode_of(linear, LowRankLinear(_like(linear, down, None), _linear(up, bias)))
+    return _match_mode(linear, LowRankLinear(_like_input(linear, down, None), _linear(up, bias)))
 
 
 def _rows(linear: nn.Module, rows: slice) -> nn.Module:
-    """Return the layer of some of its rows."""
+    """Return a layer of some rows of `linear`."""
     bias = linear.bias.detach()[rows].clone() if isinstance(linear.bias, Tensor) else None
-    return _like(linear, linear.get_parameter("weight").detach()[rows].clone(), bias)
+    return _like_input(linear, linear.get_parameter("weight").detach()[rows].clone(), bias)
 
 
-def _like(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a layer that reads what `linear` reads."""
+def _like_input(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a layer with the given weight that reads the same input columns as `linear`."""
     if not isinstance(linear, GatheredLinear):
         return _linear(weight, bias)
-    held = None if bias is None else nn.Parameter(bias)
-    return GatheredLinear(weight=nn.Parameter(weight), bias=held, index=linear.index.clone())
+    parameter = None if bias is None else nn.Parameter(bias)
+    return GatheredLinear(weight=nn.Parameter(weight), bias=parameter, index=linear.index.clone())
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -317,14 +339,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _in_mode_of(linear: nn.Module, made: M) -> M:
-    """Return `made` in training mode, and trainable, if `linear` is."""
-    made.requires_grad_(linear.get_parameter("weight").requires_grad)
-    return made.train(linear.training)
+def _match_mode(linear: nn.Module, replacement: M) -> M:
+    """Return `replacement` in training mode, and trainable, if `linear` is."""
+    replacement.requires_grad_(linear.get_parameter("weight").requires_grad)
+    return replacement.train(linear.training)
 
 
 def _reshape(
-    compact: nn.Module, attention: Attention, described: Structure, survivors: Survivors
+    compact: nn.Module, attention: Attention, described: Structure, survivors: Kept
 ) -> None:
     """Give the attention module at `attention` the widths of its surviving heads."""
     qk_site, v_site = described.sites[attention.qk], described.sites[attention.v]
@@ -335,6 +357,6 @@ def _reshape(
         tuple(widths_of(site, survivors)[heads].tolist()) for site in (qk_site, v_site)
     )
     attn = compact.get_submodule(attention.branch)
-    made = sliced(attn, qk_dims=qk_dims, v_dims=v_dims)
-    made.training = attn.training
-    compact.set_submodule(attention.branch, made)
+    replacement = sliced(attn, qk_dims=qk_dims, v_dims=v_dims)
+    replacement.training = attn.training
+    compact.set_submodule(attention.branch, replacement)

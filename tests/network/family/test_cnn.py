@@ -1,4 +1,4 @@
-"""ResNet and MobileNetV2: their channels and blocks cut, masked, counted, composed and saved."""
+"""ResNet and MobileNetV2: their channels and blocks cut, masked, counted, combined and saved."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torch.nn.modules.batchnorm import BatchNorm2d
 
 from command import Command
 from conftest import images, outputs, plans, randomise, relative_error, skeleton_net
-from vitrim import Drop, Keep, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim import Drop, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.budget.trim import trim
 from vitrim.method.vtp import GateTraining
 from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure
-from vitrim.network.structure import names_in
+from vitrim.network.structure import members
 from vitrim.plan import PlanError, dumps, loads
 from vitrim.trainer.recipe import Recipe
 
@@ -55,7 +55,7 @@ families = st.sampled_from([*MODELS])
 
 
 def small_cnn(model: dict[str, Any], *, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a random network in eval mode, the statistics of its norms random as well."""
+    """Return a random network in eval mode with random statistics of its norms."""
     net = randomise(timm.create_model(model["name"], **model["args"]).to(dtype))
     generator = torch.Generator().manual_seed(2)
     for module in net.modules():
@@ -80,7 +80,7 @@ def cost(kind: str) -> Cost:
 
 def fitting(dense: nn.Module, model: dict[str, Any], dropped: Collection[str], plan: Plan) -> Plan:
     """Return the plan that drops branches and keeps those slices that are not inside."""
-    inside = names_in(structure(dense), dropped)
+    inside = members(structure(dense), dropped)
     keeps = (keep for keep in plan.keeps() if keep.site not in inside)
     return Plan(model=model, edits=(*(Drop(branch=b) for b in sorted(dropped)), *keeps))
 
@@ -101,7 +101,7 @@ def half(kind: str, *, drop: bool = True) -> Plan:
 
 
 def silenced(dense: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """Return the outputs of `dense` where what the plan removes is zero as it flows by.
+    """Return the outputs of `dense` where the activations that the plan removes are set to zero.
 
     An oracle of its own: it knows timm's modules and nothing of vitrim.
     """
@@ -130,9 +130,9 @@ def test_cut_equals_masked_and_silenced_and_counts_what_the_formula_says(
 ) -> None:
     plan, x = data.draw(cnn_plans(net(kind), MODELS[kind])), images()
     compact = cut(net(kind), plan)
-    found = outputs(compact, x)
-    assert relative_error(found, outputs(masked(net(kind), plan), x)) <= 1e-12
-    assert relative_error(found, silenced(net(kind), plan, x)) <= 1e-12
+    actual = outputs(compact, x)
+    assert relative_error(actual, outputs(masked(net(kind), plan), x)) <= 1e-12
+    assert relative_error(actual, silenced(net(kind), plan, x)) <= 1e-12
     assert cost(kind).plan(plan)[:2] == count(compact, 32)[:2]
     assert Cost(compact, 32).plan(Plan(model={}, edits=()))[:2] == count(compact, 32)[:2]
     dropped = {edit.branch for edit in plan.drops()}
@@ -176,8 +176,8 @@ def test_a_resnet_without_relu_has_channels_but_no_branches() -> None:
     assert branches(dense) == ()
     kept = tuple(Keep(site=name, index=(0, 2)) for name in sites(dense))
     plan = Plan(model=model, edits=kept)
-    found = outputs(cut(dense, plan), x)
-    assert relative_error(found, outputs(masked(dense, plan), x)) <= 1e-12
+    actual = outputs(cut(dense, plan), x)
+    assert relative_error(actual, outputs(masked(dense, plan), x)) <= 1e-12
 
 
 def test_one_channel_may_be_left_of_a_depthwise_convolution() -> None:
@@ -196,7 +196,7 @@ def test_two_cuts_equal_one_by_the_composed_plan(kind: str, data: st.DataObject)
     first = data.draw(cnn_plans(dense, model))
     once = cut(dense, first)
     second = data.draw(cnn_plans(once, model))
-    twice, plan = cut(once, second), compose(dense, first, second)
+    twice, plan = cut(once, second), combine(dense, first, second)
     together = cut(dense, plan)
     expected = twice.state_dict()
     assert together.state_dict().keys() == expected.keys()
@@ -242,13 +242,13 @@ def test_another_process_reads_the_same_network_to_the_bit(tmp_path: Path) -> No
     command = [sys.executable, "-c", READ, *(str(folder) for folder in folders.values())]
     subprocess.run(command, check=True)
     for kind, folder in folders.items():
-        compact, found = cut(net(kind, torch.float32), half(kind)), load_file(folder / "read")
+        compact, loaded = cut(net(kind, torch.float32), half(kind)), load_file(folder / "read")
         with torch.no_grad():
-            assert torch.equal(found.pop("logits"), compact(x))
+            assert torch.equal(loaded.pop("logits"), compact(x))
         expected = compact.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-        assert {int(v) for n, v in found.items() if n.endswith("num_batches_tracked")} == {5}
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+        assert {int(v) for n, v in loaded.items() if n.endswith("num_batches_tracked")} == {5}
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
@@ -286,7 +286,7 @@ def test_budgets_are_met_to_within_a_channel(kind: str, metric: Any) -> None:
     edits = trim(cost(kind), scores, target)
     compact = cut(net(kind), Plan(model={}, edits=edits))
     reached = cost(kind).plan(Plan(model={}, edits=edits), [*scores])
-    limit = cost(kind).allowed(target, [*scores])
+    limit = cost(kind).limit(target, [*scores])
     assert 0.99 * limit < getattr(reached, metric) <= limit
     assert count(compact, 32)[:2] == reached[:2]
 
@@ -333,8 +333,8 @@ def test_there_is_no_stream_of_tokens(kind: str) -> None:
     ],
 )
 def test_the_numbers_of_the_real_networks(name: str, params: int, macs: int) -> None:
-    found = Cost(skeleton_net(name), 224).plan(Plan(model={}, edits=()))
-    assert found[:2] == (params, macs)
+    amount = Cost(skeleton_net(name), 224).plan(Plan(model={}, edits=()))
+    assert amount[:2] == (params, macs)
 
 
 @family
@@ -376,7 +376,7 @@ BY_WEIGHT = (
     "method.compensation=none",
 )
 
-DENSE = ("method=dcvit", "method.spare=[0,0]", "method.tuning.training.epochs=1")
+DENSE = ("method=dcvit", "method.protected=[0,0]", "method.tuning.training.epochs=1")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "message"),
     [
         (("method=oneshot",), "method.sites=['mlp']: expected what this network has, channels"),
         (("method=oneshot", "method.sites=[channels]"), "no residual stream of tokens"),
@@ -414,25 +414,28 @@ def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
         ),
         ((*BY_WEIGHT, "method.compensation=ridge"), "no residual stream of tokens"),
         (("method=mixed_rank",), "this network has none that can be factorised"),
-        ((*DENSE, "method.extra=1"), "method.extra=1: this network has no attentions"),
-        ((*DENSE, "method.together=2"), "method.together=2: this network has no attentions"),
+        (
+            (*DENSE, "method.extra_blocks=1"),
+            "method.extra_blocks=1: this network has no attentions",
+        ),
+        ((*DENSE, "method.group_size=2"), "method.group_size=2: this network has no attentions"),
         ((*DENSE, "method.accounting=paper"), "method.accounting=paper: this network has no"),
-        ((*DENSE, "+model.args.act_layer=gelu"), "nor any that could go whole"),
+        ((*DENSE, "+model.args.act_layer=gelu"), "nor any that could be dropped as a whole"),
         (("method=dcvit", "target.blocks=1"), "target.blocks=1"),
     ],
 )
 def test_what_needs_tokens_is_refused_before_any_training(
-    command: Command, method: tuple[str, ...], said: str
+    command: Command, method: tuple[str, ...], message: str
 ) -> None:
     done = command(*DIGITS, *method, "strength=3")
     assert done.code == 1
-    assert said in done.message
+    assert message in done.message
     assert not (command.out / "phases").exists()
 
 
 def test_dense_compression_drops_block_after_block(command: Command) -> None:
     words = (*DIGITS, *DENSE, "+model.args.layers=[1,2,2,2]", "strength=3")
-    first = command(*words, "target.blocks=1", "method.only=[layer3.1]")
+    first = command(*words, "target.blocks=1", "method.allowed_blocks=[layer3.1]")
     assert json.loads(first.report.read_text())["stages"].keys() == {"cut", "mimic"}
     plain, begun = (
         command(*words, "target.blocks=2", *begin)
@@ -469,5 +472,5 @@ def test_a_checkpoint_may_lack_the_counters_of_its_norms(tmp_path: Path, command
     where = f"model.checkpoint={tmp_path / 'dense.safetensors'}"
     done = command(*DIGITS, *BY_WEIGHT, where, "strength=0")
     assert done.code == 0, done.message
-    found = load(done.report.parent)[0].state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in state.items())
+    loaded = load(done.report.parent)[0].state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())

@@ -1,4 +1,4 @@
-"""DINOv2-S with the hub's head: its names, its numbers, its cut."""
+"""DINOv2-S with the hub's head: its names, its size, its cut."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import torch
 
 from conftest import plan_of, relative_error, skeleton_net
 from vitrim import count, cut, load, masked
-from vitrim.closed_form.reconstruction import compensated
+from vitrim.closed_form.reconstruction import reconstruct
 from vitrim.network import stream, structure
 from vitrim.network.family import dinov2_lc
 from vitrim.store import save
@@ -83,19 +83,19 @@ def test_a_cut_is_its_mask_and_is_loaded_to_the_bit(tmp_path: Path) -> None:
 
 def test_following_the_stream_is_running_the_backbone() -> None:
     net, x = small(), pictures()
-    found = stream(net)
+    described = stream(net)
     with torch.no_grad():
-        tokens = found.embed(x)
-        for branch in found.branches:
+        tokens = described.embed(x)
+        for branch in described.branches:
             tokens = tokens + branch.apply(tokens)
         assert torch.allclose(net.backbone.norm(tokens), net.backbone.forward_features(x))
-    assert net.get_submodule(found.after) is net.backbone.norm
+    assert net.get_submodule(described.final_norm) is net.backbone.norm
 
 
 def test_it_is_calibrated_compensated_and_refitted() -> None:
     net, x = small(), torch.cat([pictures()] * 4)
     sites = ["backbone.blocks.0.mlp.hidden", "backbone.blocks.1.attn.qk"]
-    sampling = Sampling(images=8, tokens=None, readout=1.0)
+    sampling = Sampling(images=8, tokens=None, class_token_weight=1.0)
     phase = Calibrate(net, sites=sites, sampling=sampling, taylor=True, targets=True)
     phase.on_train_start()
     phase.training_step((x, None), 0)
@@ -103,7 +103,7 @@ def test_it_is_calibrated_compensated_and_refitted() -> None:
     evidence, described = phase.evidence(), structure(net)
     assert evidence.moments["linear_head"]["target"].shape == (8, 5 * 24)
     compact = cut(net, PLAN_OF_TWO)
-    values = compensated(
+    values = reconstruct(
         net, compact, described, PLAN_OF_TWO, evidence.moments, kind="ridge", ridge=1e-6
     )
     assert "backbone.blocks.1.attn.qkv.weight" in values
@@ -113,8 +113,8 @@ def test_it_is_calibrated_compensated_and_refitted() -> None:
             compact.get_parameter(name).copy_(value)
     refit = Refit(compact, evidence=evidence, sampling=sampling, ridge=1e-6, closing_ridge=1.0)
     for epoch in range(2):
-        refit.take(x, epoch)
-        refit.conclude(epoch)
+        refit.observe(x, epoch)
+        refit.solve(epoch)
     assert float((compact(x) - net(x)).detach().square().sum()) < before
 
 
@@ -129,8 +129,10 @@ def test_the_hubs_files_are_put_together(tmp_path: Path, monkeypatch: pytest.Mon
         }
         torch.save(tensors, tmp_path / f"dinov2_vits14_{part}.pth")
     monkeypatch.setattr(dinov2_lc, "HUB", tmp_path.as_uri())
-    found = timm.create_model(MODEL["name"], pretrained=True, cache_dir=str(tmp_path / "cache"))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+    downloaded = timm.create_model(
+        MODEL["name"], pretrained=True, cache_dir=str(tmp_path / "cache")
+    )
+    assert all(torch.equal(tensor, state[name]) for name, tensor in downloaded.state_dict().items())
 
 
 def test_a_saved_network_is_found_by_name_in_a_fresh_process(tmp_path: Path) -> None:
@@ -141,9 +143,9 @@ def test_a_saved_network_is_found_by_name_in_a_fresh_process(tmp_path: Path) -> 
         "net, _ = vitrim.load(sys.argv[1]); x = safetensors.torch.load_file(sys.argv[2])['x'];"
         "safetensors.torch.save_file({'y': net(x).detach()}, sys.argv[3])"
     )
-    given, found = tmp_path / "x", tmp_path / "y"
-    safetensors.torch.save_file({"x": pictures()}, given)
-    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(given), str(found)]
+    inputs, outputs = tmp_path / "x", tmp_path / "y"
+    safetensors.torch.save_file({"x": pictures()}, inputs)
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(inputs), str(outputs)]
     subprocess.run(command, check=True, cwd=tmp_path)
     with torch.no_grad():
-        assert torch.equal(safetensors.torch.load_file(found)["y"], net(pictures()))
+        assert torch.equal(safetensors.torch.load_file(outputs)["y"], net(pictures()))

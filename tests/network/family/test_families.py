@@ -1,4 +1,4 @@
-"""Families beside ViT, Swin and the convolutional ones: what is cut of each is cut exactly."""
+"""Families besides ViT, Swin and the convolutional ones: every cut of each is exact."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import vitrim.store
 from command import QUICK, Command
 from conftest import images, outputs, plan_of, plans, randomise, relative_error
 from matrix import NETWORKS, Case, Loader
-from vitrim import LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim import LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure
 from vitrim.network.skeleton import on_meta
 from vitrim.plan import PlanError
-from vitrim.trainer.calibrate import watch
+from vitrim.trainer.calibrate import capture
 
 CALLED = ("attn.input", "attn.heads", "attn.v", "mlp.input", "mlp.hidden")
 BY_HAND = ("attn.heads", "attn.v", "mlp.input", "mlp.hidden")
@@ -101,9 +101,9 @@ MLPS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 NOT_COUNTED = ("rope, mixed", "convit") if Version(timm.__version__) < Version("1.0.31") else ()
 FAMILIES = {
-    family: found
-    for family, found in (ATTENTIONS | MLPS).items()
-    if timm.is_model(found[0]) and family not in NOT_COUNTED
+    family: case
+    for family, case in (ATTENTIONS | MLPS).items()
+    if timm.is_model(case[0]) and family not in NOT_COUNTED
 }
 
 
@@ -147,9 +147,9 @@ def test_half_of_every_site_is_cut_and_counted_exactly(family: str) -> None:
     kinds = FAMILIES[family][2]
     assert tuple(dict.fromkeys(".".join(site.split(".")[-2:]) for site in sites(net))) == kinds
     small = cut(net, plan)
-    found = outputs(small, x)
-    assert relative_error(found, outputs(masked(net, plan), x)) <= 1e-12
-    assert relative_error(found, outputs(net, x)) > 1e-3
+    actual = outputs(small, x)
+    assert relative_error(actual, outputs(masked(net, plan), x)) <= 1e-12
+    assert relative_error(actual, outputs(net, x)) > 1e-3
     sizes = count(small, side_of(family))
     assert Cost(net, side_of(family)).plan(plan)[:2] == sizes[:2]
     assert sizes.params == sum(tensor.numel() for tensor in small.parameters())
@@ -165,12 +165,12 @@ def test_what_is_cut_is_saved_and_loaded_to_the_bit(family: str, tmp_path: Path)
 
 
 @of("beit", "eva", "levit", "swin v2")
-def test_buffers_that_no_module_can_fill_are_built_anew(
+def test_buffers_that_no_module_can_fill_are_rebuilt(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, x = half(family), images(side_of(family))
     small = cut(net_of(family), plan)
-    monkeypatch.setattr(vitrim.store, "computed", lambda net: {})
+    monkeypatch.setattr(vitrim.store, "non_persistent_buffers", lambda net: {})
     loaded, _ = load(save(tmp_path, small, plan))
     assert torch.equal(outputs(loaded, x), outputs(small, x))
 
@@ -192,12 +192,12 @@ def test_any_plan_is_cut_and_counted_exactly_in_two_steps_too(
     net, x = net_of(family), images(side_of(family))
     first = data.draw(plans(sites(net), model_of(family)))
     small = cut(net, first)
-    found = outputs(small, x)
-    assert relative_error(found, outputs(masked(net, first), x)) <= 1e-12
+    actual = outputs(small, x)
+    assert relative_error(actual, outputs(masked(net, first), x)) <= 1e-12
     cost = Cost(net, side_of(family))
     assert cost.plan(first)[:2] == count(small, side_of(family))[:2]
     second = data.draw(plans(sites(small), model_of(family)))
-    smaller, at_once = cut(small, second), cut(net, compose(net, first, second))
+    smaller, at_once = cut(small, second), cut(net, combine(net, first, second))
     assert relative_error(outputs(smaller, x), outputs(at_once, x)) <= 1e-12
 
 
@@ -215,11 +215,11 @@ def test_attentions_agree_without_the_fused_kernel(family: str) -> None:
 def test_locked_sites_and_layers_say_why(family: str) -> None:
     described = structure(net_of(family))
     for site in described.sites.values():
-        if site.locked:
+        if site.locked_reason:
             with pytest.raises(PlanError, match="cannot be cut exactly"):
                 cut(net_of(family), plan_of({site.name: (0,)}))
     for layer in described.layers:
-        if layer.locked:
+        if layer.locked_reason:
             with pytest.raises(PlanError, match="cannot be factorised"):
                 cut(net_of(family), Plan(model={}, edits=(LowRank(linear=layer.name, rank=1),)))
 
@@ -228,7 +228,9 @@ def test_locked_sites_and_layers_say_why(family: str) -> None:
 def test_layers_are_factorised_exactly(family: str) -> None:
     net, x = net_of(family), images(side_of(family))
     ranks = [
-        LowRank(linear=layer.name, rank=2) for layer in structure(net).layers if not layer.locked
+        LowRank(linear=layer.name, rank=2)
+        for layer in structure(net).layers
+        if not layer.locked_reason
     ]
     plan = Plan(model=model_of(family), edits=(*ranks, *half(family).edits))
     small = cut(net, plan)
@@ -257,7 +259,7 @@ def test_units_of_activations_with_parameters_are_not_cut() -> None:
 def test_a_family_of_other_mlps_is_refused(name: str) -> None:
     with on_meta():
         net = timm.create_model(name)
-    with pytest.raises(UnsupportedArchitecture, match="has no MLP here that can be cut"):
+    with pytest.raises(UnsupportedArchitecture, match="has no MLP that can be cut"):
         structure(net)
 
 
@@ -272,15 +274,15 @@ def test_where_mlps_alone_are_cut_nothing_is_dropped_or_followed() -> None:
 )
 def test_following_the_stream_is_running_the_network(family: str) -> None:
     net, x = cut(net_of(family), half(family)), images(side_of(family))
-    found = stream(net)
-    places = [*((step.before, False) for step in found.steps), (found.after, False)]
-    with torch.no_grad(), watch(net, places) as flows:
+    described = stream(net)
+    inputs = [*((step.reader, False) for step in described.steps), (described.final_norm, False)]
+    with torch.no_grad(), capture(net, inputs) as activations:
         net(x)
-        flow = found.embed(x)
-        for step in found.steps:
-            assert relative_error(flows[step.before], flow) <= 1e-12
+        flow = described.embed(x)
+        for step in described.steps:
+            assert relative_error(activations[step.reader], flow) <= 1e-12
             flow = step.advance(flow)
-        assert relative_error(flows[found.after], flow) <= 1e-12
+        assert relative_error(activations[described.final_norm], flow) <= 1e-12
 
 
 @of("swin v2", "eva, post-norm")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from conftest import images, outputs, plan_of, plans, randomise, relative_error, silenced
 from loading import LOAD
-from vitrim import Drop, LowRank, Plan, compose, count, cut, load, masked, save
+from vitrim import Drop, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.errors import ConfigError
 from vitrim.method.mixed_rank.profile import Piece, Profile
@@ -30,9 +30,9 @@ from vitrim.model.source import Timm
 from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure
 from vitrim.network.attention import SlicedWindowAttention
 from vitrim.network.skeleton import on_meta
-from vitrim.network.structure import names_in
+from vitrim.network.structure import members
 from vitrim.plan import dumps, loads
-from vitrim.trainer.calibrate import Calibrate, Sampling, watch
+from vitrim.trainer.calibrate import Calibrate, Sampling, capture
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.refit import Refit
 
@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = {
     "mlp_ratio": 2.0,
     "num_classes": 7,
 }
-"""Maps of 10x10 and 5x5 tokens, both filled up to whole windows of 4x4, half of them shifted."""
+"""Maps of 10x10 and 5x5 tokens, both padded to full windows of 4x4, half of them shifted."""
 MODEL = {"name": NAME, "args": {**SMALL, "depths": [2, 2], "num_heads": [2, 3]}}
 KINDS = ("attn.input", "attn.heads", "attn.qk", "attn.v", "mlp.input", "mlp.hidden")
 BLOCKS = [f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]
@@ -66,10 +66,10 @@ EVERYTHING = plan_of(
     },
     MODEL,
 )
-"""Heads gone, of unequal widths, and without query-key dims, with and without shifted windows."""
+"""Heads removed, of unequal widths, and without query-key dims; windows shifted and not."""
 DROPS = Plan(
     model=MODEL,
-    edits=tuple(Drop(branch=BRANCHES[at]) for at in (0, 3, 5, 6, 7)),
+    edits=tuple(Drop(branch=BRANCHES[index]) for index in (0, 3, 5, 6, 7)),
 )
 """A block without attention, one without MLP, one without either; in both stages."""
 
@@ -108,7 +108,7 @@ def fuse(module: nn.Module, *, fused: bool) -> nn.Module:
 def edited(draw: st.DrawFn, dense: nn.Module) -> Plan:
     """Draw a plan that slices, drops and factorises."""
     dropped = draw(st.sets(st.sampled_from(branches(dense)), max_size=3))
-    inside = names_in(structure(dense), dropped)
+    inside = members(structure(dense), dropped)
     keeps = [keep for keep in draw(PLANS).keeps() if keep.site not in inside]
     ranks = {}
     for layer in structure(dense).layers:
@@ -124,9 +124,9 @@ def edited(draw: st.DrawFn, dense: nn.Module) -> Plan:
 def test_cut_equals_masked_and_silenced_activations(plan: Plan) -> None:
     x = images(SIZE)
     small = cut(net(), plan)
-    found = outputs(small, x)
-    assert relative_error(found, outputs(masked(net(), plan), x)) <= 1e-12
-    assert relative_error(found, outputs(silenced(net(), plan), x)) <= 1e-12
+    actual = outputs(small, x)
+    assert relative_error(actual, outputs(masked(net(), plan), x)) <= 1e-12
+    assert relative_error(actual, outputs(silenced(net(), plan), x)) <= 1e-12
     assert cost().plan(plan)[:2] == count(small, SIZE)[:2]
 
 
@@ -144,25 +144,25 @@ def test_slices_drops_and_low_ranks_go_together(plan: Plan) -> None:
 def test_two_cuts_equal_one_by_the_composed_plan(first: Plan, data: st.DataObject) -> None:
     once = cut(net(), first)
     second = data.draw(plans(sites(once), MODEL))
-    twice, whole = cut(once, second), cut(net(), compose(net(), first, second))
+    twice, combined = cut(once, second), cut(net(), combine(net(), first, second))
     assert (
         relative_error(outputs(twice, images(SIZE)), outputs(masked(once, second), images(SIZE)))
         <= 1e-12
     )
     assert {n: t.shape for n, t in twice.state_dict().items()} == {
-        n: t.shape for n, t in whole.state_dict().items()
+        n: t.shape for n, t in combined.state_dict().items()
     }
-    assert torch.equal(outputs(twice, images(SIZE)), outputs(whole, images(SIZE)))
+    assert torch.equal(outputs(twice, images(SIZE)), outputs(combined, images(SIZE)))
 
 
 @settings(max_examples=12)
 @given(first=PLANS)
 def test_drops_compose_with_slices(first: Plan) -> None:
-    gone = names_in(structure(net()), {drop.branch for drop in DROPS.drops()})
-    keeps = tuple(keep for keep in first.keeps() if keep.site not in gone)
+    removed = members(structure(net()), {drop.branch for drop in DROPS.drops()})
+    keeps = tuple(keep for keep in first.keeps() if keep.site not in removed)
     for one, other in ((first, DROPS), (DROPS, Plan(model=MODEL, edits=keeps))):
         twice = cut(cut(net(), one), other)
-        once = cut(net(), compose(net(), one, other))
+        once = cut(net(), combine(net(), one, other))
         assert torch.equal(outputs(once, images(SIZE)), outputs(twice, images(SIZE)))
 
 
@@ -205,10 +205,10 @@ def test_half_of_every_site_is_cut_and_counted_exactly(args: dict[str, Any]) -> 
     height, width = dense.patch_embed.img_size
     plan, x = half(dense), images(max(height, width))[:, :, :height, :width]
     small = cut(dense, plan)
-    found = outputs(small, x)
+    actual = outputs(small, x)
     for oracle in (masked, silenced):
-        assert relative_error(found, outputs(oracle(dense, plan), x)) <= 1e-12
-    assert relative_error(found, outputs(dense, x)) > 1e-3
+        assert relative_error(actual, outputs(oracle(dense, plan), x)) <= 1e-12
+    assert relative_error(actual, outputs(dense, x)) > 1e-3
     assert Cost(dense, (height, width)).plan(plan)[:2] == count(small, (height, width))[:2]
 
 
@@ -234,8 +234,8 @@ def test_tables_lose_the_columns_of_removed_heads() -> None:
     for block, heads in zip(BLOCKS, ([1], [0, 1], [0, 1, 2], [0, 2]), strict=True):
         name = f"{block}.attn.relative_position_bias_table"
         assert torch.equal(small.get_parameter(name), net().get_parameter(name)[:, heads])
-        gone = masked(net(), EVERYTHING).get_parameter(name).T.any(dim=1)
-        assert gone.nonzero().flatten().tolist() == heads
+        zero = masked(net(), EVERYTHING).get_parameter(name).T.any(dim=1)
+        assert zero.nonzero().flatten().tolist() == heads
     assert all(tensor.is_contiguous() for tensor in small.state_dict().values())
 
 
@@ -249,13 +249,13 @@ def test_masked_leaves_as_many_numbers_as_cut(plan: Plan) -> None:
 
 
 def test_nothing_removed_is_bit_identical_and_nothing_is_shared() -> None:
-    whole = plan_of({name: range(site.size) for name, site in sites(net()).items()})
+    everything_kept = plan_of({name: range(site.size) for name, site in sites(net()).items()})
     before = {name: tensor.clone() for name, tensor in net().named_parameters()}
     logits = outputs(net(), images(SIZE))
-    for plan in (NO_EDITS, whole, EVERYTHING, DROPS):
+    for plan in (NO_EDITS, everything_kept, EVERYTHING, DROPS):
         for make in (cut, masked):
             twin = make(net(), plan)
-            if plan in (NO_EDITS, whole):
+            if plan in (NO_EDITS, everything_kept):
                 assert torch.equal(outputs(twin, images(SIZE)), logits)
             with torch.no_grad():
                 for tensor in (*twin.parameters(), *twin.buffers()):
@@ -317,21 +317,21 @@ def test_every_module_stays_in_its_mode_and_training_moves_it(plan: Plan, traini
 def test_the_meta_device_gives_the_same_shapes(plan: Plan) -> None:
     with on_meta():
         skeleton = timm.create_model(NAME, **SMALL)
-    found = {name: tensor.shape for name, tensor in cut(skeleton, plan).state_dict().items()}
+    actual = {name: tensor.shape for name, tensor in cut(skeleton, plan).state_dict().items()}
     expected = {name: tensor.shape for name, tensor in cut(net(), plan).state_dict().items()}
-    assert found == expected
+    assert actual == expected
 
 
 def test_nothing_of_a_dropped_branch_is_left() -> None:
-    whole, kept = dict(net().named_parameters()), dict(cut(net(), DROPS).named_parameters())
-    gone = [
-        f"{at}.{part}."
-        for at, _, kind in (drop.branch.rpartition(".") for drop in DROPS.drops())
+    dense, kept = dict(net().named_parameters()), dict(cut(net(), DROPS).named_parameters())
+    removed = [
+        f"{block}.{part}."
+        for block, _, kind in (drop.branch.rpartition(".") for drop in DROPS.drops())
         for part in (kind, "norm1" if kind == "attn" else "norm2")
     ]
-    assert whole.keys() - kept == {name for name in whole if name.startswith(tuple(gone))}
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
-    assert branches(cut(net(), DROPS)) == tuple(BRANCHES[at] for at in (1, 2, 4))
+    assert dense.keys() - kept == {name for name in dense if name.startswith(tuple(removed))}
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in kept.items())
+    assert branches(cut(net(), DROPS)) == tuple(BRANCHES[block] for block in (1, 2, 4))
 
 
 @settings(max_examples=12)
@@ -367,10 +367,10 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, plan: Plan, dtype: t
     small = cut(net(dtype), plan)
     loaded, read = load(save(tmp_path, small, plan))
     assert read == plan
-    found, expected = dict(loaded.named_buffers()), dict(small.named_buffers())
-    assert found.keys() == expected.keys()
+    actual, expected = dict(loaded.named_buffers()), dict(small.named_buffers())
+    assert actual.keys() == expected.keys()
     assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        torch.equal(actual[name], tensor) and actual[name].dtype == tensor.dtype
         for name, tensor in expected.items()
     )
     x = images(SIZE, dtype=dtype)
@@ -378,19 +378,19 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, plan: Plan, dtype: t
 
 
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
-    drops = [Drop(branch=BRANCHES[at]) for at in (4, 7)]
+    drops = [Drop(branch=BRANCHES[index]) for index in (4, 7)]
     keeps = [
         keep for keep in EVERYTHING.keeps() if not keep.site.startswith((BRANCHES[4], BRANCHES[7]))
     ]
     plan = Plan(model=MODEL, edits=(*drops, *keeps))
     small, x = cut(net(torch.float32), plan), images(SIZE, dtype=torch.float32)
     folder = save(tmp_path / "net", small, plan)
-    given_images, found = tmp_path / "images", tmp_path / "logits"
-    safetensors.torch.save_file({"images": x}, given_images)
-    command = [sys.executable, "-c", LOAD, str(folder), str(given_images), str(found)]
+    inputs, logits = tmp_path / "images", tmp_path / "logits"
+    safetensors.torch.save_file({"images": x}, inputs)
+    command = [sys.executable, "-c", LOAD, str(folder), str(inputs), str(logits)]
     subprocess.run(command, check=True, cwd=tmp_path)
     with torch.no_grad():
-        assert torch.equal(safetensors.torch.load_file(found)["logits"], small(x))
+        assert torch.equal(safetensors.torch.load_file(logits)["logits"], small(x))
 
 
 def source(checkpoint: Path | str | None) -> Timm:
@@ -413,7 +413,7 @@ def test_a_checkpoint_builds_the_network_that_it_was_made_of(tmp_path: Path) -> 
     dense, x = net(torch.float32), images(SIZE, dtype=torch.float32)
     state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "new.safetensors")
-    for name, buffer in dense.named_buffers():  # timm's files of old had them
+    for name, buffer in dense.named_buffers():  # older files of timm have them
         state[name] = buffer.clone()
     state["layers.0.downsample.norm.weight"] = state.pop("layers.1.downsample.norm.weight")
     state["layers.0.downsample.norm.bias"] = state.pop("layers.1.downsample.norm.bias")
@@ -427,22 +427,22 @@ def test_a_checkpoint_builds_the_network_that_it_was_made_of(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        ({"depths": (2, 4)}, r"layers\.1\.blocks\.2\..* is not of this network"),
+        ({"depths": (2, 4)}, r"layers\.1\.blocks\.2\..* does not belong to this network"),
         ({"num_heads": (3, 3)}, "relative_position_bias_table has shape"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(
-    tmp_path: Path, args: dict[str, Any], said: str
+    tmp_path: Path, args: dict[str, Any], message: str
 ) -> None:
     safetensors.torch.save_file(swin(**args).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         source(tmp_path / "other.safetensors").build()
 
 
 def widths(plan: Plan, block: str, dim: int, n_heads: int) -> dict[str, int]:
-    """Return the widths that a plan of single sites leaves in a block."""
+    """Return the widths of a block after a plan of single sites."""
     full = {"input": dim, "heads": n_heads, "qk": dim, "v": dim, "in": dim, "hidden": 4 * dim}
     names = {"attn.input": "input", "mlp.input": "in", "mlp.hidden": "hidden"}
     for keep in plan.keeps():
@@ -498,8 +498,8 @@ def test_the_hand_written_formula_gives_the_published_sizes(name: str) -> None:
     with on_meta():
         dense = timm.create_model(name)
     assert formula(224, dim, depths, heads, 7, NO_EDITS) == (params, macs)
-    whole = Cost(dense, 224)
-    assert whole.plan(NO_EDITS)[:2] == count(dense, 224)[:2] == (params, macs)
+    cost = Cost(dense, 224)
+    assert cost.plan(NO_EDITS)[:2] == count(dense, 224)[:2] == (params, macs)
     plan = plan_of(
         {
             "layers.0.blocks.1.attn.heads": (0, 2),
@@ -510,7 +510,7 @@ def test_the_hand_written_formula_gives_the_published_sizes(name: str) -> None:
         }
     )
     by_hand = formula(224, dim, depths, heads, 7, plan)
-    assert whole.plan(plan)[:2] == count(cut(dense, plan), 224)[:2] == by_hand
+    assert cost.plan(plan)[:2] == count(cut(dense, plan), 224)[:2] == by_hand
 
 
 def test_filled_up_windows_are_counted() -> None:
@@ -533,15 +533,15 @@ def test_following_the_stream_is_running_the_network(args: dict[str, Any], plan:
     small = cut(swin(**args), plan)
     height, width = small.patch_embed.img_size
     images_ = images(max(height, width))[:, :, :height, :width]
-    found = stream(small)
-    places = [(step.before, False) for step in found.steps]
-    with torch.no_grad(), watch(small, [*places, (found.after, False)]) as flows:
+    described = stream(small)
+    inputs = [(step.reader, False) for step in described.steps]
+    with torch.no_grad(), capture(small, [*inputs, (described.final_norm, False)]) as activations:
         features = small.forward_features(images_)
-        x = found.embed(images_)
-        for step in found.steps:
-            assert torch.equal(flows[step.before].flatten(1, -2), x.flatten(1, -2))
+        x = described.embed(images_)
+        for step in described.steps:
+            assert torch.equal(activations[step.reader].flatten(1, -2), x.flatten(1, -2))
             x = step.advance(x)
-            after = flows[found.following(step)]
+            after = activations[described.reader_after(step)]
             assert relative_error(after.flatten(1, -2), x.flatten(1, -2)) <= 1e-12
         assert relative_error(small.norm(x), features) <= 1e-12
 
@@ -551,15 +551,17 @@ def test_tokens_come_out_of_windows_in_the_streams_order(args: dict[str, Any]) -
     dense = swin(**args)
     height, width = dense.patch_embed.img_size
     inside = [f"{b}.{'qkv' if b.endswith('attn') else 'fc1'}" for b in BRANCHES]
-    found = stream(dense).branches
-    places = [*((name, False) for name in inside), *((branch.before, True) for branch in found)]
-    with torch.no_grad(), watch(dense, places) as flows:
+    steps = stream(dense).branches
+    modules = [*((name, False) for name in inside), *((branch.reader, True) for branch in steps)]
+    with torch.no_grad(), capture(dense, modules) as activations:
         dense(images(max(height, width))[:, :, :height, :width])
-    for branch, name in zip(found, inside, strict=True):
-        assert torch.equal(branch.tokens(flows[name]), flows[branch.before].flatten(1, -2))
+    for branch, name in zip(steps, inside, strict=True):
+        assert torch.equal(
+            branch.tokens(activations[name]), activations[branch.reader].flatten(1, -2)
+        )
 
 
-ALL = Sampling(images=24, tokens=None, readout=1.0)
+ALL = Sampling(images=24, tokens=None, class_token_weight=1.0)
 HIDDEN = [f"{block}.mlp.hidden" for block in BLOCKS]
 
 
@@ -581,19 +583,19 @@ def calibrated() -> Calibrate:
 
 
 def test_targets_are_the_stream_after_the_branch_across_patch_merging() -> None:
-    found = calibrated().evidence().moments
+    moments = calibrated().evidence().moments
     with torch.no_grad():
         first = net().layers[0](net().patch_embed(pictures()))
         last = net().layers[1](first)
     for name, x in (("layers.0.blocks.1", first), ("layers.1.blocks.1", last)):
-        assert torch.allclose(found[f"{name}.mlp.fc2"]["target"], x.flatten(1, 2).float())
+        assert torch.allclose(moments[f"{name}.mlp.fc2"]["target"], x.flatten(1, 2).float())
 
 
 def test_moments_of_attention_are_of_the_maps_tokens_not_of_the_filling() -> None:
     block = net().layers[0].blocks[1]
-    found = calibrated().evidence().moments
+    moments = calibrated().evidence().moments
     names = [("layers.0.blocks.1.norm1", False), ("layers.0.blocks.1.attn.proj", False)]
-    with torch.no_grad(), watch(net(), names) as flows:
+    with torch.no_grad(), capture(net(), names) as flows:
         net()(pictures())
         x = flows["layers.0.blocks.1.norm1"].flatten(1, 2)
         q = block.norm1(x) @ block.attn.qkv.weight[:12].T + block.attn.qkv.bias[:12]
@@ -601,12 +603,12 @@ def test_moments_of_attention_are_of_the_maps_tokens_not_of_the_filling() -> Non
     weights = 1 / x.float().var(-1)
     weights = (weights / weights.mean(1, keepdim=True)).double()
     mean = (weights[..., None] * q).sum((0, 1)) / weights.sum()
-    qk = found["layers.0.blocks.1.attn.qk"]
+    qk = moments["layers.0.blocks.1.attn.qk"]
     assert torch.allclose(qk["q.mean"].flatten().double(), mean, atol=1e-5)
     order = stream(net()).branches[2]
     rows = order.tokens(read)
     mean = (weights[..., None] * rows).sum((0, 1)) / weights.sum()
-    assert torch.allclose(found["layers.0.blocks.1.attn.proj"]["mean"].double(), mean, atol=1e-5)
+    assert torch.allclose(moments["layers.0.blocks.1.attn.proj"]["mean"].double(), mean, atol=1e-5)
 
 
 def test_first_order_effects_are_those_of_a_gate_on_each_unit() -> None:
@@ -619,8 +621,8 @@ def test_first_order_effects_are_those_of_a_gate_on_each_unit() -> None:
         handle.remove()
         loss = nn.functional.cross_entropy(logits, logits.argmax(1))
         expected += torch.autograd.grad(loss, gate)[0].abs()
-    found = calibrated().evidence().moments["layers.0.blocks.1.attn.proj"]["taylor"]
-    assert torch.allclose(found, expected)
+    actual = calibrated().evidence().moments["layers.0.blocks.1.attn.proj"]["taylor"]
+    assert torch.allclose(actual, expected)
 
 
 @pytest.mark.parametrize("drops", [(), (BRANCHES[2], BRANCHES[3])], ids=["all blocks", "three"])
@@ -631,18 +633,20 @@ def test_profiles_are_of_the_maps_tokens(drops: Collection[str]) -> None:
         name: Piece(name, 0, *small.get_parameter(f"{name}.weight").shape)
         for name in ("layers.0.blocks.0.attn.qkv", "layers.1.blocks.1.attn.proj")
     }
-    phase = Profile(small, pieces=pieces, metric="whitening", sampling=ALL, loss_images=0)
+    phase = Profile(
+        small, pieces=pieces, decomposition="whitening", sampling=ALL, gradient_images=0
+    )
     phase.on_train_start()
     phase.training_step((pictures(), None), 0)
     phase.on_train_end()
-    found = phase.evidence().moments["layers.0.blocks.0.attn.qkv"]
+    statistics = phase.evidence().moments["layers.0.blocks.0.attn.qkv"]
     with torch.no_grad():
         x = small.layers[0].blocks[0].norm1(small.patch_embed(pictures())).flatten(0, 2)
-    assert torch.allclose(found["mean"].double(), x.mean(0), atol=1e-6)
-    assert torch.allclose(found["cov"].double(), x.T.cov(correction=0), atol=1e-5)
+    assert torch.allclose(statistics["mean"].double(), x.mean(0), atol=1e-6)
+    assert torch.allclose(statistics["cov"].double(), x.T.cov(correction=0), atol=1e-5)
 
 
-def off(small: nn.Module, dense: nn.Module) -> float:
+def stream_error(small: nn.Module, dense: nn.Module) -> float:
     """Return the squared error of the stream after the first stage."""
     with torch.no_grad():
         ours, theirs = (n.layers[0](n.patch_embed(pictures())) for n in (small, dense))
@@ -652,28 +656,28 @@ def off(small: nn.Module, dense: nn.Module) -> float:
 def test_refitting_brings_the_stream_nearer() -> None:
     plan = plan_of({site: range(0, sites(net())[site].size, 2) for site in HIDDEN})
     small = cut(net(), plan)
-    before = off(small, net())
+    before = stream_error(small, net())
     settings = {"sampling": ALL, "ridge": 1e-6, "closing_ridge": 1.0}
     phase = Refit(small, evidence=calibrated().evidence(), **settings)
     phase.on_train_start()
     for epoch in (0, 1):
         for part in pictures().split(8):
-            phase.take(part, epoch)
-        phase.conclude(epoch)
-    assert off(small, net()) < 0.9 * before
+            phase.observe(part, epoch)
+        phase.solve(epoch)
+    assert stream_error(small, net()) < 0.9 * before
 
 
 @pytest.mark.parametrize("layers", [("attn.proj",), ("attn.qkv", "mlp.fc2")], ids=str)
 def test_regression_brings_the_stream_nearer(layers: Sequence[str]) -> None:
     ranks = [LowRank(linear=f"{block}.{name}", rank=4) for block in BLOCKS for name in layers]
     small = cut(net(), Plan(model=MODEL, edits=tuple(ranks)))
-    before = off(small, net())
+    before = stream_error(small, net())
     phase = Regress(small, net(), sampling=ALL, ridge=1e-7)
     phase.on_train_start()
     for part in pictures().split(8):
         phase.training_step((part, None), 0)
     phase.on_train_epoch_end()
-    assert off(small, net()) < 0.9 * before
+    assert stream_error(small, net()) < 0.9 * before
 
 
 def test_regression_of_full_ranks_changes_nothing() -> None:

@@ -69,7 +69,7 @@ family = pytest.mark.parametrize(("name", "args", "kinds"), FAMILIES.values(), i
 
 
 def half(net: nn.Module) -> Plan:
-    """Keep a random half of the units of every site, with one head's dims at least in common."""
+    """Keep a random half of the units of every site, including the dims of one head."""
     generator = torch.Generator().manual_seed(3)
     kept = {
         name: sorted(torch.randperm(site.size, generator=generator)[: site.size // 2].tolist())
@@ -84,11 +84,11 @@ def picture(net: nn.Module) -> Tensor:
 
 
 def is_exact(net: nn.Module, plan: Plan) -> bool:
-    """Return whether the cut equals both oracles, and is not what the dense network computes."""
+    """Return whether the cut equals both oracles, and differs from the dense network."""
     x = picture(net)
-    found = outputs(cut(net, plan), x)
-    errors = [relative_error(found, outputs(make(net, plan), x)) for make in (masked, silenced)]
-    return max(errors) <= 1e-12 and relative_error(found, outputs(net, x)) > 1e-3
+    actual = outputs(cut(net, plan), x)
+    errors = [relative_error(actual, outputs(make(net, plan), x)) for make in (masked, silenced)]
+    return max(errors) <= 1e-12 and relative_error(actual, outputs(net, x)) > 1e-3
 
 
 @family
@@ -162,10 +162,10 @@ def test_every_block_has_its_sites_and_branches_in_order() -> None:
 
 def test_the_sites_of_a_cut_network_have_its_widths() -> None:
     kept = {"blocks.0.attn.qk": (0, 1, 9), "blocks.0.attn.v": (1, 2, 8, 16, 17, 18)}
-    found = sites(cut(small_net(), plan_of(kept)))
-    assert found["blocks.0.attn.qk"].head_dims == (2, 1, 0)
-    assert found["blocks.0.attn.v"].head_dims == (2, 1, 3)
-    assert found["blocks.0.attn.heads"].size == 3
+    remaining = sites(cut(small_net(), plan_of(kept)))
+    assert remaining["blocks.0.attn.qk"].head_dims == (2, 1, 0)
+    assert remaining["blocks.0.attn.v"].head_dims == (2, 1, 3)
+    assert remaining["blocks.0.attn.heads"].size == 3
 
 
 def test_a_glu_unit_is_one_row_of_each_half() -> None:

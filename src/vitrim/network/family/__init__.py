@@ -1,6 +1,8 @@
-"""The families of networks: one module each, the only places that know timm's attribute names.
+"""The families of networks, one module each: the only modules that know timm's attribute names.
 
-A module that is put here is found: it registers its network classes when it is imported.
+Every module in this folder is imported when `vitrim.network` is, and registers its network classes
+(`structure.register`, ...). A new family is one new file; nothing else lists the families. May
+import: the rest of `vitrim.network`, and what `vitrim.network` may import.
 """
 
 from __future__ import annotations

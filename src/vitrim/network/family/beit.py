@@ -1,17 +1,22 @@
-"""BEiT and BEiT v2, of timm: `Beit`, whose attention has biases by relative position.
+"""BEiT and BEiT v2 of timm: `Beit`, whose attention has a bias per relative position.
 
-What can be cut of an attention is in `vitrim.network.heads`, of an MLP in `vitrim.network.mlp`.
+The sites of attentions are described in `vitrim.network.heads`, those of MLPs in
+`vitrim.network.mlp`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from vitrim.network.attention import attended, by_run, projected, sliced, take_over
+from vitrim.network.attention import (
+    attention_output,
+    map_head_runs,
+    project_qkv,
+    sliced,
+    take_over,
+)
 from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
 from vitrim.network.heads import attention_of, steps_of
 from vitrim.network.mlp import mlp_of
@@ -22,7 +27,9 @@ from vitrim.network.structure import Structure, joined
 class SlicedBeitAttention(Attention):  # type: ignore[misc]
     """timm's attention after a cut: every head has its own value width."""
 
-    def __init__(self, dense: Any, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, dense: Attention, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+    ) -> None:
         nn.Module.__init__(self)
         self.scale: float = dense.scale
         self.num_heads = len(v_dims)
@@ -38,7 +45,7 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
         take_over(self, dense)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); a shared bias (heads, N, N) is of all heads there are."""
+        """Map (B, N, D) to (B, N, D); a shared bias (heads, N, N) has all heads of the network."""
         bias_1HNN = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own_1HNN = self._get_rel_pos_bias()
@@ -46,9 +53,9 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
 
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
             bias = None if bias_1HNN is None else bias_1HNN[..., heads, :, :]
-            return attended(self, q_BHNK, k_BHNK, v_BHNW, bias, is_causal=False)
+            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, bias, is_causal=False)
 
-        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
+        out_BNV = map_head_runs(project_qkv(self, x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -64,7 +71,7 @@ def _(attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> 
 
 @structure.register
 def _(net: Beit) -> Structure:
-    found = []
+    parts = []
     for index, block in enumerate(net.blocks):
         name = f"blocks.{index}"
         if type(block) is not Block or type(block.attn) not in (Attention, SlicedBeitAttention):
@@ -73,38 +80,38 @@ def _(net: Beit) -> Structure:
                 f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
                 "supported: Block with Attention"
             )
-        found += [
+        parts += [
             attention_of(
                 f"{name}.attn",
                 block.attn,
-                fixed="biases of queries are no part of a layer",
-                scaled="" if net.rel_pos_bias is None else "all blocks share biases by position",
-                tables={"relative_position_bias_table": 1},
+                qk_locked="biases of queries are not part of a layer",
+                v_locked="" if net.rel_pos_bias is None else "all blocks share one position bias",
+                per_head={"relative_position_bias_table": 1},
             ),
             mlp_of(f"{name}.mlp", block.mlp),
         ]
-    return joined(found)
+    return joined(parts)
 
 
 @stream.register
 def _(net: Beit) -> Stream:
-    shared = None if net.rel_pos_bias is None else net.rel_pos_bias()
+    shared_bias = None if net.rel_pos_bias is None else net.rel_pos_bias()
 
     def embed(images: Tensor) -> Tensor:
         patches = net.patch_embed(images)
         x_BND = torch.cat([net.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        placed: Tensor = net.pos_drop(x_BND if net.pos_embed is None else x_BND + net.pos_embed)
-        return placed
+        embedded: Tensor = net.pos_drop(x_BND if net.pos_embed is None else x_BND + net.pos_embed)
+        return embedded
 
     return Stream(
         embed=embed,
         steps=tuple(
             step
             for index, block in enumerate(net.blocks)
-            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=shared)
+            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=shared_bias)
         ),
-        after="norm",
-        prefix=net.num_prefix_tokens,
-        readout=int(net.global_pool == "token"),
-        alone=True,
+        final_norm="norm",
+        n_prefix_tokens=net.num_prefix_tokens,
+        n_readout_tokens=int(net.global_pool == "token"),
+        norm_is_features=True,
     )

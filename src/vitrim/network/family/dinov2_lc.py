@@ -2,21 +2,25 @@
 
 The head reads the normed class tokens of the last four blocks and the mean of the last block's
 normed patch tokens (arXiv 2304.07193, section 7). Parameter names are the hub's, so that the state
-dict of `torch.hub.load("facebookresearch/dinov2", "dinov2_vits14_lc")` loads as it is. Positions
-are stored for 518 pixels and interpolated, by timm's resampling, to whatever comes.
+dict of `torch.hub.load("facebookresearch/dinov2", "dinov2_vits14_lc")` loads unchanged. Position
+embeddings are stored for 518 pixels and resampled by timm to the size of the images.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitrim.network.dispatch import drop, settle, stream, structure
+from vitrim.network.dispatch import drop_branch, fix_input_size, stream, structure
 from vitrim.network.stream import Stream
 from vitrim.network.structure import Structure, prefixed
 
@@ -68,16 +72,16 @@ class LinearClassifier(nn.Module):
 
     @property
     def patch_embed(self) -> nn.Module:
-        """The backbone's, where timm's own networks have it."""
+        """The backbone's patch embedding, under the name it has in timm's networks."""
         patch_embed: nn.Module = self.backbone.patch_embed
         return patch_embed
 
     def get_classifier(self) -> nn.Module:
-        """Return the classifier, as timm's networks do."""
+        """Return the classifier; part of timm's interface."""
         return self.linear_head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Draw a new classifier, as timm's networks do."""
+        """Replace the classifier by a random one; part of timm's interface."""
         self.num_classes = num_classes
         old = self.linear_head
         self.linear_head = nn.Linear(
@@ -85,7 +89,7 @@ class LinearClassifier(nn.Module):
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to what the head reads, (B, 5 * D)."""
+        """Map images (B, 3, H, W) to the inputs of the head, (B, 5 * D)."""
         tokens = self.backbone.patch_embed(x)
         return self._read(*self._blocks(self.backbone.norm_pre(self.backbone._pos_embed(tokens))))
 
@@ -99,7 +103,8 @@ class LinearClassifier(nn.Module):
 
     def _read(self, classes: list[Tensor], x_BND: Tensor) -> Tensor:
         norm = self.backbone.norm
-        patches = norm(x_BND)[:, self.backbone.num_prefix_tokens :].mean(1)  # first: see stream
+        # before the class tokens: `stream` names the norm's first call
+        patches = norm(x_BND)[:, self.backbone.num_prefix_tokens :].mean(1)
         return torch.cat([*(norm(token) for token in classes), patches], dim=-1)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -116,28 +121,34 @@ def _(net: LinearClassifier) -> Structure:
     return prefixed(structure(net.backbone), "backbone.")
 
 
-@drop.register
+@drop_branch.register
 def _(net: LinearClassifier, branch: str) -> None:
-    drop(net.backbone, branch.removeprefix("backbone."))
+    drop_branch(net.backbone, branch.removeprefix("backbone."))
 
 
-@settle.register
+@fix_input_size.register
 def _(net: LinearClassifier, size: tuple[int, int]) -> None:
-    settle(net.backbone, size)
+    fix_input_size(net.backbone, size)
 
 
 @stream.register
 def _(net: LinearClassifier) -> Stream:
     inner = stream(net.backbone)
     steps = tuple(
-        replace(branch, name=f"backbone.{branch.name}", before=f"backbone.{branch.before}")
+        replace(branch, name=f"backbone.{branch.name}", reader=f"backbone.{branch.reader}")
         for branch in inner.branches
     )
-    return replace(inner, steps=steps, after=f"backbone.{inner.after}", readout=1, alone=False)
+    return replace(
+        inner,
+        steps=steps,
+        final_norm=f"backbone.{inner.final_norm}",
+        n_readout_tokens=1,
+        norm_is_features=False,
+    )
 
 
-def _fetched(cache_dir: str | None) -> dict[str, Tensor]:
-    """Return the hub's weights of backbone and head, by this network's names."""
+def _hub_weights(cache_dir: str | None) -> dict[str, Tensor]:
+    """Download the hub's weights of backbone and head; return them by this network's names."""
     backbone, head = (
         torch.hub.load_state_dict_from_url(
             f"{HUB}/dinov2_vits14_{part}.pth", cache_dir, map_location="cpu", weights_only=True
@@ -155,18 +166,18 @@ def dinov2_vits14_lc(
     *,
     num_classes: int = 1000,
     img_size: int | None = None,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_cfg: PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
     cache_dir: str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> LinearClassifier:
-    """DINOv2 ViT-S/14 with the hub's four-layer linear head; `pretrained` fetches the hub's files.
+    """DINOv2 ViT-S/14 with the hub's four-layer linear head; `pretrained` downloads its weights.
 
-    `img_size` changes nothing: any multiple of 14 pixels may come, positions are stored for 518.
+    `img_size` is ignored: any multiple of 14 pixels works, position embeddings are stored for 518.
     """
     settings = {**_BACKBONE, **kwargs}
     net = LinearClassifier(VisionTransformer(**settings), num_classes=num_classes)
     if pretrained:
-        net.load_state_dict(_fetched(cache_dir))
+        net.load_state_dict(_hub_weights(cache_dir))
     net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_vits14_lc")).to_dict()
     return net

@@ -1,19 +1,23 @@
 """The EVA family of timm: EVA, EVA-02, DINOv3 and the ViTs with rotary positions, all `Eva`.
 
-Queries and keys are rotated dim by dim, so that their dims stay (`vitrim.network.heads`); heads and
-value dims go, and MLP units (`vitrim.network.mlp`), unless a norm reads them.
+Queries and keys are rotated dim by dim, so their dims are locked (`vitrim.network.heads`). Heads,
+value dims and MLP units (`vitrim.network.mlp`) can be cut unless a norm reads them.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from vitrim.network.attention import attended, by_run, projected, sliced, take_over
+from vitrim.network.attention import (
+    attention_output,
+    map_head_runs,
+    project_qkv,
+    sliced,
+    take_over,
+)
 from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
 from vitrim.network.heads import attention_of, steps_of
 from vitrim.network.mlp import mlp_of
@@ -24,22 +28,31 @@ from vitrim.network.structure import Structure, joined
 class SlicedEvaAttention(nn.Module):
     """timm's rotary attention after a cut: every head has its own value width."""
 
+    qkv: nn.Module
+    q_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
     q_norm: nn.Module
     k_norm: nn.Module
+    attn_drop: nn.Dropout
     norm: nn.Module
+    gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
 
-    def __init__(self, dense: Any, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, dense: EvaAttention, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.scale: float = dense.scale
         self.num_heads = len(v_dims)
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_prefix_tokens: int = dense.num_prefix_tokens
-        self.rotate_half: bool = getattr(dense, "rotate_half", False)  # timm from 1.0.20 on
+        self.rotate_half: bool = getattr(dense, "rotate_half", False)  # since timm 1.0.20
         self.fused_attn: bool = dense.fused_attn
-        take_over(self, dense)
+        biases = dict(dense.named_parameters(recurse=False))
+        self.q_bias, self.v_bias = biases.get("q_bias"), biases.get("v_bias")
+        take_over(self, dense, optional=("gate",))
 
     def forward(
         self,
@@ -53,30 +66,29 @@ class SlicedEvaAttention(nn.Module):
         def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
             q_BHNK = self._rotated(self.q_norm(q_BHNK), rope).type_as(v_BHNW)
             k_BHNK = self._rotated(self.k_norm(k_BHNK), rope).type_as(v_BHNW)
-            return attended(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
+            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
 
-        out_BNV = self.norm(by_run(self._projected(x), self.qk_dims, self.v_dims, attend))
-        gate = getattr(self, "gate", None)
-        if gate is not None:
-            out_BNV = out_BNV * gate(x).sigmoid()
+        out_BNV = self.norm(map_head_runs(self._projected(x), self.qk_dims, self.v_dims, attend))
+        if self.gate is not None:
+            out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
     def _projected(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values of all heads side by side, (B, N, C)."""
-        parts = dict(self.named_children())
-        if "qkv" not in parts:
-            return torch.cat([parts[name](x) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
-        return projected(self, x)
+        """Return queries, keys and values of all heads, concatenated: (B, N, C)."""
+        layers = dict(self.named_children())
+        if "qkv" not in layers:
+            return torch.cat([layers[name](x) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
+        return project_qkv(self, x)
 
     def _rotated(self, x_BHNK: Tensor, rope: Tensor | None) -> Tensor:
-        """Turn all but the prefix tokens by their positions."""
+        """Apply the rotary embedding to all tokens except the prefix tokens."""
         if rope is None:
             return x_BHNK
         prefix, patches = x_BHNK.tensor_split([self.num_prefix_tokens], dim=2)
-        how = {"half": True} if self.rotate_half else {}
-        turned = apply_rot_embed_cat(patches, rope, **how)
-        return torch.cat([prefix, turned], dim=2)
+        options = {"half": True} if self.rotate_half else {}
+        rotated = apply_rot_embed_cat(patches, rope, **options)
+        return torch.cat([prefix, rotated], dim=2)
 
     def extra_repr(self) -> str:
         """Show the widths per head."""
@@ -95,7 +107,7 @@ def _(attn: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> 
 
 @structure.register
 def _(net: Eva) -> Structure:
-    found = []
+    parts = []
     for index, block in enumerate(net.blocks):
         name = f"blocks.{index}"
         shared = getattr(block.attn, "num_kv_groups", 1) > 1
@@ -107,24 +119,25 @@ def _(net: Eva) -> Structure:
                 f"{' of shared keys and values' if shared else ''} cannot be cut; "
                 "supported: EvaBlock and EvaBlockPostNorm with EvaAttention or AttentionRope"
             )
-        found += [
+        parts += [
             attention_of(
                 f"{name}.attn",
                 block.attn,
-                fixed="query-key dims are rotated together, or normalised",
-                scaled=_lock(net, block.attn),
+                qk_locked="query-key dims are rotated together, or normalised",
+                v_locked=_locked_reason(net, block.attn),
             ),
             mlp_of(f"{name}.mlp", block.mlp),
         ]
-    return joined(found)
+    return joined(parts)
 
 
 @stream.register
 def _(net: Eva) -> Stream:
     if any(type(block) is EvaBlockPostNorm for block in net.blocks):
         raise UnsupportedArchitecture(
-            f"{type(net).__name__} with EvaBlockPostNorm: its branches end in norms, which nothing "
-            "can be regressed through; supported here: EvaBlock, or a method without images"
+            f"{type(net).__name__} with EvaBlockPostNorm has no residual stream to regress on: its "
+            "branches end in norms; supported here: EvaBlock; choose a method or option that needs "
+            "no stream"
         )
     ropes = _ropes(net)
     return Stream(
@@ -134,22 +147,22 @@ def _(net: Eva) -> Stream:
             for index, (block, rope) in enumerate(zip(net.blocks, ropes, strict=True))
             for step in steps_of(f"blocks.{index}", block, rope=rope)
         ),
-        after="norm",
-        prefix=net.num_prefix_tokens,
-        readout=int(net.global_pool == "token"),
-        alone=True,
+        final_norm="norm",
+        n_prefix_tokens=net.num_prefix_tokens,
+        n_readout_tokens=int(net.global_pool == "token"),
+        norm_is_features=True,
     )
 
 
-def _ropes(net: Any) -> list[Tensor | None]:
-    """Return the rotations of every block, for images of the size the network was made for."""
+def _ropes(net: Eva) -> list[Tensor | None]:
+    """Return the rotary embedding of every block, for the image size of the network."""
     if net.rope is None:
         return [None] * len(net.blocks)
     rope = net.rope.get_embed(net.patch_embed.grid_size)
     return list(rope) if net.rope_mixed else [rope] * len(net.blocks)
 
 
-def _lock(net: Any, attn: Any) -> str:
+def _locked_reason(net: Eva, attn: EvaAttention) -> str:
     if not isinstance(attn.norm, nn.Identity):
         return "the attention output is normalised"
-    return "every head has rotations of its own" if net.rope_mixed else ""
+    return "every head has its own rotations" if net.rope_mixed else ""

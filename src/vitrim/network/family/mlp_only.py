@@ -1,8 +1,8 @@
-"""Families whose MLPs alone can be cut: their attentions and convolutions stay as they are.
+"""Families of which only the MLPs can be cut; their attentions and convolutions stay unchanged.
 
-The sites are those of `vitrim.network.mlp`, by the module path of each MLP. What reads an MLP's
-output is of no matter: hidden units are between two of its own layers. There are no branches to
-drop here, and no residual stream is followed.
+The sites are those of `vitrim.network.mlp`, by the module path of each MLP. The layers that read an
+MLP's output do not matter: hidden units are between two layers of the MLP. These families have no
+branches to drop and no described residual stream.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ from vitrim.network.structure import Structure, joined
 @structure.register(Xcit)
 def _(net: nn.Module) -> Structure:
     mlps = [mlp_of(name, module) for name, module in net.named_modules() if is_mlp(module)]
-    found = joined(mlps)
-    if all(site.locked for site in found.sites.values()):
+    described = joined(mlps)
+    if all(site.locked_reason for site in described.sites.values()):
         raise UnsupportedArchitecture(
-            f"{type(net).__name__} has no MLP here that can be cut; supported: {SUPPORTED}"
+            f"{type(net).__name__} has no MLP that can be cut; supported MLPs: {SUPPORTED}"
         )
-    return found
+    return described

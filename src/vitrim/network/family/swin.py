@@ -1,7 +1,6 @@
 """The Swin transformers of timm: `SwinTransformer`, whose attention is within (shifted) windows.
 
-Sites of block j of stage i, and what they are of (D the stage's width, H heads, K head dim, M mlp
-hidden):
+Sites of block j of stage i (D the stage's width, H heads, K head dim, M mlp hidden):
     layers.i.blocks.j.attn.input   (D,)    columns of qkv      the norm's output, gathered
     layers.i.blocks.j.attn.heads   (H,)    whole heads, their columns of the position bias included
     layers.i.blocks.j.attn.qk      (H*K,)  query and key rows, free in every head
@@ -9,15 +8,16 @@ hidden):
     layers.i.blocks.j.mlp.input    (D,)    columns of fc1      the norm's output, gathered
     layers.i.blocks.j.mlp.hidden   (M,)    rows of fc1 and columns of fc2
 
-Attention works on windows of tokens, the last of a row or column filled up with zeros; its Linears
-are applied to those, too, and counted there. Patch merging is never cut.
+Attention works on windows of tokens; the last window of a row or column is padded with zeros. The
+Linears of attentions are applied to the padding as well, and counted there. Patch merging is never
+cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from timm.models.swin_transformer import (
     SwinTransformer,
@@ -29,12 +29,18 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from vitrim.network.attention import SlicedWindowAttention
-from vitrim.network.dispatch import UnsupportedArchitecture, computed, drop, stream, structure
-from vitrim.network.family.vit import PLACES, OneBranch
+from vitrim.network.dispatch import (
+    UnsupportedArchitecture,
+    drop_branch,
+    non_persistent_buffers,
+    stream,
+    structure,
+)
+from vitrim.network.family.vit import NUMBERS, OneBranch
 from vitrim.network.heads import attention_of
 from vitrim.network.mlp import mlp_of
-from vitrim.network.stream import Branch, Merge, Stream
-from vitrim.network.structure import Residual, Structure, joined
+from vitrim.network.stream import BranchStep, MergeStep, Stream
+from vitrim.network.structure import ResidualBranch, Structure, joined
 
 _COPIED = (
     "input_resolution",
@@ -48,7 +54,7 @@ _COPIED = (
 
 
 class WindowBlock(SwinTransformerBlock):  # type: ignore[misc]
-    """What is left of a block once its MLP is dropped: timm's own windows, shift and mask."""
+    """A block without its MLP, with timm's windows, shift and mask."""
 
     def __init__(self, block: SwinTransformerBlock) -> None:
         nn.Module.__init__(self)
@@ -65,34 +71,34 @@ class WindowBlock(SwinTransformerBlock):  # type: ignore[misc]
 
 
 class _Part(NamedTuple):
-    """A branch there is: its block's path, the block, and attn or mlp."""
+    """A branch that is not dropped: the path of its block, the block, and attn or mlp."""
 
-    at: str
-    block: Any
+    path: str
+    block: SwinTransformerBlock
     kind: str
 
     @property
     def name(self) -> str:
-        return f"{self.at}.{self.kind}"
+        return f"{self.path}.{self.kind}"
 
     @property
     def norm(self) -> str:
-        return f"{self.at}.norm{PLACES[self.kind]}"
+        return f"{self.path}.norm{NUMBERS[self.kind]}"
 
 
 @structure.register
 def _(net: SwinTransformer) -> Structure:
     parts = [part for stage in range(len(net.layers)) for part in _parts(net, stage)]
-    found = [
+    described = [
         (_attention if part.kind == "attn" else mlp_of)(part.name, net.get_submodule(part.name))
         for part in parts
     ]
     return replace(
-        joined(found),
+        joined(described),
         branches=tuple(
-            Residual(
+            ResidualBranch(
                 name=part.name,
-                block=part.at,
+                block=part.path,
                 modules=(part.norm, part.name),
                 ends=(f"{part.name}.{'proj' if part.kind == 'attn' else 'fc2'}",),
             )
@@ -101,63 +107,68 @@ def _(net: SwinTransformer) -> Structure:
     )
 
 
-def _attention(name: str, attn: Any) -> Structure:
-    tables = {"relative_position_bias_table": 1}
-    return attention_of(name, attn, tables=tables, context=attn.window_area)
+def _attention(name: str, attn: WindowAttention) -> Structure:
+    per_head = {"relative_position_bias_table": 1}
+    return attention_of(name, attn, per_head=per_head, context=attn.window_area)
 
 
-@drop.register
+@drop_branch.register
 def _(net: SwinTransformer, branch: str) -> None:
-    at, _, kind = branch.rpartition(".")
-    block = net.get_submodule(at)
-    left: nn.Module
+    path, _, kind = branch.rpartition(".")
+    block = net.get_submodule(path)
+    remaining: nn.Module
     if not isinstance(block, SwinTransformerBlock) or isinstance(block, WindowBlock):
-        left = nn.Identity().train(block.training)
+        remaining = nn.Identity().train(block.training)
     else:
-        left = WindowBlock(block) if kind == "mlp" else OneBranch(block, "mlp")
-    net.set_submodule(at, left)
+        remaining = WindowBlock(block) if kind == "mlp" else OneBranch(block, "mlp")
+    net.set_submodule(path, remaining)
 
 
 @stream.register
 def _(net: SwinTransformer) -> Stream:
-    steps: list[Branch | Merge] = []
+    steps: list[BranchStep | MergeStep] = []
     for index, stage in enumerate(net.layers):
         if not isinstance(stage.downsample, nn.Identity):
-            steps.append(Merge(before=f"layers.{index}.downsample", apply=stage.downsample))
+            steps.append(MergeStep(reader=f"layers.{index}.downsample", apply=stage.downsample))
         steps += [_branch(part) for part in _parts(net, index)]
     return Stream(
-        embed=net.patch_embed, steps=tuple(steps), after="norm", prefix=0, readout=0, alone=True
+        embed=net.patch_embed,
+        steps=tuple(steps),
+        final_norm="norm",
+        n_prefix_tokens=0,
+        n_readout_tokens=0,
+        norm_is_features=True,
     )
 
 
-@computed.register
+@non_persistent_buffers.register
 def _(net: SwinTransformer) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for name, module in net.named_modules():
         if isinstance(module, _ATTENTIONS):
             index = get_relative_position_index(*module.window_size)
-            found[f"{name}.relative_position_index"] = index
+            buffers[f"{name}.relative_position_index"] = index
         elif isinstance(module, SwinTransformerBlock) and module.attn_mask is not None:
             mask = module.get_attn_mask()
-            found[f"{name}.attn_mask"] = mask.to(module.norm1.weight.dtype)
-    return found
+            buffers[f"{name}.attn_mask"] = mask.to(module.norm1.weight.dtype)
+    return buffers
 
 
 _ATTENTIONS = (WindowAttention, SlicedWindowAttention)
 
 
 def _parts(net: SwinTransformer, stage: int) -> Iterator[_Part]:
-    """Iterate over the branches that a stage has.
+    """Iterate over the branches of a stage that are not dropped.
 
     Raises:
         UnsupportedArchitecture: a block or its attention is of another class than timm's.
     """
     for index, block in enumerate(net.layers[stage].blocks):
-        at = f"layers.{stage}.blocks.{index}"
+        path = f"layers.{stage}.blocks.{index}"
         if type(block) is nn.Identity:
-            continue  # both are dropped
+            continue  # both branches are dropped
         if isinstance(block, OneBranch):
-            yield _Part(at, block, block.branch)
+            yield _Part(path, block, block.branch)
             continue
         if type(block) not in (SwinTransformerBlock, WindowBlock) or not isinstance(
             block.attn, _ATTENTIONS
@@ -167,30 +178,30 @@ def _parts(net: SwinTransformer, stage: int) -> Iterator[_Part]:
                 f"{type(getattr(block, 'attn', None)).__name__} cannot be cut; "
                 "supported: SwinTransformerBlock with WindowAttention and Mlp"
             )
-        yield _Part(at, block, "attn")
+        yield _Part(path, block, "attn")
         if type(block) is SwinTransformerBlock:
-            yield _Part(at, block, "mlp")
+            yield _Part(path, block, "mlp")
 
 
-def _branch(part: _Part) -> Branch:
+def _branch(part: _Part) -> BranchStep:
     block = part.block
-    norm = block.get_submodule(f"norm{PLACES[part.kind]}")
+    norm = block.get_submodule(f"norm{NUMBERS[part.kind]}")
     inner = block.get_submodule("mlp") if part.kind == "mlp" else block._attn
-    return Branch(
+    return BranchStep(
         name=part.name,
-        before=part.norm,
+        reader=part.norm,
         apply=lambda x: inner(norm(x)),
         scale=None,
         tokens=(lambda x: x.flatten(1, -2))
         if part.kind == "mlp"
-        else (lambda windows: _out_of_windows(block, windows)),
+        else (lambda windows: _to_tokens(block, windows)),
     )
 
 
-def _out_of_windows(block: Any, windows: Tensor) -> Tensor:
-    """Return what flows in windows, (B * windows, area, C), by tokens of the map, (B, H*W, C).
+def _to_tokens(block: SwinTransformerBlock, windows: Tensor) -> Tensor:
+    """Map activations in windows, (B * windows, area, C), to the order of tokens, (B, H*W, C).
 
-    Of filled-up windows the filling goes. The map is that of the size the network was made for.
+    Padding is removed. The size of the map is the one that the network was built for.
     """
     (height, width), (h, w) = block.input_resolution, block.window_size
     padded = height + -height % h, width + -width % w

@@ -1,15 +1,14 @@
-"""Swin transformer v2 of timm: `SwinTransformerV2`, whose attention compares by cosines.
+"""Swin transformer v2 of timm: `SwinTransformerV2`, with scaled cosine attention.
 
-Queries and keys are normalised over a head, so that their dims stay (`vitrim.network.heads`). Of
-the small MLP that makes the biases by position, the last layer has one row per head. What can be
-cut of an MLP is in `vitrim.network.mlp`. Windows are those of `vitrim.network.family.swin`.
+Queries and keys are normalised over a head, so their dims are locked (`vitrim.network.heads`). The
+last layer of the small MLP that makes the position biases has one row per head. The sites of MLPs
+are described in `vitrim.network.mlp`; windows are those of `vitrim.network.family.swin`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import (
@@ -19,19 +18,21 @@ from timm.models.swin_transformer_v2 import (
 )
 from torch import Tensor, nn
 
-from vitrim.network.attention import by_run, projected, sliced, take_over
+from vitrim.network.attention import map_head_runs, project_qkv, sliced, take_over
 from vitrim.network.dispatch import UnsupportedArchitecture, structure
 from vitrim.network.heads import attention_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.structure import Layer, Part, Structure, full, joined
 
-_MOST = math.log(100)  # of the logit scale, as in timm
+_MAX_LOGIT_SCALE = math.log(100)  # as in timm
 
 
 class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
     """timm's cosine attention after a cut: every head has its own value width."""
 
-    def __init__(self, dense: Any, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, dense: WindowAttention, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
+    ) -> None:
         nn.Module.__init__(self)
         self.num_heads = len(v_dims)
         self.qk_dims = qk_dims
@@ -45,7 +46,7 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
-        scale_H11 = self.logit_scale.clamp(max=_MOST).exp()
+        scale_H11 = self.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         bias_HNN = 16 * table[self.relative_position_index].movedim(-1, 0).sigmoid()
 
@@ -58,7 +59,7 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
             out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
             return out_BHNW
 
-        out_BNV = by_run(projected(self, x), self.qk_dims, self.v_dims, attend)
+        out_BNV = map_head_runs(project_qkv(self, x), self.qk_dims, self.v_dims, attend)
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
@@ -76,7 +77,7 @@ def _(
 
 @structure.register
 def _(net: SwinTransformerV2) -> Structure:
-    found = []
+    parts = []
     for stage, layer in enumerate(net.layers):
         for index, block in enumerate(layer.blocks):
             name = f"layers.{stage}.blocks.{index}"
@@ -85,19 +86,19 @@ def _(net: SwinTransformerV2) -> Structure:
                     f"{type(net).__name__} with {type(block).__name__} cannot be cut; "
                     "supported: SwinTransformerV2Block"
                 )
-            found += [
+            parts += [
                 _attention(f"{name}.attn", block.attn),
                 mlp_of(f"{name}.mlp", block.mlp),
             ]
-    return joined(found)
+    return joined(parts)
 
 
-def _attention(name: str, attn: Any) -> Structure:
-    found = attention_of(
+def _attention(name: str, attn: WindowAttention) -> Structure:
+    described = attention_of(
         name,
         attn,
-        fixed="q and k are normalised over the head",
-        tables={"logit_scale": 0},
+        qk_locked="q and k are normalised over the head",
+        per_head={"logit_scale": 0},
         context=attn.window_size[0] * attn.window_size[1],
     )
     biases = Layer(
@@ -105,6 +106,6 @@ def _attention(name: str, attn: Any) -> Structure:
         branch=name,
         out=(Part(site=f"{name}.heads", offset=0, size=attn.num_heads),),
         inp=full(attn.cpb_mlp[2].in_features),
-        locked="it makes biases by position, one row per head",
+        locked_reason="it makes the position biases, one row per head",
     )
-    return replace(found, layers=(*found.layers, biases))
+    return replace(described, layers=(*described.layers, biases))

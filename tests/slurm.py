@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node in the background: its own config, key and ports, no systemd."""
+"""A SLURM cluster of one node in the background, with its own configuration, key and ports."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Slurm:
 
     @property
     def env(self) -> dict[str, str]:
-        """What the tools of SLURM need to find this cluster."""
+        """The environment in which SLURM's tools find this cluster."""
         return os.environ | {
             "PATH": PATH,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -84,20 +84,20 @@ class Slurm:
         wait("munged", (self.folder / "munge.socket").exists)
         self._daemon(["slurmctld", "-D"])
         self._daemon(["slurmd", "-D"])
-        wait("an idle node", lambda: "idle" in self.tell("sinfo", "--noheader", "--format=%T"))
+        wait("an idle node", lambda: "idle" in self.run("sinfo", "--noheader", "--format=%T"))
 
     def stop(self) -> None:
-        """Cancel every job, wait until none is left, and end the daemons."""
+        """Cancel every job, wait for an empty queue, and stop the daemons."""
         try:
-            self.tell("scancel", f"--user={getpass.getuser()}")
-            wait("an empty queue", lambda: not self.tell("squeue", "--noheader"))
+            self.run("scancel", f"--user={getpass.getuser()}")
+            wait("an empty queue", lambda: not self.run("squeue", "--noheader"))
         finally:
             for daemon in reversed(self.daemons):
                 daemon.terminate()
                 daemon.wait(timeout=20)
 
-    def tell(self, *command: str) -> str:
-        """Run a tool of SLURM and return what it prints, nothing where it fails."""
+    def run(self, *command: str) -> str:
+        """Run a tool of SLURM and return its output, empty where it fails."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
@@ -105,7 +105,7 @@ class Slurm:
         """Return the jobs of this name as `scontrol show job` describes them."""
         shown = [
             dict(word.split("=", 1) for word in line.split() if "=" in word)
-            for line in self.tell("scontrol", "show", "job", "--oneliner").splitlines()
+            for line in self.run("scontrol", "show", "job", "--oneliner").splitlines()
         ]
         return [job for job in shown if job.get("JobName") == name]
 
@@ -136,7 +136,7 @@ class Slurm:
 
 
 def wait(what: str, done: Callable[[], bool], *, seconds: float = 300.0) -> None:
-    """Return once `done` says so.
+    """Return once `done` returns true.
 
     Raises:
         TimeoutError: it did not within `seconds`.

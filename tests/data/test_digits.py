@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits, _jitter
+from vitrim.errors import ConfigError
 
 SPEC = ImageSpec(
     channels=1, size=(8, 8), mean=(0.5,), std=(0.5,), interpolation="bicubic", crop_pct=1.0
@@ -35,7 +39,28 @@ def test_moving_by_a_pixel_moves_by_a_pixel() -> None:
 
 def test_calibration_takes_training_images_as_they_are() -> None:
     module = DIGITS.module(SPEC)
-    found = torch.cat([images for images, _ in module.calibration_dataloader(100, seed=0)])
-    assert found.shape == (100, 1, 8, 8)
+    drawn = torch.cat([images for images, _ in module.calibration_dataloader(100, seed=0)])
+    assert drawn.shape == (100, 1, 8, 8)
     everything = torch.cat([images for images, _ in module.calibration_dataloader(10**6, seed=0)])
     assert torch.equal(everything, module.train_set.tensors[0])
+
+
+@pytest.mark.parametrize(
+    "constant", [{"n_classes": 5}, {"trainable": False}, {"sample_names": ("a",)}]
+)
+def test_constants_are_no_settings(constant: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        Digits(
+            batch_size=64,
+            held_out=0.2,
+            shift=0.25,
+            rotation=5.0,
+            label_smoothing=0.1,
+            **constant,
+        )
+    assert (DIGITS.n_classes, DIGITS.trainable, DIGITS.sample_names) == (10, True, ())
+
+
+def test_every_wrong_setting_is_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"data\.held_out=1\.5: .*; data\.batch_size=0: "):
+        Digits(batch_size=0, held_out=1.5, shift=0.25, rotation=5.0, label_smoothing=0.1)

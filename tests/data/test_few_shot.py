@@ -14,8 +14,8 @@ from PIL import Image
 from command import QUICK, Command
 from conftest import MIXED, fit, images_in
 from vitrim.data import ImageSpec
-from vitrim.data.few_shot import Few, few, shares
-from vitrim.data.images import Images
+from vitrim.data.few_shot import FewShotSubset, few_shot, shares
+from vitrim.data.image_files import ImageFiles
 from vitrim.errors import ConfigError
 
 SPEC = ImageSpec(
@@ -42,13 +42,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(root: Path, samples: int | None, seed: int = 0, **changes: Any) -> Images:
+def opened(root: Path, samples: int | None, seed: int = 0, **changes: Any) -> ImageFiles:
     settings = {"samples": samples, "samples_seed": seed, "batch_size": 8, "mixing": MIXED}
     return images_in(root, **settings, **changes)
 
 
-def classes_of(images: Images) -> Counter[str]:
-    return Counter(Path(name).parent.name for name in images.chosen)
+def classes_of(images: ImageFiles) -> Counter[str]:
+    return Counter(Path(name).parent.name for name in images.sample_names)
 
 
 @pytest.mark.parametrize("samples", [2, 3])
@@ -73,29 +73,29 @@ def test_shares_add_up_and_differ_by_one(samples: int) -> None:
 
 
 def test_the_seed_decides_and_the_order_of_the_files_does_not(root: Path) -> None:
-    assert opened(root, 6).chosen == opened(root, 6).chosen
-    assert len({tuple(opened(root, 6, seed).chosen) for seed in range(5)}) == 5
-    whole = opened(root, None).train.whole
-    names = [Path(path).relative_to(root).as_posix() for path, _ in whole.samples]
+    assert opened(root, 6).sample_names == opened(root, 6).sample_names
+    assert len({tuple(opened(root, 6, seed).sample_names) for seed in range(5)}) == 5
+    dataset = opened(root, None).train.dataset
+    names = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
     rows = random.Random(1).sample(range(len(names)), len(names))
-    whole.samples = [whole.samples[row] for row in rows]
-    mixed = few(
-        whole,
+    dataset.samples = [dataset.samples[row] for row in rows]
+    mixed = few_shot(
+        dataset,
         classes=dict(enumerate("abcd")),
-        labels=[whole.targets[row] for row in rows],
+        labels=[dataset.targets[row] for row in rows],
         names=[names[row] for row in rows],
         samples=6,
         seed=0,
     )
-    assert mixed.names == opened(root, 6).chosen
-    assert [Path(whole.samples[place][0]).name for place in mixed.places] == [
+    assert mixed.names == opened(root, 6).sample_names
+    assert [Path(dataset.samples[index][0]).name for index in mixed.indices] == [
         Path(name).name for name in mixed.names
     ]
 
 
 def test_null_takes_everything(root: Path) -> None:
     images = opened(root, None)
-    assert images.chosen == ()
+    assert images.sample_names == ()
     assert len(images.train) == 18
 
 
@@ -142,16 +142,16 @@ def test_few_images_of_no_training_folder_are_refused(root: Path) -> None:
 
 def test_every_image_is_decoded_once_for_training_and_calibration(root: Path) -> None:
     images = opened(root, 4)
-    assert isinstance(images.train, Few)
+    assert isinstance(images.train, FewShotSubset)
     loaded: list[str] = []
-    folder = images.train.whole.whole
+    folder = images.train.dataset.dataset
     load = folder.loader
     folder.loader = lambda path: loaded.append(path) or load(path)
     module = images.module(SPEC)
     for _ in range(3):
         assert len(list(module.train_dataloader())) == 1
         assert len(list(module.calibration_dataloader(100, seed=0))) == 1
-    assert sorted(loaded) == sorted(str(root / name) for name in images.chosen)
+    assert sorted(loaded) == sorted(str(root / name) for name in images.sample_names)
 
 
 def test_calibration_draws_from_the_few(root: Path) -> None:
@@ -160,7 +160,7 @@ def test_calibration_draws_from_the_few(root: Path) -> None:
     (batch,) = module.calibration_dataloader(1000, seed=0)
     expected = [
         torch.from_numpy(np.array(Image.open(root / name))).permute(2, 0, 1) / 127.5 - 1
-        for name in images.chosen
+        for name in images.sample_names
     ]
     torch.testing.assert_close(batch[0], torch.stack(expected))
     (fewer,) = module.calibration_dataloader(3, seed=0)
@@ -209,7 +209,7 @@ def test_the_list_is_saved_with_the_run(command: Command, root: Path) -> None:
     other = run(command, root, "data.samples=6", "seed=1")
     for folder, seed in ((first, 0), (other, 1)):
         names = (folder / "samples.txt").read_text().splitlines()
-        assert names == opened(root, 6, seed).chosen
+        assert names == opened(root, 6, seed).sample_names
         assert all((root / name).is_file() for name in names)
     assert first.parent == other.parent  # one series, two seeds
     assert not (run(command, root) / "samples.txt").exists()

@@ -1,4 +1,4 @@
-"""Images of every bad kind, and odd ones that are not bad, by tiny generated files."""
+"""Images of every bad kind, and odd ones that are not bad, from tiny generated files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torchvision.datasets import ImageFolder
 
 from command import QUICK, Command
 from conftest import images_in
-from vitrim.data.bad_images import found, listing
-from vitrim.data.few_shot import Few
-from vitrim.data.images import Images
-from vitrim.data.quarantine import BadImages, Replacing, allowed
+from vitrim.data.bad_images import reasons_by_split, recorded
+from vitrim.data.defects import BadImages
+from vitrim.data.few_shot import FewShotSubset
+from vitrim.data.image_files import ImageFiles
+from vitrim.data.quarantine import TolerantDataset, max_bad_images
 from vitrim.errors import ConfigError
 
 SIZE = 24
@@ -72,7 +73,7 @@ ODD: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
     "grey and alpha": ("PNG", lambda image: image.convert("LA")),
     "bits": ("PNG", lambda image: image.convert("1")),
     "16 bits": ("PNG", lambda image: Image.fromarray(np.full((8, 8), 999, np.uint16))),
-    "as it lay": ("JPEG", lambda image: image),  # with an orientation
+    "rotated": ("JPEG", lambda image: image),  # with an orientation
 }
 
 
@@ -80,15 +81,15 @@ ODD: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
 def root(tmp_path: Path) -> Path:
     """Two classes of four good images, in both splits."""
     for split in ("train", "val"):
-        for at, name in enumerate("ab"):
+        for index, name in enumerate("ab"):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(4):
-                pixels(4 * at + number).save(folder / f"{number}.jpg")
+                pixels(4 * index + number).save(folder / f"{number}.jpg")
     return tmp_path / "images"
 
 
-def opened(root: Path, limit: float = 0.5, evaluation: str = "fail", **changes: Any) -> Images:
+def opened(root: Path, limit: float = 0.5, evaluation: str = "fail", **changes: Any) -> ImageFiles:
     return images_in(root, bad_images={"limit": limit, "evaluation": evaluation}, **changes)
 
 
@@ -107,11 +108,11 @@ def test_a_bad_training_image_is_replaced_and_no_other_moves(root: Path, kind: s
     before = [image for image, _ in opened(root).train]
     bad = spoil(root / "train" / "a" / "3.jpg", kind)
     images = opened(root)
-    after = [images.train[at] for at in range(8)]
+    after = [images.train[index] for index in range(8)]
     assert [label for _, label in after] == [0] * 4 + [1] * 4
     expected = [*before[:3], before[0], *before[4:]]  # after the last of a class comes its first
     assert all(same(image, old) for (image, _), old in zip(after, expected, strict=True))
-    assert list(found(images)["training"]) == [str(bad)]
+    assert list(reasons_by_split(images)["training"]) == [str(bad)]
 
 
 def test_the_stand_in_does_not_depend_on_what_was_asked_for_before(root: Path) -> None:
@@ -119,7 +120,7 @@ def test_the_stand_in_does_not_depend_on_what_was_asked_for_before(root: Path) -
         spoil(root / "train" / "a" / f"{number}.jpg", "text")
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 1]):
         train = opened(root).train
-        items = {at: train[at][0] for at in order}
+        items = {index: train[index][0] for index in order}
         assert same(items[1], train[3][0])
         assert same(items[2], train[3][0])
 
@@ -132,7 +133,7 @@ def test_what_workers_find_is_known_here(root: Path, workers: int) -> None:
     train.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
     batches = list(DataLoader(train, batch_size=2, num_workers=workers))
     assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([x for x, _ in train]))
-    reasons = found(images)["training"]
+    reasons = reasons_by_split(images)["training"]
     assert list(reasons) == [str(path) for path in bad]
     assert all("OSError: " in reason for reason in reasons.values())
 
@@ -164,7 +165,7 @@ def test_limits_that_are_none_are_refused(root: Path, limit: Any) -> None:
 
 
 def test_a_share_is_rounded_down() -> None:
-    assert [allowed(limit, 199) for limit in (0.01, 1.0, 1, 0)] == [1, 199, 1, 0]
+    assert [max_bad_images(limit, 199) for limit in (0.01, 1.0, 1, 0)] == [1, 199, 1, 0]
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -172,19 +173,19 @@ def test_odd_images_are_no_bad_ones(root: Path, name: str) -> None:
     kind, change = ODD[name]
     path = root / "train" / "a" / "0.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    change(pixels()).save(path, kind, **({"exif": exif} if name == "as it lay" else {}))
+    exif[0x0112] = 6  # rotated by 90 degrees
+    change(pixels()).save(path, kind, **({"exif": exif} if name == "rotated" else {}))
     images = opened(root, limit=0)
     image, _ = images.train[0]
     assert image.mode == "RGB"
     assert same(image, Image.open(path).convert("RGB"))
-    assert found(images) == {}
+    assert reasons_by_split(images) == {}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_fails_and_names_every_bad_image(root: Path, workers: int) -> None:
     kinds = ("truncated", "bomb", "empty")
-    bad = [spoil(root / "val" / "b" / f"{at}.jpg", kind) for at, kind in enumerate(kinds)]
+    bad = [spoil(root / "val" / "b" / f"{index}.jpg", kind) for index, kind in enumerate(kinds)]
     val = opened(root).val
     val.transform = lambda image: torch.zeros(1)
     with pytest.raises(BadImages, match="3 of the 8 images") as error:
@@ -197,7 +198,7 @@ def test_evaluation_can_leave_bad_images_out(root: Path) -> None:
     bad = spoil(root / "val" / "a" / "1.jpg", "text")
     images = opened(root, evaluation="skip")
     assert [label for _, label in images.val] == [0] * 3 + [1] * 4
-    assert list(found(images)["evaluation"]) == [str(bad)]
+    assert list(reasons_by_split(images)["evaluation"]) == [str(bad)]
     with pytest.raises(ConfigError, match=r"data\.bad_images\.evaluation=drop"):
         opened(root, evaluation="drop")
 
@@ -217,11 +218,11 @@ def test_images_named_after_another_class_are_bad(root: Path) -> None:
         root / "train" / "n01440764" / "n01440764_0.jpg"
     )
     right = opened(root)
-    assert found(right) == {}
+    assert reasons_by_split(right) == {}
     path = root / "train" / "n01440764" / "n02102040_7.jpg"
     (root / "train" / "n01440764" / "1.jpg").rename(path)
     images = opened(root)
-    assert found(images) == {"training": {str(path): "named after another class"}}
+    assert reasons_by_split(images) == {"training": {str(path): "named after another class"}}
     assert len(images.train) == 8
     with pytest.raises(BadImages, match="1 of the 8"):
         opened(root, limit=0)
@@ -233,36 +234,36 @@ def test_images_named_after_another_class_are_bad(root: Path) -> None:
 
 def test_a_few_images_take_their_stand_ins_from_the_whole_set(root: Path) -> None:
     images = opened(root, samples=2)
-    assert isinstance(images.train, Few)
-    spoil(root / images.chosen[0], "text")
+    assert isinstance(images.train, FewShotSubset)
+    spoil(root / images.sample_names[0], "text")
     image, label = images.train[0]
     assert label == 0
     assert image.mode == "RGB"
-    assert list(found(images)["training"]) == [str(root / images.chosen[0])]
+    assert list(reasons_by_split(images)["training"]) == [str(root / images.sample_names[0])]
 
 
 def test_a_machine_that_cannot_read_is_no_fault_of_the_image(root: Path) -> None:
     def fail(path: str) -> Image.Image:
         raise OSError(5, "Input/output error")
 
-    whole = ImageFolder(str(root / "train"), loader=fail)
-    names = [path for path, _ in whole.samples]
-    train = Replacing(whole, labels=whole.targets, names=names, limit=1.0)
-    with pytest.raises(BadImages, match=r"a/0\.jpg: could not be read, by no fault"):
+    folder = ImageFolder(str(root / "train"), loader=fail)
+    names = [path for path, _ in folder.samples]
+    train = TolerantDataset(folder, labels=folder.targets, names=names, limit=1.0)
+    with pytest.raises(BadImages, match=r"a/0\.jpg: could not be read \(machine error"):
         train[0]
 
 
 def test_the_list_grows_and_outlives_errors(root: Path, tmp_path: Path) -> None:
     paths = [spoil(root / "train" / name / "0.jpg", "text") for name in "ab"]
-    for at in (0, 4):
+    for index in (0, 4):
         images = opened(root)
         images.train.transform = lambda image: 1 // 0
-        with pytest.raises(ZeroDivisionError), listing(images, tmp_path):
-            images.train[at]
+        with pytest.raises(ZeroDivisionError), recorded(images, tmp_path):
+            images.train[index]
     listed = json.loads((tmp_path / "quarantine.json").read_text())
     assert list(listed) == ["training"]
     assert list(listed["training"]) == [str(path) for path in paths]
-    with listing(None, tmp_path / "other"):
+    with recorded(None, tmp_path / "other"):
         pass
     assert not (tmp_path / "other").exists()
 
@@ -284,5 +285,7 @@ def test_a_run_lists_and_counts_what_it_met(command: Command, root: Path) -> Non
 
 def test_a_folder_that_is_no_class_is_named_among_wnids(root: Path) -> None:
     (root / "train" / "a").rename(root / "train" / "n01440764")
-    with pytest.raises(ConfigError, match=r"no wnids: \['a', 'b'\].*data\.classes"):
+    with pytest.raises(
+        ConfigError, match=r"after wnids, these are not: \['a', 'b'\].*data\.classes"
+    ):
         opened(root)

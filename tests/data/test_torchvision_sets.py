@@ -1,4 +1,4 @@
-"""Data sets of other tasks, by tiny stand-ins in their layouts."""
+"""Data sets of other tasks: their configurations, and tiny stand-ins in their layouts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
@@ -18,7 +19,7 @@ from torchvision.datasets import Flowers102
 from command import Command
 from vitrim.cli.compose import CONF
 from vitrim.data import ImageSpec
-from vitrim.data.images import Images
+from vitrim.data.image_files import ImageFiles
 
 SPEC = ImageSpec(
     channels=3,
@@ -71,7 +72,7 @@ def test_training_takes_all_that_is_not_test(
 ) -> None:
     made(tmp_path, monkeypatch)
     images = opened(name, f"data.root={tmp_path}")
-    assert isinstance(images, Images)
+    assert isinstance(images, ImageFiles)
     assert images.n_classes == n_classes
     module = images.module(SPEC)
     (seen,) = module.calibration_dataloader(100, seed=0)
@@ -88,7 +89,7 @@ def test_few_are_drawn_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     images = opened("pets", f"data.root={tmp_path}", "data.samples=2")
     (seen,) = images.module(SPEC).calibration_dataloader(100, seed=0)
     assert sorted(seen[1].tolist()) == [0, 1]
-    assert len(images.chosen) == 2
+    assert len(images.sample_names) == 2
     with pytest.raises(InstantiationException, match="only 4 training images"):
         opened("pets", f"data.root={tmp_path}", "data.samples=5")
 
@@ -116,3 +117,39 @@ def test_folders_of_others_are_image_folders(tmp_path: Path, name: str) -> None:
             paint(tmp_path / split / kind / "1.jpg", 90)
     images = opened(name, f"data.root={tmp_path}")
     assert (images.n_classes, len(images.train), len(images.val)) == (2, 2, 2)
+
+
+SHARED: dict[str, Any] = {
+    "samples": None,
+    "samples_seed": 3,
+    "batch_size": 256,
+    "mixing": {
+        "mixup_alpha": 0.8,
+        "cutmix_alpha": 1.0,
+        "prob": 1.0,
+        "switch_prob": 0.5,
+        "label_smoothing": 0.1,
+    },
+}
+AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3}
+FILES = ("cub200", "flowers102", "imagefolder", "indoor67", "pets")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", *FILES])
+def test_sets_of_images_share_their_settings(name: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[f"data={name}", "data.root=X", "seed=3"])
+    data: Any = OmegaConf.to_container(
+        OmegaConf.create({"seed": 3, "data": cfg.data}), resolve=True
+    )
+    data = data["data"]
+    assert {key: data[key] for key in SHARED} == SHARED
+    erasing = {
+        "imagefolder": {"re_prob": 0.25, "re_mode": "pixel"},
+        "cub200": {"re_prob": 0.0, "re_mode": "pixel"},
+        "indoor67": {"re_prob": 0.0, "re_mode": "pixel"},
+    }
+    assert data["augmentation"] == AUGMENTED | erasing.get(name, {"re_prob": 0.0})
+    assert ("bad_images" in data) == (name in FILES)
+    if name in FILES:
+        assert data["bad_images"] == {"limit": 0.01, "evaluation": "fail"}

@@ -1,4 +1,4 @@
-"""Runs of two processes: begun by the command or by torchrun, counted once, refused in sweeps."""
+"""Runs of two processes: started by the command or by torchrun, counted once, refused in sweeps."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from command import QUICK, Command
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
 from vitrim.errors import ConfigError
-from vitrim.jobs.distributed import wanted
+from vitrim.jobs.distributed import requested_processes
 
 TWO = ("trainer.devices=2", "trainer.strategy=ddp", "strength=3")
 
@@ -30,7 +30,7 @@ def ran(*command: str) -> Path:
     return Path(line)
 
 
-def judged(folder: Path) -> float:
+def accuracy_of(folder: Path) -> float:
     """Return the top-1 of a saved network over every held-out digit, without a trainer."""
     recipe: Any = vitrim.load(folder)
     net, _ = recipe
@@ -48,8 +48,8 @@ def test_two_processes_of_one_command_count_every_image_once(tmp_path: Path) -> 
         "-m", "vitrim", *QUICK, *TWO, "method.gating.epochs=1",
         "method.fine_tuning.epochs=1", f"out={tmp_path}",
     )  # fmt: skip
-    found = json.loads(report.read_text())
-    assert found["compact"]["top1"] == pytest.approx(judged(report.parent), abs=1e-4)
+    content = json.loads(report.read_text())
+    assert content["compact"]["top1"] == pytest.approx(accuracy_of(report.parent), abs=1e-4)
     assert json.loads((report.parent / "status.json").read_text())["status"] == "DONE"
 
 
@@ -88,12 +88,12 @@ def test_sweeps_of_jobs_of_several_processes_are_refused(command: Command) -> No
     ],
 )
 def test_how_many_processes_a_trainer_asks_for(trainer: dict[str, Any], processes: int) -> None:
-    assert wanted(trainer) == processes
+    assert requested_processes(trainer) == processes
 
 
 def test_devices_that_are_no_number_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer.devices=many"):
-        wanted({"devices": "many"})
+        requested_processes({"devices": "many"})
 
 
 @pytest.mark.gpu
@@ -101,5 +101,5 @@ def test_a_network_that_is_shared_out_among_gpus_is_saved_whole(tmp_path: Path) 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     report = ran("-m", "vitrim", *QUICK, "trainer=fsdp", "strength=3", f"out={tmp_path}")
-    found = json.loads(report.read_text())
-    assert found["compact"]["top1"] == pytest.approx(judged(report.parent), abs=1e-4)
+    content = json.loads(report.read_text())
+    assert content["compact"]["top1"] == pytest.approx(accuracy_of(report.parent), abs=1e-4)

@@ -19,7 +19,7 @@ from command import QUICK, Command
 from slurm import Slurm, wait
 from vitrim.cli.compose import CONF
 from vitrim.jobs import signals
-from vitrim.jobs.slurm import gpus, job
+from vitrim.jobs.slurm import gpus_per_node, run_in_job
 
 VITRIM = str(Path(sys.executable).with_name("vitrim"))
 SWEEP = (
@@ -70,21 +70,21 @@ def test_a_job_interrupted_three_times_ends_bit_identical(
     words = ("strength=3", "hydra.launcher.name=interrupted", f"out={out}")
     logged = ""
     with subprocess.Popen([VITRIM, *SWEEP, *words], env=slurm.env) as launcher:
-        for turn, interrupt in enumerate((_requeue, _preempt, _run_out_of_time), start=1):
+        for number, interrupt in enumerate((_requeue, _preempt, _run_out_of_time), start=1):
             wait("training", lambda seen=logged: _metrics(out) != seen)
             interrupt(slurm, slurm.jobs("interrupted")[0]["JobId"])
-            wait("another turn", lambda n=turn: _turn(slurm.jobs("interrupted")[0]) == n)
+            wait("a restart", lambda n=number: _restarts(slurm.jobs("interrupted")[0]) == n)
             logged = _metrics(out)
         assert launcher.wait(timeout=300) == 0
     lines = [json.loads(line) for line in _metrics(out).splitlines()]
     steps = [line["step"] for line in lines if line["phase"] == "dense" and "loss" in line]
-    assert steps == sorted(set(steps))  # it went on: nothing was done twice
+    assert steps == sorted(set(steps))  # it resumed: nothing was done twice
     (report,) = out.glob("vit*/*/report.json")
     weights = "model.safetensors"
     assert (report.parent / weights).read_bytes() == (swept[3] / weights).read_bytes()
 
 
-def _turn(job: Mapping[str, str]) -> int | None:
+def _restarts(job: Mapping[str, str]) -> int | None:
     """Return how often a running job has been restarted."""
     return int(job["Restarts"]) if job["JobState"] == "RUNNING" else None
 
@@ -94,16 +94,16 @@ def _metrics(out: Path) -> str:
 
 
 def _requeue(slurm: Slurm, job: str) -> None:
-    slurm.tell("scontrol", "requeue", job)
+    slurm.run("scontrol", "requeue", job)
 
 
 def _preempt(slurm: Slurm, job: str) -> None:
-    slurm.tell("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=hostname")
+    slurm.run("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=hostname")
 
 
 def _run_out_of_time(slurm: Slurm, job: str) -> None:
     """Signal as SLURM does hydra.launcher.signal_delay_s before the end."""
-    slurm.tell("scancel", "--signal=USR2", job)
+    slurm.run("scancel", "--signal=USR2", job)
 
 
 @pytest.mark.slurm
@@ -111,22 +111,22 @@ def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         words = ["hydra/launcher=slurm", "hydra.launcher.max_num_timeout=1"]
         setup = hydra.compose("run", words, return_hydra_config=True).hydra.launcher.setup
-    setup = "\n".join([*setup, "trap : TERM"])  # a batch script that outlives scancel, too
+    setup = "\n".join([*setup, "trap : TERM"])  # a batch script that outlives scancel as well
     endings = {
         "saved": ("exit 75", 1),
         "signalled": ("kill -USR2 $$", 1),
         "terminated": ("kill -TERM $$", 1),
         "finished": ("exit 0", 0),
         "failed": ("exit 1", 0),
-        "cancelled": (f'trap "exit 143" TERM; touch {tmp_path}/began; sleep 60 & wait', 0),
+        "cancelled": (f'trap "exit 143" TERM; touch {tmp_path}/started; sleep 60 & wait', 0),
     }
     for name, (end, _) in endings.items():
         script = tmp_path / f"{name}.sh"
         script.write_text(f"#!/bin/bash\n{setup}\nsrun bash -c '{end}'\n")
-        slurm.tell("sbatch", "--requeue", f"--job-name={name}", "--output=/dev/null", str(script))
+        slurm.run("sbatch", "--requeue", f"--job-name={name}", "--output=/dev/null", str(script))
     wait("a job to cancel", (tmp_path / "began").exists)
-    slurm.tell("scancel", slurm.jobs("cancelled")[0]["JobId"])
-    wait("an empty queue", lambda: not slurm.tell("squeue", "--noheader"))
+    slurm.run("scancel", slurm.jobs("cancelled")[0]["JobId"])
+    wait("an empty queue", lambda: not slurm.run("squeue", "--noheader"))
     assert {name: int(slurm.jobs(name)[0]["Restarts"]) for name in endings} == {
         name: restarts for name, (_, restarts) in endings.items()
     }
@@ -171,7 +171,7 @@ def _pretend(tool: Path, does: str) -> None:
     tool.chmod(0o755)
 
 
-def test_what_sbatch_refuses_is_told_in_its_words(command: Command, pretended: Path) -> None:
+def test_what_sbatch_refuses_is_reported_in_its_words(command: Command, pretended: Path) -> None:
     _pretend(pretended / "sbatch", "echo invalid partition specified >&2; exit 1")
     done = command("-m", "hydra/launcher=slurm")
     assert done.code == 1
@@ -182,19 +182,19 @@ def test_waiting_for_jobs_ends_at_once(command: Command, pretended: Path) -> Non
     _pretend(pretended / "sacct", "kill -INT $PPID; sleep 5")  # asked while it waits
     done = command("-m", "hydra/launcher=slurm")
     assert done.code == 143
-    assert "jobs that were submitted go on" in done.message
+    assert "submitted jobs continue" in done.message
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR2, 75), (signal.SIGTERM, 143)])
-def test_a_job_that_was_told_to_stop_leaves_with_a_code(signum: int, code: int) -> None:
+def test_a_job_that_was_asked_to_stop_leaves_with_a_code(signum: int, code: int) -> None:
     def work() -> Path:
         signal.raise_signal(signum)
-        signals.check()
+        signals.raise_if_stopped()
         return Path()
 
-    with pytest.raises(SystemExit) as left:
-        job(work)
-    assert left.value.code == code
+    with pytest.raises(SystemExit) as stopped:
+        run_in_job(work)
+    assert stopped.value.code == code
 
 
 def test_a_gpu_is_asked_for_each_device_of_a_gpu_trainer() -> None:
@@ -202,4 +202,4 @@ def test_a_gpu_is_asked_for_each_device_of_a_gpu_trainer() -> None:
         words = ["hydra/launcher=slurm", "trainer=gpu", "trainer.devices=2"]
         launcher = hydra.compose("run", words, return_hydra_config=True).hydra.launcher
     assert (launcher.gpus_per_node, launcher.tasks_per_node) == (2, 2)
-    assert gpus("cpu", 2) is None
+    assert gpus_per_node("cpu", 2) is None

@@ -1,4 +1,12 @@
-"""Data sets: what a run needs to know of one, and how its images reach a network."""
+"""Data sets: what a run needs to know about one, and how its images reach a network.
+
+A data set is a dataclass or a function that returns one: `digits`, `imagefolder`, `cifar` and
+`torchvision_sets`. `loader` makes batches that can be resumed, `few_shot` draws a fixed number of
+training images, `defects` says what makes an image bad, `quarantine` keeps bad images out of
+training and evaluation, and `bad_images` records those that a run met.
+
+May import: files, versions and errors. It knows neither networks nor jobs.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +14,18 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vitrim.data.loader import Batches, Order, seed_all
+from vitrim.data.dataset import MapDataset
+from vitrim.data.loader import ResumableBatchSampler, ResumableLoader, seed_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSpec:
-    """What a network wants its images to be: `size` in pixels, `mean` and `std` per channel."""
+    """The images that a network expects: `size` in pixels, `mean` and `std` per channel."""
 
     channels: int
     size: tuple[int, int]
@@ -29,53 +38,57 @@ class ImageSpec:
 class Loaders(LightningDataModule, ABC):
     """Batches of (images, labels): augmented for training, plain for validation and calibration.
 
-    `seed` decides on the order of training images and on all that is drawn for them.
+    `seed` determines the order of training images and everything that is drawn for them.
     """
 
     seed: int = 0
 
     @abstractmethod
-    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
-        """Return training images without augmentation, in one order: `samples` of them, or all.
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return `samples` training images, or all, without augmentation and in a fixed order.
 
-        Of several processes each gets all of them.
+        Every process gets all of them.
         """
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Seed what is drawn for a training batch, in blending it as in the network."""
+    def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
+        """Seed what is drawn for a training batch, by mixup and cutmix and in the network."""
         if self.trainer is not None and self.trainer.training:
             done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             seed_all(self.seed, done, self.trainer.global_rank)
         return batch
 
-    def shuffled(self, dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batches:
-        """Return full batches of `dataset`, in another order every epoch."""
-        return self._batches(dataset, batch_size, workers, shuffle=True)
+    def shuffled(
+        self, dataset: MapDataset, batch_size: int, *, workers: int = 0
+    ) -> ResumableLoader:
+        """Return full batches of `dataset`, reshuffled every epoch."""
+        return self._loader(dataset, batch_size, workers, shuffle=True)
 
-    def in_order(self, dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batches:
-        """Return every item of `dataset` once; of several processes each has its share."""
-        return self._batches(dataset, batch_size, workers, shuffle=False)
+    def in_order(
+        self, dataset: MapDataset, batch_size: int, *, workers: int = 0
+    ) -> ResumableLoader:
+        """Return every item of `dataset` once, in order; the processes share them out."""
+        return self._loader(dataset, batch_size, workers, shuffle=False)
 
-    def _batches(
-        self, dataset: Dataset[Any], batch_size: int, workers: int, *, shuffle: bool
-    ) -> Batches:
+    def _loader(
+        self, dataset: MapDataset, batch_size: int, workers: int, *, shuffle: bool
+    ) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        size: int = len(dataset)  # type: ignore[arg-type]
-        most = size // world // 2 * 2 or 1  # even: mixup and cutmix pair images
-        order = Order(
+        size = len(dataset)
+        largest = size // world // 2 * 2 or 1  # even: mixup and cutmix pair images
+        batches = ResumableBatchSampler(
             size,
-            batch_size=min(batch_size, most) if shuffle else batch_size,
+            batch_size=min(batch_size, largest) if shuffle else batch_size,
             seed=self.seed,
             shuffle=shuffle,
             rank=rank,
             world=world,
         )
-        return Batches(dataset, order, workers=workers)
+        return ResumableLoader(dataset, batches, workers=workers)
 
 
-def drawn(size: int, samples: int, seed: int) -> list[int]:
-    """Return `samples` of `size` places, or all, drawn by `seed`, ascending."""
+def sample_indices(size: int, samples: int, seed: int) -> list[int]:
+    """Return `samples` of `size` indices, or all of them, drawn by `seed`, ascending."""
     return sorted(random.Random(seed).sample(range(size), min(samples, size)))
 
 
@@ -83,21 +96,28 @@ def drawn(size: int, samples: int, seed: int) -> list[int]:
 class Data(Protocol):
     """A set of labelled images, split into training and validation."""
 
-    n_classes: int
-    trainable: bool
+    @property
+    def n_classes(self) -> int:
+        """Number of labels."""
+        ...
 
     @property
-    def chosen(self) -> Sequence[str]:
-        """Names of the training images, where only a few are drawn; else none."""
+    def trainable(self) -> bool:
+        """Whether there are training images."""
+        ...
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Names of the training images of a few-shot set; empty where all images are used."""
         ...
 
     def module(self, spec: ImageSpec) -> Loaders:
-        """Return the loaders for a network that wants its images as `spec` says."""
+        """Return loaders for a network that expects images as in `spec`."""
         ...
 
 
-def none(**settings: Any) -> None:
-    """Return no data: the run then shows structure and skips every step that needs images.
+def none(**settings: object) -> None:
+    """Return no data: the run shows structure only and skips every step that needs images.
 
-    `settings` are what an experiment says of its images, and go unused here.
+    `settings` are an experiment's settings of its images; they are not used here.
     """

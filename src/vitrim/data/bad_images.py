@@ -1,4 +1,4 @@
-"""Bad images of a run: found, counted, and listed in its folder."""
+"""The record of bad images that a run met: counted in its report, listed in its folder."""
 
 from __future__ import annotations
 
@@ -6,47 +6,39 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from vitrim.data.few_shot import Few
-from vitrim.data.images import Images
-from vitrim.data.quarantine import Replacing, Strict
+from vitrim.data import Data
+from vitrim.data.image_files import ImageFiles
 from vitrim.files import write
 
-
-def found(data: Any) -> dict[str, dict[str, str]]:
-    """Return why images that a run met are bad, by split and name; nothing where there are none."""
-    if not isinstance(data, Images):
-        return {}
-    train = data.train.whole if isinstance(data.train, Few) else data.train
-    reasons = {
-        split: images.found()
-        for split, images in (("training", train), ("evaluation", data.val))
-        if isinstance(images, Replacing | Strict)
-    }
-    return {split: names for split, names in reasons.items() if names}
+QUARANTINE = "quarantine.json"
+"""File in a run's folder that lists the bad images, by split and name, each with the reason."""
 
 
-def counted(data: Any) -> dict[str, dict[str, int]]:
-    """Return the report's entry: how many images were bad, by split; nothing where none was."""
-    reasons = found(data)
-    numbers = {split: len(names) for split, names in reasons.items()}
+def reasons_by_split(data: Data | None) -> dict[str, dict[str, str]]:
+    """Return why images that a run met are bad, by split and name; empty where none was."""
+    return data.bad_images() if isinstance(data, ImageFiles) else {}
+
+
+def report_entry(data: Data | None) -> dict[str, dict[str, int]]:
+    """Return the report's entry: how many images were bad, by split; empty where none was."""
+    numbers = {split: len(reasons) for split, reasons in reasons_by_split(data).items()}
     return {"bad_images": numbers} if numbers else {}
 
 
 @contextmanager
-def listing(data: Any, folder: Path) -> Iterator[None]:
-    """Leave quarantine.json in `folder` in the end, after errors too, if a bad image was met.
+def recorded(data: Data | None, folder: Path) -> Iterator[None]:
+    """Write quarantine.json to `folder` at the end, after errors as well, if images were bad.
 
-    What an earlier, interrupted run met stays on the list.
+    The entries of an earlier, interrupted run stay in the list.
     """
-    path = folder / "quarantine.json"
+    path = folder / QUARANTINE
     try:
         yield
     finally:
-        reasons = found(data)
-        if reasons:
-            before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-            both = {split: before.get(split, {}) | names for split, names in reasons.items()}
-            text = json.dumps(before | both, indent=1, ensure_ascii=False)
+        current = reasons_by_split(data)
+        if current:
+            earlier = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+            merged = {split: earlier.get(split, {}) | names for split, names in current.items()}
+            text = json.dumps(earlier | merged, indent=1, ensure_ascii=False)
             write(path, lambda part: part.write_text(text, "utf-8"))

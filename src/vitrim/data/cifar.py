@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from vitrim.data.few_shot import few
-from vitrim.data.images import Images
+from vitrim.data.few_shot import few_shot
+from vitrim.data.image_files import ImageFiles
 from vitrim.errors import ConfigError
 
 _SETS = {10: CIFAR10, 100: CIFAR100}
@@ -23,16 +22,17 @@ def cifar(
     samples_seed: int,
     batch_size: int,
     workers: int,
-    augmentation: Mapping[str, Any],
-    mixing: Mapping[str, Any],
-) -> Images:
-    """Return CIFAR-10 or CIFAR-100 below `root`; `download: true` fetches it once.
+    augmentation: Mapping[str, object],
+    mixing: Mapping[str, object],
+) -> ImageFiles:
+    """Return CIFAR-10 or CIFAR-100 below `root`; `download=True` downloads it once.
 
-    Of the training images, `samples` drawn by `samples_seed`, of all classes alike; None: all.
+    `samples` is the size of a class-balanced random subset of the training images, drawn by
+    `samples_seed`; None uses all of them.
 
     Raises:
         ConfigError: `classes` is neither 10 nor 100, the files are missing or damaged, or
-            there are not that many images.
+            there are fewer images than `samples`.
     """
     if classes not in _SETS:
         raise ConfigError(f"data.classes={classes}: expected 10 or 100")
@@ -42,20 +42,19 @@ def cifar(
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"data.root={root}: CIFAR-{classes} is not there ({error}); "
-            "put its files there, or let data.download=true fetch them"
+            f"data.root={root}: no CIFAR-{classes} ({error}); "
+            "put its files there, or download them with data.download=true"
         ) from None
     if samples is not None:
-        names = [f"train/{place:05}" for place in range(len(train))]
-        train = few(
+        train = few_shot(
             train,
             classes=dict(enumerate(train.classes)),
             labels=train.targets,
-            names=names,
+            names=[f"train/{index:05}" for index in range(len(train))],
             samples=samples,
             seed=samples_seed,
         )
-    return Images(
+    return ImageFiles(
         train=train,
         val=val,
         n_classes=classes,

@@ -1,9 +1,9 @@
-"""scikit-learn's 1,797 handwritten digits, 8x8 grey pixels: real data that needs no download."""
+"""scikit-learn's 1,797 handwritten digits, 8x8 grey pixels: real data without a download."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,49 +13,66 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from vitrim.data import ImageSpec, Loaders, drawn
-from vitrim.data.loader import alike
-from vitrim.errors import ConfigError, is_count, is_rate
+from vitrim.data import ImageSpec, Loaders, sample_indices
+from vitrim.data.loader import sequential
+from vitrim.errors import ConfigError, is_count, is_rate, require
 
 _SIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Digits:
-    """The digits, with a stratified share `held_out` for validation, always the same one."""
+    """The digits, with a fixed stratified fraction `held_out` for validation."""
 
     batch_size: int
     held_out: float
     shift: float
     rotation: float
     label_smoothing: float
-    n_classes: int = 10
-    trainable: bool = True
-    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not is_rate(self.held_out) or not 0 < self.held_out < 1:
-            raise ConfigError(f"data.held_out={self.held_out}: expected a share between 0 and 1")
-        for name in ("shift", "rotation", "label_smoothing"):
-            if not is_rate(getattr(self, name)):
-                raise ConfigError(f"data.{name}={getattr(self, name)}: expected a number from 0 on")
-        if not is_count(self.batch_size):
-            raise ConfigError(
-                f"data.batch_size={self.batch_size}: expected a whole number from 1 on"
-            )
+        number = "a number from 0 on"
+        require(
+            "data",
+            self,
+            (
+                "held_out",
+                is_rate(self.held_out) and 0 < self.held_out < 1,
+                "a share between 0 and 1",
+            ),
+            ("shift", is_rate(self.shift), number),
+            ("rotation", is_rate(self.rotation), number),
+            ("label_smoothing", is_rate(self.label_smoothing), number),
+            ("batch_size", is_count(self.batch_size), "a whole number from 1 on"),
+        )
+
+    @property
+    def n_classes(self) -> int:
+        """Ten digits."""
+        return 10
+
+    @property
+    def trainable(self) -> bool:
+        """There are training images."""
+        return True
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Empty: all training images are used."""
+        return ()
 
     def module(self, spec: ImageSpec) -> Loaders:
-        """Return loaders of images (B, 1, 8, 8) normalised by `spec`."""
+        """Return loaders of images (B, 1, 8, 8) normalised as in `spec`."""
         if spec.size != (_SIDE, _SIDE) or spec.channels != 1:
             raise ConfigError(
                 f"data=digits has grey images of {_SIDE}x{_SIDE} pixels, the model wants "
                 f"{spec.channels} channels of {spec.size[0]}x{spec.size[1]}: use model=vit_digits, "
                 "or another data="
             )
-        return _Module(self, spec)
+        return _DigitsLoaders(self, spec)
 
 
-class _Module(Loaders):
+class _DigitsLoaders(Loaders):
     def __init__(self, digits: Digits, spec: ImageSpec) -> None:
         super().__init__()
         self.digits = digits
@@ -69,23 +86,23 @@ class _Module(Loaders):
         )
         self.train_set, self.val_set = (TensorDataset(images[row], labels[row]) for row in rows)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the shuffled training batches; an incomplete last one is left out."""
+    def train_dataloader(self) -> DataLoader[object]:
+        """Return the shuffled training batches without an incomplete last one."""
         return self.shuffled(self.train_set, self.digits.batch_size)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[object]:
         """Return every held-out image once."""
         return self.in_order(self.val_set, self.digits.batch_size)
 
-    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[Any]:
-        """Return `samples` training images, or all there are."""
-        chosen = Subset(self.train_set, drawn(len(self.train_set), samples, seed))
-        return alike(chosen, self.digits.batch_size)
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return `samples` training images, or all of them."""
+        indices = sample_indices(len(self.train_set), samples, seed)
+        return sequential(Subset(self.train_set, indices), self.digits.batch_size)
 
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """Move and turn training images a little, soften their labels; leave validation alone."""
+        """Shift and rotate training images, soften their labels; leave validation unchanged."""
         trainer, digits = self.trainer, self.digits
         if trainer is None or not trainer.training:
             return batch
@@ -96,9 +113,11 @@ class _Module(Loaders):
 
 
 def _jitter(images: Tensor, shift: float, rotation: float) -> Tensor:
-    """Move each image by up to `shift` pixels and turn it by up to `rotation` degrees."""
-    drawn = 2 * torch.rand(3, len(images), device=images.device) - 1
-    x, y, angle = drawn * images.new_tensor([[2 * shift / _SIDE], [2 * shift / _SIDE], [rotation]])
+    """Shift each image by up to `shift` pixels and rotate it by up to `rotation` degrees."""
+    offsets = 2 * torch.rand(3, len(images), device=images.device) - 1
+    x, y, angle = offsets * images.new_tensor(
+        [[2 * shift / _SIDE], [2 * shift / _SIDE], [rotation]]
+    )
     cos, sin = angle.deg2rad().cos(), angle.deg2rad().sin()
     affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)

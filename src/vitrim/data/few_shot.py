@@ -1,77 +1,71 @@
-"""Few-shot data: so many training images and no more, drawn by a seed, each decoded once."""
+"""Few-shot data: a fixed number of training images, drawn by a seed, each decoded once."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch.utils.data import Dataset
 
+from vitrim.data.dataset import Example, LabelledImages, Transform, transformed
 from vitrim.errors import ConfigError, is_count
 
 
-class Few(Dataset[tuple[Any, int]]):
-    """The images of `whole` at `places`, kept in memory from their first use on.
+class FewShotSubset(Dataset[Example]):
+    """The images of `dataset` at `indices`, cached in memory when they are first used.
 
-    Copies with another `transform` share what is kept; every worker process keeps its own. A
-    thousand images of ImageNet take about 0.6 GB.
+    Copies with another `transform` share the cache; every worker process has its own. A thousand
+    images of ImageNet take about 0.6 GB.
     """
 
-    def __init__(self, whole: Dataset[Any], places: Sequence[int], names: Sequence[str]) -> None:
-        self.whole = whole
-        self.places = places
+    def __init__(
+        self, dataset: LabelledImages, indices: Sequence[int], names: Sequence[str]
+    ) -> None:
+        self.dataset = dataset
+        self.indices = indices
         self.names = names
-        self.transform: Callable[[Any], Any] | None = None
-        self._kept: dict[int, tuple[Any, int]] = {}
+        self.transform: Transform | None = None
+        self._cache: dict[int, Example] = {}
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        if index not in self._kept:
-            self._kept[index] = self.whole[self.places[index]]
-        image, label = self._kept[index]
-        return (image if self.transform is None else self.transform(image)), label
+    def __getitem__(self, index: int) -> Example:
+        if index not in self._cache:
+            self._cache[index] = self.dataset[self.indices[index]]
+        return transformed(self._cache[index], self.transform)
 
 
-def few(
-    whole: Dataset[Any],
+def few_shot(
+    dataset: LabelledImages,
     *,
     classes: Mapping[int, str],
     labels: Sequence[int],
     names: Sequence[str],
     samples: int,
     seed: int,
-) -> Few:
-    """Return `samples` images of `whole`: one each of so many classes, or as many of every class.
+) -> FewShotSubset:
+    """Return a class-balanced random subset of `samples` images of `dataset`.
+
+    Every class gives the same number of images, and some give one more where a remainder is left;
+    fewer images than classes are of distinct classes.
 
     Args:
-        whole: the training set, without a transform.
+        dataset: the training set, without a transform.
         classes: those to draw from, name by label.
-        labels: of each image, all among them.
-        names: of each image; the draw depends on them and not on the images' order.
-        samples: how many.
+        labels: one per image, all of them in `classes`.
+        names: one per image; the draw depends on them and not on the images' order.
+        samples: how many images.
         seed: of the draw.
 
     Raises:
-        ConfigError: not that many images, of all or of a class that is drawn.
+        ConfigError: there are too few images, in total or of a class that is drawn.
     """
-    if not is_count(samples) or samples < 2:
-        raise ConfigError(
-            f"data.samples={samples}: expected null (all) or a whole number from 2 on"
-        )
-    if seed != 0 and not is_count(seed):
-        raise ConfigError(f"data.samples_seed={seed}: expected a whole number from 0 on")
-    if samples > len(labels):
-        raise ConfigError(
-            f"data.samples={samples}: there are only {len(labels):,} training images; "
-            "data.samples=null takes them all"
-        )
+    _check_samples(samples, seed, available=len(labels))
     members: dict[int, list[int]] = {label: [] for label in sorted(classes)}
-    for place in sorted(range(len(names)), key=names.__getitem__):
-        members[labels[place]].append(place)
-    places = []
+    for index in sorted(range(len(names)), key=names.__getitem__):
+        members[labels[index]].append(index)
+    indices: list[int] = []
     generator = random.Random(seed)
     for label, wanted in zip(members, shares(samples, len(members), generator), strict=True):
         if wanted > len(members[label]):
@@ -80,16 +74,30 @@ def few(
                 f"it has {len(members[label])} training images: add some, choose fewer samples or "
                 "another data.samples_seed, or list the classes to use in data.classes"
             )
-        places += sorted(generator.sample(members[label], wanted), key=names.__getitem__)
-    return Few(whole, places, [names[place] for place in places])
+        indices += sorted(generator.sample(members[label], wanted), key=names.__getitem__)
+    return FewShotSubset(dataset, indices, [names[index] for index in indices])
+
+
+def _check_samples(samples: int, seed: int, *, available: int) -> None:
+    if not is_count(samples) or samples < 2:
+        raise ConfigError(
+            f"data.samples={samples}: expected null (all) or a whole number from 2 on"
+        )
+    if seed != 0 and not is_count(seed):
+        raise ConfigError(f"data.samples_seed={seed}: expected a whole number from 0 on")
+    if samples > available:
+        raise ConfigError(
+            f"data.samples={samples}: there are only {available:,} training images; "
+            "data.samples=null takes them all"
+        )
 
 
 def shares(samples: int, n_classes: int, generator: random.Random) -> list[int]:
-    """Return how many images each class gives: alike, and one more where a remainder is drawn.
+    """Return how many images each class gives: equal numbers, the remainder drawn among them.
 
     >>> sorted(shares(7, 3, random.Random(0)))
     [2, 2, 3]
     """
-    each, rest = divmod(samples, n_classes)
-    favoured = generator.sample(range(n_classes), rest)
-    return [each + (label in favoured) for label in range(n_classes)]
+    each, remainder = divmod(samples, n_classes)
+    with_one_more = generator.sample(range(n_classes), remainder)
+    return [each + (label in with_one_more) for label in range(n_classes)]

@@ -1,7 +1,7 @@
-"""Batches whose order and randomness hang on seed, epoch and place alone, so that any can be next.
+"""Batches whose order and randomness depend only on the seed, the epoch and the position.
 
-A run that was stopped after some batch then goes on exactly as if it had not been: neither the
-order of images nor what augmentation draws for one depends on what was drawn before.
+Any batch can therefore be the next one, and a run that was stopped resumes exactly: neither the
+order of images nor what augmentation draws for an image depends on earlier draws.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vitrim.data.dataset import MapDataset
 
 
 def seed_all(*parts: int) -> None:
@@ -22,7 +23,7 @@ def seed_all(*parts: int) -> None:
 
 
 def _seed_host(*parts: int) -> int:
-    """Seed the generators that images are augmented with, 20 times as fast; return the seed."""
+    """Seed the generators that augmentation draws from, 20 times as fast; return the seed."""
     text = ",".join(map(str, parts))
     seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     random.seed(seed)
@@ -31,12 +32,12 @@ def _seed_host(*parts: int) -> int:
     return seed
 
 
-class Order(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): shuffled by seed and epoch, or as they are, from any batch on.
+class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), shuffled by seed and epoch or sequential, from any batch on.
 
-    Of `world` processes, each gives every `world`-th place. Shuffled, all of them give as many
-    batches of full size, and what is left over is not seen in this epoch; as they are, the last
-    batch may be smaller, and every place is given once by one process.
+    Each of `world` processes gets every `world`-th index. Shuffled, all processes get the same
+    number of full batches, and the remaining images are not seen in this epoch. Sequential, the
+    last batch may be smaller, and every index belongs to exactly one process.
     """
 
     def __init__(
@@ -64,79 +65,77 @@ class Order(Sampler[list[tuple[int, int]]]):
         return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
 
     @property
-    def sampler(self) -> Order:
-        """The one that Lightning tells of a new epoch."""
+    def sampler(self) -> ResumableBatchSampler:
+        """The sampler whose `set_epoch` Lightning calls."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin `epoch`; does nothing where it has been begun."""
+        """Start `epoch` at its first batch, unless it is the current one."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        places = (
+        order = (
             torch.randperm(self.size, generator=generator)
             if self.shuffle
             else torch.arange(self.size)
         )
-        mine = places[self.rank :: self.world].tolist()
+        own = order[self.rank :: self.world].tolist()
         for batch in range(self.start, len(self)):
-            part = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(self.epoch, place) for place in part]
+            indices = own[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in indices]
 
 
-class Numbered(Dataset[Any]):
-    """The items of `dataset` by (epoch, index), which also seed what their transforms draw."""
+class SeededDataset(Dataset[object]):
+    """The items of `dataset` by (epoch, index), which also seeds what their transforms draw."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: MapDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        _seed_host(self.seed, *place)
-        return self.dataset[place[1]]
+    def __getitem__(self, key: tuple[int, int]) -> object:
+        _seed_host(self.seed, *key)
+        _, index = key
+        return self.dataset[index]
 
 
-class Batches(DataLoader[Any]):
-    """A loader of batches in some `Order`, which says where it is and can begin there again."""
+class ResumableLoader(DataLoader[object]):
+    """A loader in the order of its batch sampler; it saves its position and resumes from it."""
 
-    def __init__(self, dataset: Dataset[Any], order: Order, *, workers: int = 0) -> None:
+    def __init__(
+        self, dataset: MapDataset, batches: ResumableBatchSampler, *, workers: int = 0
+    ) -> None:
         super().__init__(
-            Numbered(dataset, order.seed),
-            batch_sampler=order,
+            SeededDataset(dataset, batches.seed),
+            batch_sampler=batches,
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        self.order = order
-        self._given = 0
+        self.batches = batches
+        self._n_yielded = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._given = self.order.start
+    def __iter__(self) -> Iterator[object]:  # type: ignore[override]
+        self._n_yielded = self.batches.start
         for batch in super().__iter__():
-            self._given += 1
+            self._n_yielded += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its batches were given."""
-        return {"epoch": self.order.epoch, "given": self._given}
+        """Return the epoch and the number of its batches that were yielded."""
+        return {"epoch": self.batches.epoch, "given": self._n_yielded}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration begin where `state` was taken: at the end, with the next epoch."""
-        over = state["given"] >= len(self)
-        self.order.epoch = state["epoch"] + over
-        self.order.start = 0 if over else state["given"]
+        """Resume where `state` was taken; at the end of an epoch, with the next one."""
+        ended = state["given"] >= len(self)
+        self.batches.epoch = state["epoch"] + ended
+        self.batches.start = 0 if ended else state["given"]
 
 
-def alike(dataset: Dataset[Any], batch_size: int, *, workers: int = 0) -> Batches:
-    """Return every item of `dataset` in order, the same in every process."""
-    order = Order(
-        len(dataset),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        seed=0,
-        shuffle=False,
-    )
-    return Batches(dataset, order, workers=workers)
+def sequential(dataset: MapDataset, batch_size: int, *, workers: int = 0) -> ResumableLoader:
+    """Return every item of `dataset` in order, all of them in every process."""
+    batches = ResumableBatchSampler(len(dataset), batch_size=batch_size, seed=0, shuffle=False)
+    return ResumableLoader(dataset, batches, workers=workers)

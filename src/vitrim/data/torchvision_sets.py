@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch.utils.data import ConcatDataset
 from torchvision.datasets import Flowers102, OxfordIIITPet, VisionDataset
 
-from vitrim.data.few_shot import Few, few
-from vitrim.data.images import Images
-from vitrim.data.quarantine import Replacing, strict
+from vitrim.data.dataset import Example, ImageDataset
+from vitrim.data.few_shot import few_shot
+from vitrim.data.image_files import ImageFiles
+from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError
 
 _SETS: Mapping[str, tuple[Callable[..., VisionDataset], tuple[str, ...]]] = {
     "flowers102": (Flowers102, ("train", "val")),
     "pets": (OxfordIIITPet, ("trainval",)),
 }
-"""How each is opened, and which splits are trained on; the one named test is for validation."""
+"""The class of each set, and the splits for training; the split "test" is for validation."""
 
 
-class _Joined(ConcatDataset[tuple[Any, int]]):
-    """Splits as one set, with the labels and files of all their images."""
+class _JoinedSplits(ConcatDataset[Example]):
+    """Several splits as one set, with the labels and files of all their images."""
 
     def __init__(self, parts: Sequence[VisionDataset]) -> None:
         super().__init__(parts)
         self.classes: list[str] = parts[0].classes
-        self.labels = [label for part in parts for label in part._labels]  # opens no image
-        kept = "_image_files" if isinstance(parts[0], Flowers102) else "_images"
-        self.names = [str(path) for part in parts for path in getattr(part, kept)]
+        self.labels: list[int] = [label for part in parts for label in part._labels]
+        self.names = [str(path) for part in parts for path in _image_paths(part)]
 
 
-def fine(
+def _image_paths(part: VisionDataset) -> Sequence[object]:
+    """Return the paths of a set's images without opening any."""
+    paths: Sequence[object] = part._image_files if isinstance(part, Flowers102) else part._images
+    return paths
+
+
+def torchvision_set(
     *,
     name: str,
     root: str,
@@ -40,50 +45,59 @@ def fine(
     samples_seed: int,
     batch_size: int,
     workers: int,
-    bad_images: Mapping[str, Any],
-    augmentation: Mapping[str, Any],
-    mixing: Mapping[str, Any],
-) -> Images:
-    """Return the set `name` below `root`; `download: true` fetches it once.
+    bad_images: BadImageSettings,
+    augmentation: Mapping[str, object],
+    mixing: Mapping[str, object],
+) -> ImageFiles:
+    """Return the set `name` below `root`; `download=True` downloads it once.
 
-    Of the training images, `samples` drawn by `samples_seed`, of all classes alike; None: all.
+    `samples` is the size of a class-balanced random subset of the training images, drawn by
+    `samples_seed`; None uses all of them.
 
     Raises:
-        ConfigError: no set of that name, its files are missing or damaged, or there are not that
-            many images.
+        ConfigError: no set has that name, its files are missing or damaged, or there are fewer
+            images than `samples`.
     """
-    if name not in _SETS:
-        raise ConfigError(f"data.name={name}: expected {' or '.join(_SETS)}")
-    opens, splits = _SETS[name]
-    try:
-        train, val = (
-            _Joined([opens(root, split=split, download=download) for split in part])
-            for part in (splits, ("test",))
-        )
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(
-            f"data.root={root}: {name} is not there ({error}); "
-            "put its files there, or let data.download=true fetch them"
-        ) from None
-    labelled = {"labels": train.labels, "names": train.names}
-    tolerant = Replacing(train, **labelled, limit=bad_images["limit"])
-    chosen: Replacing | Few = tolerant
+    train, val = _open(name, root, download=download)
+    tolerant = TolerantDataset(
+        train, labels=train.labels, names=train.names, limit=bad_images["limit"]
+    )
+    selected: ImageDataset = tolerant
     if samples is not None:
-        names = [f"train/{place:05}" for place in range(len(train))]
-        chosen = few(
+        selected = few_shot(
             tolerant,
             classes=dict(enumerate(train.classes)),
             labels=train.labels,
-            names=names,
+            names=[f"train/{index:05}" for index in range(len(train))],
             samples=samples,
             seed=samples_seed,
         )
-    return Images(
-        train=chosen,
-        val=strict(val, labels=val.labels, names=val.names, evaluation=bad_images["evaluation"]),
+    return ImageFiles(
+        train=selected,
+        val=StrictDataset(
+            val, labels=val.labels, names=val.names, evaluation=bad_images["evaluation"]
+        ),
         n_classes=len(train.classes),
         batch_size=batch_size,
         workers=workers,
         augmentation=augmentation,
         mixing=mixing,
     )
+
+
+def _open(name: str, root: str, *, download: bool) -> tuple[_JoinedSplits, _JoinedSplits]:
+    """Return the training and the validation images of the set `name`."""
+    if name not in _SETS:
+        raise ConfigError(f"data.name={name}: expected {' or '.join(_SETS)}")
+    dataset, training_splits = _SETS[name]
+    try:
+        train, val = (
+            _JoinedSplits([dataset(root, split=split, download=download) for split in splits])
+            for splits in (training_splits, ("test",))
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"data.root={root}: no {name} ({error}); "
+            "put its files there, or download them with data.download=true"
+        ) from None
+    return train, val

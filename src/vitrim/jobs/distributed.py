@@ -1,8 +1,8 @@
-"""One run in several processes: who is there, who writes, and what the first one has decided.
+"""One run in several processes: how they start and join, and what the main process decides.
 
-Under torchrun or SLURM the processes are there already; otherwise the one that was started begins
-the others, by the same command. All of them go through the whole run: the first holds the locks,
-decides what is finished already, and writes.
+Under torchrun or SLURM the processes exist already; otherwise the first process starts the others
+with the same command. All of them execute the whole run: the main process holds the locks, decides
+what is finished already, and writes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,73 +25,74 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals
 
+T = TypeVar("T")
 
-def wanted(trainer: Mapping[str, Any]) -> int:
-    """Return how many processes of this machine a trainer's options ask for."""
+
+def requested_processes(trainer: Mapping[str, object]) -> int:
+    """Return how many processes on this machine a trainer's options request."""
     devices = trainer.get("devices", 1)
-    if isinstance(devices, (list, tuple)):
+    if isinstance(devices, list | tuple):
         return len(devices)
     if devices in ("auto", -1, "-1"):
         on_gpu = trainer.get("accelerator") in ("gpu", "cuda") and torch.cuda.is_available()
         return torch.cuda.device_count() if on_gpu else 1
-    try:
-        return int(devices)
-    except (TypeError, ValueError):
-        raise ConfigError(f"trainer.devices={devices}: expected a number, a list or auto") from None
+    if isinstance(devices, int | float | str):
+        with suppress(ValueError):
+            return int(devices)
+    raise ConfigError(f"trainer.devices={devices}: expected a number, a list or auto")
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the only one, or the one that decides and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agreed(value: Any) -> Any:
-    """Return what the first process passes."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def broadcast(value: T | None) -> T:
+    """Return the value that the main process passes; the others may pass None."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return cast(T, values[0])
 
 
 @contextmanager
-def joined(trainer: Mapping[str, Any]) -> Iterator[None]:
-    """Join the processes of a run, begun here if nobody else did; alone, do nothing."""
-    processes = wanted(trainer)
-    if processes * int(trainer.get("num_nodes", 1)) == 1:
+def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
+    """Join the processes of a run, started here if nothing else has; alone, do nothing."""
+    processes = requested_processes(trainer)
+    if processes * int(str(trainer.get("num_nodes", 1))) == 1:
         yield
         return
-    begun: list[subprocess.Popen[bytes]] = []
-    at = environment()
-    if isinstance(at, LightningEnvironment):
-        begun = _begin(processes) if "LOCAL_RANK" not in os.environ else []
-        at.set_world_size(processes)
-        at.set_global_rank(int(os.environ["LOCAL_RANK"]))
+    children: list[subprocess.Popen[bytes]] = []
+    environment = cluster_environment()
+    if isinstance(environment, LightningEnvironment):
+        children = _start(processes) if "LOCAL_RANK" not in os.environ else []
+        environment.set_world_size(processes)
+        environment.set_global_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{at.main_address}:{at.main_port}",
-        rank=at.global_rank(),
-        world_size=at.world_size(),
+        init_method=f"tcp://{environment.main_address}:{environment.main_port}",
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
     )
     try:
         yield
         dist.barrier()
     finally:
         dist.destroy_process_group()
-        for child in begun:
+        for child in children:
             child.wait()
 
 
-def environment() -> ClusterEnvironment:
-    """Return what has begun the processes: torchrun, SLURM's srun, or this command itself."""
+def cluster_environment() -> ClusterEnvironment:
+    """Return what has started the processes: torchrun, SLURM's srun, or this command itself."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        return SLURMEnvironment(auto_requeue=False)  # a signal sets a flag and no more
+        return SLURMEnvironment(auto_requeue=False)  # a signal only sets a flag
     return LightningEnvironment()
 
 
-def _begin(processes: int) -> list[subprocess.Popen[bytes]]:
+def _start(processes: int) -> list[subprocess.Popen[bytes]]:
     """Start this command again for every further process of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

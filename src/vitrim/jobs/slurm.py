@@ -1,8 +1,8 @@
-"""Runs as jobs of a SLURM cluster: what `hydra/launcher=slurm` needs besides its yaml.
+"""Runs as jobs of a SLURM cluster: what `hydra/launcher=slurm` needs in addition to its yaml.
 
-A job notes signals and saves like any run (`vitrim.jobs.signals`), then leaves with 75 or 143; its
-batch script, in the yaml, puts it back into the queue. Handlers of submitit and Lightning, which
-would do so in the midst of a step, are replaced.
+A job notes signals and saves like any run (`vitrim.jobs.signals`), then exits with 75 or 143; the
+batch script in the yaml requeues it. The handlers of submitit and Lightning, which would requeue it
+in the middle of a step, are replaced.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from vitrim.jobs import signals
 _CHOICE = "hydra/launcher=slurm"
 
 
-def prepare(words: Sequence[str]) -> None:
-    """Get ready to submit and wait, if the words of the command choose SLURM.
+def prepare(arguments: Sequence[str]) -> None:
+    """Get ready to submit jobs and wait for them, if the command's arguments choose SLURM.
 
     Raises:
         ConfigError: it cannot work here: what is missing, and the way out.
     """
-    if _CHOICE not in words:
+    if _CHOICE not in arguments:
         return
-    without = f"leave {_CHOICE} out to run here"
-    if not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(words):
+    way_out = f"leave {_CHOICE} out to run here"
+    if not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         raise ConfigError(f"{_CHOICE} submits the jobs of a multirun: add -m")
     if find_spec("submitit") is None:
-        raise ConfigError(f"{_CHOICE} needs more: pip install 'vitrim[slurm]', or {without}")
+        raise ConfigError(f"{_CHOICE} needs more: pip install 'vitrim[slurm]', or {way_out}")
     missing = [tool for tool in ("sbatch", "srun") if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
             f"{_CHOICE} needs {' and '.join(missing)} on PATH: submit from a machine of the "
-            f"cluster, or {without}"
+            f"cluster, or {way_out}"
         )
     for signum in signals.CODES:
-        signal.signal(signum, _leave)
+        signal.signal(signum, _stop_waiting)
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    sys.stderr.write("vitrim: no longer waiting; jobs that were submitted go on\n")
+def _stop_waiting(signum: int, frame: FrameType | None) -> None:
+    sys.stderr.write("vitrim: stopped waiting; submitted jobs continue\n")
     sys.exit(signals.CODES[signal.Signals(signum)])
 
 
-def job(work: Callable[[], Path]) -> Path:
-    """Return what `work` does; if it was told to stop, leave with an exit code that says so.
+def run_in_job(work: Callable[[], Path]) -> Path:
+    """Return the result of `work`; exit with the code of a signal that asked it to stop.
 
     An exception would not do: Hydra and submitit take it for the job's result.
     """
-    with signals.taken():
+    with signals.handled():
         try:
             return work()
         except signals.Preempted as error:
@@ -62,12 +62,12 @@ def job(work: Callable[[], Path]) -> Path:
             sys.exit(error.code)
 
 
-def gpus(accelerator: str, devices: int) -> int | None:
-    """Return how many GPUs a node must give: one for each device of a GPU trainer."""
+def gpus_per_node(accelerator: str, devices: int) -> int | None:
+    """Return how many GPUs a job requests per node: one for each device of a GPU trainer."""
     return devices if accelerator in ("gpu", "cuda") else None
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """Return what is raised where sbatch refuses, or a job dies; nothing if none is submitted."""
+def submission_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised where sbatch refuses or a job dies; empty if none was submitted."""
     submitit = sys.modules.get("submitit.core.utils")
     return () if submitit is None else (submitit.UncompletedJobError,)

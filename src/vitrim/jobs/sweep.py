@@ -1,4 +1,4 @@
-"""One job of a sweep, in a process of its own: what befalls it does not befall the others."""
+"""One job of a sweep in a process of its own: a failing job does not affect the others."""
 
 from __future__ import annotations
 
@@ -10,90 +10,90 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vitrim.errors import VitrimError
 from vitrim.jobs import signals
-from vitrim.jobs.status import COPY, STATUS, put, read
+from vitrim.jobs.status import STATUS, STATUS_COPY, SWEEPS, read_status, write_json
 
-FOLDER = "sweeps"
-_GRACE = 60.0  # seconds to save in, once told to stop, if its time was not shorter
+_GRACE = 60.0  # seconds to save in after the time is up; never more than that time itself
 
 
 class JobError(VitrimError):
-    """A job of a sweep that did not come to its end."""
+    """A job of a sweep that did not finish."""
 
 
-def job(words: Sequence[str], *, out: Path, minutes: float | None) -> str:
-    """Run `vitrim` with `words` and return the path of its report.
+def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> str:
+    """Run `vitrim` with `arguments` and return the path of its report.
 
-    What became of it stands in `out`/sweeps/, a file a job. A request to stop is passed on.
+    A file per job in `out`/sweeps/ records how it ended. A request to stop is passed on.
 
     Args:
-        words: the command line of the job.
+        arguments: the command line of the job.
         out: root of the run folders.
         minutes: after which the job is stopped; None: never.
 
     Raises:
-        JobError: it failed, was killed, or took too long.
-        Preempted: this process was told to stop; the job has saved.
+        JobError: the job failed, was killed, or took too long.
+        Preempted: this process was asked to stop; the job has saved.
     """
-    signals.check()
-    record = out / FOLDER / f"{_name(words)}.json"
+    signals.raise_if_stopped()
+    record = out / SWEEPS / f"{_digest(arguments)}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        told = Path(scratch) / STATUS
-        put(record, {"job": list(words), "status": "RUNNING"})
-        code, late = _finished(words, told, minutes)
-        said = read(told)
-        if code == 0:
-            status, reason = "DONE", ""
-        elif said.get("status") == "PREEMPTED" and not late:
-            status, reason = "PREEMPTED", said["reason"]
-        else:
-            status, reason = "FAILED", _reason(code, said, late=late, minutes=minutes)
-            if "folder" in said:
-                put(Path(said["folder"]) / STATUS, {**said, "status": status, "reason": reason})
-        put(record, {**said, "job": list(words), "status": status, "reason": reason})
-    signals.check()
+        copy = Path(scratch) / STATUS
+        write_json(record, {"job": list(arguments), "status": "RUNNING"})
+        code, timed_out = _run(arguments, copy, minutes)
+        child = read_status(copy)
+    status, reason = _outcome(code, child, timed_out=timed_out, minutes=minutes)
+    if status == "FAILED" and "folder" in child:
+        write_json(
+            Path(str(child["folder"])) / STATUS, {**child, "status": status, "reason": reason}
+        )
+    write_json(record, {**child, "job": list(arguments), "status": status, "reason": reason})
+    signals.raise_if_stopped()
     if status != "DONE":
-        raise JobError(f"{' '.join(words)}: {reason}")
-    return str(Path(said["folder"]) / "report.json")
+        raise JobError(f"{' '.join(arguments)}: {reason}")
+    return str(Path(str(child["folder"])) / "report.json")
 
 
-def _finished(words: Sequence[str], told: Path, minutes: float | None) -> tuple[int, bool]:
-    """Return the exit code of the job, and whether it was stopped for taking too long."""
+def _run(arguments: Sequence[str], copy: Path, minutes: float | None) -> tuple[int, bool]:
+    """Return the exit code of the job, and whether it was stopped because it took too long."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "vitrim", *words],
-        env={**os.environ, COPY: str(told), signals.PARENT: str(os.getpid())},
+        [sys.executable, "-m", "vitrim", *arguments],
+        env={**os.environ, STATUS_COPY: str(copy), signals.PARENT: str(os.getpid())},
         start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
     )
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     kill_at: float | None = None
-    late = False
+    timed_out = False
     while child.poll() is None:
         time.sleep(0.05)
         now = time.monotonic()
         if kill_at is None:
-            late = deadline is not None and now > deadline
-            signum = signal.SIGTERM if late else signals.noted()
+            timed_out = deadline is not None and now > deadline
+            signum = signal.SIGTERM if timed_out else signals.received()
             if signum is not None:
                 child.send_signal(signum)
-                kill_at = now + min(_GRACE, 60 * (minutes or 1)) if late else float("inf")
+                kill_at = now + min(_GRACE, 60 * (minutes or 1)) if timed_out else float("inf")
         elif now > kill_at:
             child.kill()
-    return child.returncode, late
+    return child.returncode, timed_out
 
 
-def _reason(code: int, said: dict[str, Any], *, late: bool, minutes: float | None) -> str:
-    if late:
-        return f"not finished after {minutes:g} minutes (sweep.minutes)"
-    if said.get("status") == "FAILED":
-        return str(said["reason"])
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _outcome(
+    code: int, child: Mapping[str, object], *, timed_out: bool, minutes: float | None
+) -> tuple[str, str]:
+    """Return the status of a job that ended, and the reason, from its exit code and status."""
+    if code == 0:
+        return "DONE", ""
+    if timed_out:
+        return "FAILED", f"not finished after {minutes:g} minutes (sweep.minutes)"
+    if child.get("status") in ("PREEMPTED", "FAILED"):
+        return str(child["status"]), str(child["reason"])
+    return "FAILED", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _name(words: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:12]
+def _digest(arguments: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:12]

@@ -1,0 +1,176 @@
+"""Loaders of image files, with timm's transforms, mixup and cutmix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import (
+    AugmentOp,
+    AugMixAugment,
+    AutoAugment,
+    RandAugment,
+    posterize,
+)
+from timm.data.mixup import mixup_target
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import Compose
+
+from vitrim.data import ImageSpec, Loaders, sample_indices
+from vitrim.data.dataset import Example, ImageDataset, Transform
+from vitrim.data.few_shot import FewShotSubset
+from vitrim.data.loader import sequential
+from vitrim.data.quarantine import StrictDataset, TolerantDataset
+from vitrim.errors import ConfigError, is_count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFiles:
+    """A training and a validation set of image files, with how they are augmented and loaded.
+
+    `augmentation` goes to `timm.data.create_transform`, `mixing` to `timm.data.Mixup`.
+    """
+
+    train: ImageDataset | None
+    val: ImageDataset
+    n_classes: int
+    batch_size: int
+    workers: int
+    augmentation: Mapping[str, object]
+    mixing: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        if not is_count(self.batch_size) or not (self.workers == 0 or is_count(self.workers)):
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}, data.workers={self.workers}: "
+                "expected whole numbers, at least 1 image and 0 workers"
+            )
+        if self.mixes_pairs and self.batch_size % 2:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: expected an even number, "
+                "because mixup and cutmix pair images"
+            )
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are training images."""
+        return self.train is not None
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Names of the training images of a few-shot set; empty where all images are used."""
+        return self.train.names if isinstance(self.train, FewShotSubset) else ()
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixup or cutmix is on, which mix training images in pairs."""
+        return bool(self.mixing["mixup_alpha"] or self.mixing["cutmix_alpha"])
+
+    def bad_images(self) -> dict[str, dict[str, str]]:
+        """Return why images that were met so far are bad, by split and name."""
+        train = self.train.dataset if isinstance(self.train, FewShotSubset) else self.train
+        reasons = {
+            split: dataset.bad_images()
+            for split, dataset in (("training", train), ("evaluation", self.val))
+            if isinstance(dataset, TolerantDataset | StrictDataset)
+        }
+        return {split: names for split, names in reasons.items() if names}
+
+    def module(self, spec: ImageSpec) -> Loaders:
+        """Return loaders of images (B, C, H, W) prepared as in `spec`."""
+        if spec.channels != 3:
+            raise ConfigError(
+                f"image files have 3 channels, the model expects {spec.channels}: choose a model "
+                "of 3 channels, or another data="
+            )
+        return _ImageLoaders(self, spec)
+
+
+class _ImageLoaders(Loaders):
+    def __init__(self, images: ImageFiles, spec: ImageSpec) -> None:
+        super().__init__()
+        self.images = images
+        options: dict[str, object] = {
+            "input_size": (spec.channels, *spec.size),
+            "interpolation": spec.interpolation,
+            "mean": tuple(spec.mean),
+            "std": tuple(spec.std),
+        }
+        plain: Transform = create_transform(**options, crop_pct=spec.crop_pct)
+        self.val_set = _with_transform(images.val, plain)
+        self.train_set = self.calibration_set = None
+        if images.train is not None:
+            augmented = _training_transform(**options, **images.augmentation)
+            self.train_set = _with_transform(images.train, augmented)
+            self.calibration_set = _with_transform(images.train, plain)
+        self.mix = (
+            Mixup(num_classes=images.n_classes, **images.mixing) if images.mixes_pairs else None
+        )
+
+    def train_dataloader(self) -> DataLoader[object]:
+        """Return the shuffled, augmented training batches without an incomplete last one."""
+        assert self.train_set is not None
+        return self.shuffled(self.train_set, self.images.batch_size, workers=self.images.workers)
+
+    def val_dataloader(self) -> DataLoader[object]:
+        """Return every validation image once."""
+        return self.in_order(self.val_set, self.images.batch_size, workers=self.images.workers)
+
+    def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return `samples` training images, or all, prepared like validation images."""
+        assert self.calibration_set is not None
+        indices = sample_indices(len(self.calibration_set), samples, seed)
+        subset: Subset[Example] = Subset(self.calibration_set, indices)  # type: ignore[arg-type]
+        return sequential(subset, self.images.batch_size, workers=self.images.workers)
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mix training images in pairs and soften their labels; leave validation unchanged."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return batch
+        images, labels = batch
+        if self.mix is not None:
+            return cast(tuple[Tensor, Tensor], self.mix(images, labels))
+        smoothing = self.images.mixing["label_smoothing"]
+        return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
+
+
+def _with_transform(dataset: ImageDataset, transform: Transform) -> ImageDataset:
+    """Return a copy of `dataset` that shares its images."""
+    dataset = copy.copy(dataset)
+    dataset.transform = transform
+    return dataset
+
+
+def _training_transform(**options: object) -> Transform:
+    """Return timm's training transform, with a posterising that no Pillow refuses."""
+    transform: Compose = create_transform(is_training=True, **options)
+    for operation in _operations(transform):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return cast(Transform, transform)
+
+
+def _operations(transform: Compose) -> Iterator[AugmentOp]:
+    """Yield the operations that timm's automatic augmentations draw from."""
+    for step in transform.transforms:
+        match step:
+            case RandAugment() | AugMixAugment():
+                yield from step.ops
+            case AutoAugment():
+                for operations in step.policy:
+                    yield from operations
+
+
+def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    """Keep the highest `bits` of every channel; 0 bits, an error in Pillow 13, give black."""
+    if bits > 0:
+        return cast(Image.Image, posterize(image, bits))
+    return Image.new(image.mode, image.size)

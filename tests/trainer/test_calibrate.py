@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from conftest import images, small_net
 from vitrim.errors import ConfigError
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Calibrate, Sampling, take
+from vitrim.trainer.calibrate import Calibrate, Sampling, gather_tokens
 
 SITES = ["blocks.0.mlp.hidden", "blocks.1.attn.heads", "blocks.1.attn.qk"]
-ALL = Sampling(images=8, tokens=None, readout=1.0)
+ALL = Sampling(images=8, tokens=None, class_token_weight=1.0)
 
 
 def calibrate(net: nn.Module, x: Tensor, batch: int, **options: Any) -> Evidence:
@@ -80,7 +80,9 @@ def test_first_order_effects_are_those_of_a_gate_on_each_unit() -> None:
 def test_sampled_tokens_are_spread_and_differ_between_images(
     tokens: int | None, count: int
 ) -> None:
-    index = Sampling(images=1, tokens=tokens, readout=1.0).index(torch.empty(5, 198, 1), 2, 0)
+    index = Sampling(images=1, tokens=tokens, class_token_weight=1.0).index(
+        torch.empty(5, 198, 1), 2, 0
+    )
     assert index.shape == (5, 2 + count)
     assert bool((index[:, :2] == torch.arange(2)).all())
     assert bool((index[:, 2:] >= 2).all())
@@ -91,16 +93,16 @@ def test_sampled_tokens_are_spread_and_differ_between_images(
 
 @pytest.mark.parametrize(("given", "each"), [(None, 3), (9, 3), (8, 3), (5, 3), (4, 6), (1, 24)])
 def test_of_fewer_images_more_tokens_are_taken(given: int | None, each: int) -> None:
-    sampling = Sampling(images=8, tokens=3, readout=1.0, given=given)
-    assert sampling.each == each
+    sampling = Sampling(images=8, tokens=3, class_token_weight=1.0, available_images=given)
+    assert sampling.tokens_per_image == each
     assert sampling.index(torch.empty(1, 200, 1), 2, 0).shape[1] >= 2 + each
-    assert replace(sampling, tokens=None).each is None
+    assert replace(sampling, tokens=None).tokens_per_image is None
 
 
 def test_huge_tokens_do_not_outweigh_the_others() -> None:
     x = images(batch=2).flatten(2).transpose(1, 2)[:, :6].repeat(1, 1, 8)
     x[:, 3] *= 100
-    weights = replace(ALL, readout=4.0).weights(x, prefix=1, readout=1)
+    weights = replace(ALL, class_token_weight=4.0).weights(x, n_prefix_tokens=1, n_readout_tokens=1)
     assert torch.equal(weights[:, 0], torch.full((2,), 4.0))
     assert torch.allclose(weights[:, 1:].mean(1), torch.ones(2))
     assert bool((weights[:, 3] < 1e-2).all())
@@ -108,16 +110,23 @@ def test_huge_tokens_do_not_outweigh_the_others() -> None:
 
 def test_taking_tokens_keeps_their_order() -> None:
     x = torch.arange(12.0).view(1, 4, 3)
-    assert torch.equal(take(x, torch.tensor([[2, 0]])), x[:, [2, 0]])
+    assert torch.equal(gather_tokens(x, torch.tensor([[2, 0]])), x[:, [2, 0]])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"images": 0}, {"images": 1.5}, {"tokens": 0}, {"readout": 0.0}, {"readout": -1.0}]
+    "wrong",
+    [
+        {"images": 0},
+        {"images": 1.5},
+        {"tokens": 0},
+        {"class_token_weight": 0.0},
+        {"class_token_weight": -1.0},
+    ],
 )
 def test_sampling_nothing_is_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"method\.sampling\.{name}"):
-        Sampling(**{"images": 8, "tokens": None, "readout": 1.0, **wrong})
+        Sampling(**{"images": 8, "tokens": None, "class_token_weight": 1.0, **wrong})
 
 
 def test_without_images_there_is_no_evidence() -> None:

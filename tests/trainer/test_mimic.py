@@ -40,7 +40,7 @@ def test_what_the_classifier_reads_is_added_by_its_weight(
     teacher = small_net()
     student = student_of(teacher)
     alone, more = (
-        loss_of(Mimic(student, teacher, recipe=RECIPE, pooled=pooled), monkeypatch)
+        loss_of(Mimic(student, teacher, recipe=RECIPE, pooled_weight=pooled), monkeypatch)
         for pooled in (0.0, 0.5)
     )
     ours, theirs = (net.forward_features(images())[:, 0] for net in (student, teacher))
@@ -54,7 +54,7 @@ def test_logits_are_added_by_their_weight(monkeypatch: pytest.MonkeyPatch) -> No
         loss_of(phase, monkeypatch)
         for phase in (
             Mimic(student, teacher, recipe=RECIPE),
-            Mimic(student, teacher, recipe=RECIPE, logits=0.5, temperature=2.0),
+            Mimic(student, teacher, recipe=RECIPE, logits_weight=0.5, temperature=2.0),
             Distill(student, teacher, recipe=RECIPE, temperature=2.0),
         )
     )
@@ -75,7 +75,7 @@ def test_distilling_is_the_divergence_from_the_teacher(monkeypatch: pytest.Monke
 def test_the_classifier_is_the_teachers_unless_it_is_trained(logits: float) -> None:
     teacher = small_net()
     student = student_of(small_net(seed=1))
-    Mimic(student, teacher, recipe=RECIPE, logits=logits).on_fit_start()
+    Mimic(student, teacher, recipe=RECIPE, logits_weight=logits).on_fit_start()
     assert torch.equal(student.head.weight, teacher.head.weight) == (not logits)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import ALL, calibrated, doubled, made_up, pictures
+from calibration import ALL, calibrated, doubled, pictures, reconstructed
 from conftest import images, outputs, plan_of, relative_error, small_net
 from vitrim import Plan, cut
 from vitrim.network import stream
@@ -19,8 +19,8 @@ def refitted(small: nn.Module, evidence: Evidence) -> nn.Module:
     phase.on_train_start()
     for epoch in range(phase.epochs):
         for start in range(0, 24, 8):
-            phase.take(pictures()[start : start + 8], epoch)
-        phase.conclude(epoch)
+            phase.observe(pictures()[start : start + 8], epoch)
+        phase.solve(epoch)
     return small
 
 
@@ -41,8 +41,8 @@ def test_the_stream_comes_nearer_than_by_folding_alone(args: dict[str, object]) 
     evidence = calibrated(net, SITES)
     errors = []
     for compact in (
-        made_up(net, kept(0.5), evidence, "ridge"),
-        refitted(made_up(net, kept(0.5), evidence, "ridge"), evidence),
+        reconstructed(net, kept(0.5), evidence, "ridge"),
+        refitted(reconstructed(net, kept(0.5), evidence, "ridge"), evidence),
     ):
         with torch.no_grad():
             ours, dense = (n.blocks(stream(n).embed(pictures())) for n in (compact, net))
@@ -62,8 +62,8 @@ def test_layers_that_read_value_dims_stay_as_they_were_folded() -> None:
     net = small_net()
     plan = plan_of({"blocks.0.attn.v": range(2, 24), SITES[1]: range(30)})
     evidence = calibrated(net, ["blocks.0.attn.v", *SITES])
-    folded = made_up(net, plan, evidence, "ridge")
-    small = refitted(made_up(net, plan, evidence, "ridge"), evidence)
+    folded = reconstructed(net, plan, evidence, "ridge")
+    small = refitted(reconstructed(net, plan, evidence, "ridge"), evidence)
     changed = {
         name
         for name, parameter in small.named_parameters()

@@ -1,1 +1,12 @@
-"""Phases of training that methods share, and the Lightning parts around them."""
+"""The Lightning phases that methods share, and what runs, resumes and records them.
+
+    phase.py     the protocols of a phase; a phase that lacks a member is refused
+    phases.py    PhaseRunner: runs one phase with a Trainer of its own, or loads its finished result
+    resume.py    checkpoints within a phase            tracking.py   metrics.jsonl, W&B, TensorBoard
+    recipe.py    AdamW with warm-up and cosine decay   batchnorm.py  statistics of folded BatchNorms
+    classify.py  supervised training, evaluation       mimic.py      training towards a teacher
+    calibrate.py, collect.py   scorers that train nothing
+    refit.py     least squares on the compact network
+
+May import: store, measure, closed_form, network, data, jobs and what is below them. No method.
+"""

@@ -1,16 +1,15 @@
-"""BatchNorms that were never in training: counted before it begins, or it would undo the network.
+"""BatchNorms that look folded for inference: their statistics are estimated before training.
 
-A checkpoint that was converted from one made for inference often has its norms folded into the
-convolutions: they are left with means of zero, one variance and the biases. Used, that is the
-network; but a step of training normalises by the batch, which is not what its weights were made
-for, and nothing of it is left.
+A checkpoint that was converted from one made for inference often has its BatchNorms folded into the
+convolutions: what is left has means of zero, one and the same variance, and the biases. In
+evaluation mode that is the network. A training step, however, normalises by the batch, which the
+weights were not made for, and destroys the network.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 _log = logging.getLogger(__name__)
 
 
-def uncounted(net: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorms of `net`, if all have trained biases, but none has seen an image.
+def folded_batchnorms(net: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorms of `net` if they look folded for inference, else none.
 
-    Then all means are 0 and all variances the same; in a fresh network all biases are 0, too.
+    They do if all means are 0 and all variances the same, but some bias is not 0: in a fresh
+    network all biases are 0 as well.
     """
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     if not norms or any(norm.running_var is None or norm.bias is None for norm in norms):
@@ -33,25 +33,48 @@ def uncounted(net: nn.Module) -> list[_BatchNorm]:
             *((norm.running_mean, norm.running_var, norm.bias) for norm in norms), strict=True
         )
     )
-    never = not means.any() and bool((variances == variances[0]).all())
-    return norms if never and bool(biases.any()) else []
+    unseen = not means.any() and bool((variances == variances[0]).all())
+    return norms if unseen and bool(biases.any()) else []
 
 
 @torch.no_grad()
-def count(net: nn.Module, batches: Callable[[], Iterable[Any]]) -> None:
-    """Give such norms the mean and the variance of what enters them, and weights to match.
+def estimate_batchnorm(net: nn.Module, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
+    """Give folded BatchNorms the mean and variance of their inputs, and weights to match.
 
-    What `net` computes stays the same to rounding, and a training step now begins there, too. A
-    network whose norms have counted is left alone.
+    The outputs of `net` stay the same to rounding, in evaluation mode, and now in training mode as
+    well. A network whose BatchNorms have statistics is left alone.
 
     Args:
         net: changed in place.
         batches: returns batches of images (B, C, H, W) and labels; called only if they are needed.
     """
-    norms = uncounted(net)
+    norms = folded_batchnorms(net)
     if not norms:
         return
-    sums: dict[nn.Module, Tensor] = {}  # of each: 1, x and x^2 over images and places, (C, 3)
+    sums, images = _sums(net, norms, batches())
+    for norm in norms:
+        n, total, squares = sums[norm].unbind(1)
+        mean = (total / n).to(norm.bias)
+        variance = (squares / n - (total / n).square()).clamp_min(0).to(norm.bias)
+        running = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        old = (running[1] + norm.eps).sqrt()
+        norm.bias.add_(norm.weight * mean / old)
+        norm.weight.mul_((variance + norm.eps).sqrt() / old)
+        for buffer, statistic in zip(running, (mean, variance), strict=True):
+            buffer.copy_(statistic)
+    _log.info(
+        "estimated the statistics of %d BatchNorms on %d images (they look folded for inference), "
+        "and adapted their weights",
+        len(norms),
+        images,
+    )
+
+
+def _sums(
+    net: nn.Module, norms: Iterable[nn.Module], batches: Iterable[Sequence[Tensor]]
+) -> tuple[dict[nn.Module, Tensor], int]:
+    """Return by BatchNorm the sums of 1, x and x^2 over its inputs, (C, 3), and the image count."""
+    sums: dict[nn.Module, Tensor] = {}
 
     def add(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].double().transpose(0, 1).flatten(1)  # channels first
@@ -63,26 +86,11 @@ def count(net: nn.Module, batches: Callable[[], Iterable[Any]]) -> None:
     net.eval()
     try:
         images = 0
-        for batch in batches():
+        for batch in batches:
             net(batch[0].to(next(net.parameters()).device))
             images += len(batch[0])
     finally:
         for handle in handles:
             handle.remove()
         net.train(training)
-    for norm in norms:
-        n, total, squares = sums[norm].unbind(1)
-        mean = (total / n).to(norm.bias)
-        variance = (squares / n - (total / n).square()).clamp_min(0).to(norm.bias)
-        running = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-        old = (running[1] + norm.eps).sqrt()
-        norm.bias.add_(norm.weight * mean / old)
-        norm.weight.mul_((variance + norm.eps).sqrt() / old)
-        for buffer, found in zip(running, (mean, variance), strict=True):
-            buffer.copy_(found)
-    _log.info(
-        "%d norms had never counted (folded for inference?): they did, on %d images, and their "
-        "weights were adapted",
-        len(norms),
-        images,
-    )
+    return sums, images

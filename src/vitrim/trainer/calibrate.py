@@ -1,81 +1,98 @@
-"""The scorer that trains nothing: one pass over images, and moments of what flows by."""
+"""The scorer that trains nothing: one pass over images, and moments of the activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.closed_form.importance import reader_of
+from vitrim.closed_form.importance import consumer_of
 from vitrim.closed_form.moments import Moments, add_to, key_of
 from vitrim.errors import is_count, is_positive, require
 from vitrim.network import stream, structure
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
+from vitrim.trainer.phase import ResumePoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Which images, and which of their tokens, statistics are made of.
+    """Which images, and which of their tokens, statistics are computed from.
 
-    `images` are drawn from the training set by the run's seed, without augmentation; all of it if
-    it has fewer. Of an image, the class token and up to `tokens` patches evenly spaced, from
-    another start in every image (None: all); where only `given` images are there, as many times
-    more of each as they are fewer, so that least squares has enough to go by. Where the classifier
-    reads a class token, it counts as `readout` patches. Regressions, and the moments of one-shot
-    pruning, count a patch by the inverse variance of its stream, so that a few tokens of huge norm
-    do not outweigh all others.
+    Regressions, and the moments of one-shot pruning, weight a patch by the inverse variance of its
+    stream, so that a few tokens of huge norm do not outweigh all others.
+
+    Args:
+        images: drawn from the training set by the run's seed, without augmentation; all of it if it
+            has fewer.
+        tokens: patches sampled from each image, besides the class token: evenly spaced, from
+            another start in each image. None: all.
+        class_token_weight: of a class token that the classifier reads; a patch has 1 on average.
+        available_images: size of the training set if it is smaller than `images`: then more tokens
+            of each image are sampled, in proportion, so that least squares has enough rows.
     """
 
     images: int
     tokens: int | None
-    readout: float
-    given: int | None = None
+    class_token_weight: float
+    available_images: int | None = None
 
     def __post_init__(self) -> None:
         for rule in (
             ("images", is_count(self.images), "a whole number from 1 on"),
             ("tokens", self.tokens is None or is_count(self.tokens), "null or a whole number"),
-            ("readout", is_positive(self.readout), "a number above 0"),
+            ("class_token_weight", is_positive(self.class_token_weight), "a number above 0"),
         ):
             require("method.sampling", self, rule)
 
     @property
-    def each(self) -> int | None:
-        """How many patches of an image are sampled at most, None: all.
+    def tokens_per_image(self) -> int | None:
+        """Patches that are sampled from each image at most, None: all.
 
-        >>> Sampling(images=1000, tokens=48, readout=4.0, given=500).each
+        >>> few = {"images": 1000, "available_images": 500}
+        >>> Sampling(tokens=48, class_token_weight=4.0, **few).tokens_per_image
         96
         """
-        if self.tokens is None or self.given is None:
+        if self.tokens is None or self.available_images is None:
             return self.tokens
-        return self.tokens * max(1, self.images // self.given)
+        return self.tokens * max(1, self.images // self.available_images)
 
-    def index(self, x: Tensor, prefix: int, seen: int) -> Tensor:
-        """Return which tokens of x are sampled, (B, n); `seen` images came before these."""
-        patches = x.shape[1:-1].numel() - prefix
-        stride = 1 if self.each is None else max(1, patches // min(self.each, patches))
+    def index(self, x: Tensor, n_prefix_tokens: int, seen: int) -> Tensor:
+        """Return which tokens of x are sampled, (B, n).
+
+        Args:
+            x: the stream, (B, N, D) or (B, H, W, D).
+            n_prefix_tokens: how many tokens come before the patches; they are always sampled.
+            seen: how many images came before these.
+        """
+        patches, most = x.shape[1:-1].numel() - n_prefix_tokens, self.tokens_per_image
+        stride = 1 if most is None else max(1, patches // min(most, patches))
         image = seen + torch.arange(len(x), device=x.device)
         spaced = torch.arange(patches // stride, device=image.device) * stride
-        first = torch.arange(prefix, device=image.device).expand(len(image), -1)
-        return torch.cat([first, prefix + spaced + (image % stride)[:, None]], dim=1)
+        first = torch.arange(n_prefix_tokens, device=image.device).expand(len(image), -1)
+        return torch.cat([first, n_prefix_tokens + spaced + (image % stride)[:, None]], dim=1)
 
-    def weights(self, x_BnD: Tensor, prefix: int, readout: int) -> Tensor:
-        """Return what each sampled token counts, (B, n); the classifier reads the first ones."""
+    def weights(self, x_BnD: Tensor, n_prefix_tokens: int, n_readout_tokens: int) -> Tensor:
+        """Return the weight of each sampled token, (B, n).
+
+        Args:
+            x_BnD: the stream at the sampled tokens.
+            n_prefix_tokens: how many tokens come before the patches.
+            n_readout_tokens: how many of these the classifier reads.
+        """
         weights = 1 / x_BnD.float().var(-1).clamp_min(1e-12)
-        weights = weights / weights[:, prefix:].mean(1, keepdim=True)
-        weights[:, :prefix] = 1.0
-        weights[:, :readout] = self.readout
+        weights = weights / weights[:, n_prefix_tokens:].mean(1, keepdim=True)
+        weights[:, :n_prefix_tokens] = 1.0
+        weights[:, :n_readout_tokens] = self.class_token_weight
         return weights
 
 
-def take(x: Tensor, index_Bn: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the indexed tokens of x, (B, N, C) or (B, H, W, C), as (B, n, C)."""
     x_BNC = x.flatten(1, -2)
     starts = torch.arange(len(x), device=x.device)[:, None] * x_BNC.shape[1]
@@ -84,17 +101,20 @@ def take(x: Tensor, index_Bn: Tensor) -> Tensor:
 
 
 class Calibrate(LightningModule):
-    """Pass calibration images through a network once and keep moments of what its units do.
+    """Pass calibration images through a network once and keep moments of its units' activations.
 
-    Evidence has no scores, those are the criterion's, but `moments`: by layer that reads units
-    `weight`, `mean` and `cov` of its inputs; by query-key site the same of q and k, per head. With
-    `taylor` also each unit's first-order effect on the loss against the network's own decision;
-    with `targets` what a later regression aims at: the stream after the branch of each layer that
-    reads hidden units, at the sampled tokens, and the classifier's input. Moments take the same
-    memory whatever the number of images; targets take images x sampled tokens x D numbers a layer.
+    Evidence has no scores (the criterion computes them), but `moments`: for each layer that
+    consumes units `weight`, `mean` and `cov` of its inputs; for each query-key site the same of q
+    and k, per head. With `taylor` also each unit's first-order effect on the loss against the
+    network's own decision; with `targets` those of a later regression: the stream after the branch
+    of each layer that consumes hidden units, at the sampled tokens, and the classifier's input. The
+    memory of moments does not depend on the number of images; targets take images x sampled tokens
+    x D numbers a layer.
     """
 
-    resumes_at = "never"
+    resumes_at: ResumePoint = "never"
+    clip_norm = 0.0
+    trains = False
 
     def __init__(
         self,
@@ -108,25 +128,25 @@ class Calibrate(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.epochs = 1 if sites else 0  # there may be nothing to look for
-        self.samples = sampling.images
+        self.epochs = 1 if sites else 0
+        self.calibration_images = sampling.images
         self.sampling = sampling
         self.taylor = taylor
         self.targets = targets
-        self.settings: dict[str, Any] = {
+        self.settings: dict[str, object] = {
             "sites": list(sites),
             "sampling": asdict(sampling),
             "taylor": taylor,
             "targets": targets,
         }
         described = structure(net)
-        if sites:  # weights alone can be judged without a stream
+        if sites:  # a network without a stream can be scored by its weights
             self._stream = stream(net)
             self._branches = {branch.name: branch for branch in self._stream.branches}
-        self._readers, self._attentions = _watched(described, sites)
+        self._consumers, self._attentions = _calibrated(described, sites)
         self._dims = {a.qkv: described.sites[a.qk].head_dims for a in self._attentions}
         self.moments = nn.ModuleDict()
-        for layer in self._readers:
+        for layer in self._consumers:
             width: int = net.get_submodule(layer.name).in_features  # type: ignore[assignment]
             self.moments[key_of(layer.name)] = Moments(layer.name, width)
         for attention in self._attentions:
@@ -135,89 +155,92 @@ class Calibrate(LightningModule):
                 name = f"{attention.qk}.{part}"
                 self.moments[key_of(name)] = Moments(name, max(dims), (len(dims),))
         self._classifiers = [name for name, module in classifiers(net)] if targets else []
-        self._aimed = {
-            layer.name for layer in self._readers if targets and not _reads_heads(described, layer)
+        self._regressed = {
+            layer.name
+            for layer in self._consumers
+            if targets and not _consumes_heads(described, layer)
         }
         self._chunks: dict[str, list[Tensor]] = {}
-        for name in self._extras():
+        for name in self._extra_statistics():
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
 
-    def _extras(self) -> list[str]:
-        """Return the names of what is kept beside moments."""
-        readers = [layer.name for layer in self._readers]
-        aimed = [name for name in readers if name in self._aimed]
-        aims = [f"{name}.target" for name in (*aimed, *self._classifiers)]
-        units = [*readers, *(attention.qk for attention in self._attentions)]
-        return [*aims, *(f"{name}.taylor" for name in units if self.taylor)]
+    def _extra_statistics(self) -> list[str]:
+        """Return the names of the statistics that are kept besides moments."""
+        consumers = [layer.name for layer in self._consumers]
+        regressed = [name for name in consumers if name in self._regressed]
+        targets = [f"{name}.target" for name in (*regressed, *self._classifiers)]
+        units = [*consumers, *(attention.qk for attention in self._attentions)]
+        return [*targets, *(f"{name}.taylor" for name in units if self.taylor)]
 
     def on_train_start(self) -> None:
-        """Look at the network as it is used."""
+        """Set the network to eval mode, in which it is used."""
         self.net.eval()
 
     def configure_optimizers(self) -> None:
         """Return none: nothing is trained."""
 
-    def training_step(self, batch: Any, batch_index: int) -> None:
-        """Take in one batch of images (B, C, H, W)."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Add one batch of images (B, C, H, W) to the statistics."""
         images = batch[0]
-        with full_precision(images), watch(self.net, self._places()) as flows:
+        with full_precision(images), capture(self.net, self._points()) as activations:
             with torch.set_grad_enabled(self.taylor):
                 logits = self.net(images)
             if self.taylor:
-                self._first_order(logits, flows)
+                self._first_order(logits, activations)
         with torch.no_grad():
-            self._take_in(flows)
+            self._take_in(activations)
         self._seen += len(images)
 
-    def _places(self) -> list[tuple[str, bool]]:
-        """Return the modules to watch, and whether their output is meant or their input."""
-        norms = [step.before for step in self._stream.steps]
-        readers = [layer.name for layer in self._readers]
-        wanted = [*norms, self._stream.after, *readers, *self._classifiers]
-        return [*((name, False) for name in wanted), *((a.qkv, True) for a in self._attentions)]
+    def _points(self) -> list[tuple[str, bool]]:
+        """Return the modules to capture, and whether their output is meant (else their input)."""
+        norms = [step.reader for step in self._stream.steps]
+        consumers = [layer.name for layer in self._consumers]
+        inputs = [*norms, self._stream.final_norm, *consumers, *self._classifiers]
+        return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 
-    def _take_in(self, flows: Mapping[str, Tensor]) -> None:
-        for layer in self._readers:
+    def _take_in(self, activations: Mapping[str, Tensor]) -> None:
+        for layer in self._consumers:
             branch = self._branches[layer.branch]
-            index, weights = self._sampled(flows[branch.before])
-            rows = take(branch.tokens(flows[layer.name]), index)
+            index, weights = self._sampled(activations[branch.reader])
+            rows = gather_tokens(branch.tokens(activations[layer.name]), index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
-            if layer.name in self._aimed:
-                after = take(flows[self._stream.following(branch)], index)
+            if layer.name in self._regressed:
+                after = gather_tokens(activations[self._stream.reader_after(branch)], index)
                 self._chunks.setdefault(f"{layer.name}.target", []).append(after.float().cpu())
         for attention in self._attentions:
             branch = self._branches[attention.branch]
-            index, weights = self._sampled(flows[branch.before])
+            index, weights = self._sampled(activations[branch.reader])
             dims = self._dims[attention.qkv]
-            outputs = take(branch.tokens(flows[attention.qkv]), index)
+            outputs = gather_tokens(branch.tokens(activations[attention.qkv]), index)
             both = outputs.flatten(0, 1)[:, : 2 * sum(dims)]
             for part, rows in zip(("q", "k"), both.chunk(2, dim=1), strict=True):
                 self._moments(f"{attention.qk}.{part}").add(_by_head(rows, dims), weights.flatten())
         for name in self._classifiers:
-            features = flows[name].float().cpu()
+            features = activations[name].float().cpu()
             self._chunks.setdefault(f"{name}.target", []).append(features)
 
     def _sampled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which tokens of the stream x count, and how much, (B, n) each."""
-        index = self.sampling.index(x, self._stream.prefix, self._seen)
-        taken = take(x, index)
-        return index, self.sampling.weights(taken, self._stream.prefix, self._stream.readout)
+        """Return the index of the sampled tokens of the stream x and their weights, (B, n) each."""
+        index = self.sampling.index(x, self._stream.n_prefix_tokens, self._seen)
+        tokens = gather_tokens(x, index)
+        return index, self.sampling.weights(
+            tokens, self._stream.n_prefix_tokens, self._stream.n_readout_tokens
+        )
 
     def _moments(self, name: str) -> Moments:
-        found = self.moments[key_of(name)]
-        assert isinstance(found, Moments)
-        return found
+        moments = self.moments[key_of(name)]
+        assert isinstance(moments, Moments)
+        return moments
 
-    def _first_order(self, logits: Tensor, flows: Mapping[str, Tensor]) -> None:
+    def _first_order(self, logits: Tensor, activations: Mapping[str, Tensor]) -> None:
         """Add up |sum over tokens of x dL/dx| per unit, L the loss of the network's own choice."""
         loss = F.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
-        names = [*(layer.name for layer in self._readers), *(a.qkv for a in self._attentions)]
-        slopes = torch.autograd.grad(loss, [flows[name] for name in names])
-        keys = [*(layer.name for layer in self._readers), *(a.qk for a in self._attentions)]
-        inside = [layer.branch for layer in self._readers] + [a.branch for a in self._attentions]
-        for name, key, branch, slope in zip(names, keys, inside, slopes, strict=True):
-            effects = self._branches[branch].tokens(flows[name].detach() * slope)
+        layers = [(layer.name, layer.name, layer.branch) for layer in self._consumers]
+        layers += [(a.qkv, a.qk, a.branch) for a in self._attentions]
+        slopes = torch.autograd.grad(loss, [activations[name] for name, _, _ in layers])
+        for (name, key, branch), slope in zip(layers, slopes, strict=True):
+            effects = self._branches[branch].tokens(activations[name].detach() * slope)
             effect = effects.sum(1).abs().sum(0)
             if name in self._dims:
                 effect = effect[: sum(self._dims[name])]
@@ -235,53 +258,53 @@ class Calibrate(LightningModule):
     def evidence(self) -> Evidence:
         """Return the moments; empty where no image was seen."""
         if not all(moments.get_buffer("cov").numel() for moments in self.moments.values()):
-            return Evidence(scores={})
-        found: dict[str, dict[str, Tensor]] = {
-            layer.name: self._moments(layer.name).tensors() for layer in self._readers
+            return Evidence()
+        statistics: dict[str, dict[str, Tensor]] = {
+            layer.name: self._moments(layer.name).tensors() for layer in self._consumers
         }
         for attention in self._attentions:
-            found[attention.qk] = {
+            statistics[attention.qk] = {
                 f"{part}.{name}": tensor
                 for part in ("q", "k")
                 for name, tensor in self._moments(f"{attention.qk}.{part}").tensors().items()
             }
-        for name in self._extras():
-            owner, _, what = name.rpartition(".")
-            found.setdefault(owner, {})[what] = self.get_buffer(key_of(name))
-        return Evidence(scores={}, moments=found)
+        for name in self._extra_statistics():
+            owner, _, kind = name.rpartition(".")
+            statistics.setdefault(owner, {})[kind] = self.get_buffer(key_of(name))
+        return Evidence(moments=statistics)
 
 
-def _watched(described: Structure, sites: Sequence[str]) -> tuple[list[Layer], list[Attention]]:
-    """Return the layers that read the units of `sites`, and the attentions whose qk dims are."""
+def _calibrated(described: Structure, sites: Sequence[str]) -> tuple[list[Layer], list[Attention]]:
+    """Return the layers that consume the units of `sites`, and the attentions of its qk sites."""
     values = {attention.heads: attention.v for attention in described.attentions}
     by_qk = {attention.qk: attention for attention in described.attentions}
     names = dict.fromkeys(values.get(site, site) for site in sites if site not in by_qk)
-    readers = [reader_of(described, name) for name in names]
-    return readers, [by_qk[site] for site in sites if site in by_qk]
+    consumers = [consumer_of(described, name) for name in names]
+    return consumers, [by_qk[site] for site in sites if site in by_qk]
 
 
-def _reads_heads(described: Structure, layer: Layer) -> bool:
-    """Whether the units that `layer` reads are dims of attention heads."""
+def _consumes_heads(described: Structure, layer: Layer) -> bool:
+    """Whether the units that `layer` consumes are dims of attention heads."""
     sites = [described.sites[part.site] for part in layer.inp if part.site is not None]
     return any(site.head_dims for site in sites)
 
 
 def classifiers(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Iterate over the Linear layers that make the logits, with their module paths."""
-    found: Any = net.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, tuple) else (found,)
+    """Iterate over the Linear layers that compute the logits, with their module paths."""
+    classifier = net.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) and any(module is head for head in heads):
             yield name, module
 
 
-def full_precision(images: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast: statistics are not made of rounded numbers."""
+def full_precision(images: Tensor) -> AbstractContextManager[object]:
+    """Return a context without autocast: statistics are not computed from rounded numbers."""
     return torch.autocast(images.device.type, enabled=False)
 
 
 def _by_head(rows: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return rows (n, sum of dims) as (heads, n, widest), narrow heads filled up with zeros."""
+    """Return rows (n, sum of dims) as (heads, n, widest), narrow heads padded with zeros."""
     widest = max(dims)
     return torch.stack(
         [F.pad(part, (0, widest - part.shape[1])) for part in torch.split(rows, list(dims), dim=1)]
@@ -289,24 +312,31 @@ def _by_head(rows: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def watch(net: nn.Module, places: Sequence[tuple[str, bool]]) -> Iterator[dict[str, Tensor]]:
-    """Note what enters (or leaves) modules while `net` runs; of several calls, the first."""
-    flows: dict[str, Tensor] = {}
+def capture(net: nn.Module, points: Sequence[tuple[str, bool]]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that gets the activations of modules, by their path, while `net` runs.
 
-    def note(name: str, *, output: bool) -> Callable[..., None]:
+    Of several calls of a module, the first counts.
+
+    Args:
+        net: the network.
+        points: paths of modules, and whether their output is meant (else their input).
+    """
+    activations: dict[str, Tensor] = {}
+
+    def hook_for(name: str, *, output: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], *out: Tensor) -> None:
-            flows.setdefault(name, out[0] if output else args[0])
+            activations.setdefault(name, out[0] if output else args[0])
 
         return hook
 
     handles = [
-        net.get_submodule(name).register_forward_hook(note(name, output=True))
+        net.get_submodule(name).register_forward_hook(hook_for(name, output=True))
         if output
-        else net.get_submodule(name).register_forward_pre_hook(note(name, output=False))
-        for name, output in places
+        else net.get_submodule(name).register_forward_pre_hook(hook_for(name, output=False))
+        for name, output in points
     ]
     try:
-        yield flows
+        yield activations
     finally:
         for handle in handles:
             handle.remove()

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitrim.trainer.recipe import Recipe, optimisation
+from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.recipe import Recipe, adamw_cosine
 
 
 class Classify(LightningModule):
     """Cross-entropy on class indices (B,) or soft labels (B, classes); top-k in percent."""
+
+    calibration_images = None
+    resumes_at: ResumePoint = "batch"
+    trains = True
 
     def __init__(self, net: nn.Module, *, recipe: Recipe, n_classes: int) -> None:
         super().__init__()
         self.net = net
         self.recipe = recipe
         self.epochs = recipe.epochs
+        self.clip_norm = recipe.clip_norm
         self.accuracy = MetricCollection(
             {
                 f"top{k}": MulticlassAccuracy(n_classes, top_k=min(k, n_classes), average="micro")
@@ -45,24 +50,24 @@ class Classify(LightningModule):
         self.accuracy.update(self.net(images), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the accuracies over every sample, in percent; go back to training if it goes on."""
+        """Log the accuracies over all samples, in percent; return to training mode if training."""
         hits: dict[str, Tensor] = self.accuracy.compute()
         percent = {name: 100 * share for name, share in hits.items()}
-        self.log_dict(percent, prog_bar=True, sync_dist=True)  # they are alike in every process
+        self.log_dict(percent, prog_bar=True, sync_dist=True)  # equal in every process
         self.accuracy.reset()
         self.net.train(self.trainer.training)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe."""
         steps = int(self.trainer.estimated_stepping_batches)
-        return optimisation(self.net, self.recipe, steps=steps)
+        return adamw_cosine(self.net, self.recipe, steps=steps)
 
 
-def judge(
+def validate(
     net: nn.Module, trainer: Trainer, data: LightningDataModule, *, n_classes: int
 ) -> dict[str, float]:
     """Return top-1 and top-5 of `net` in percent over the whole validation set of `data`."""
     recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
     classify = Classify(net, recipe=recipe, n_classes=n_classes)
-    (found,) = trainer.validate(classify, datamodule=data, verbose=False)
-    return {name: found[name] for name in ("top1", "top5")}
+    (metrics,) = trainer.validate(classify, datamodule=data, verbose=False)
+    return {name: metrics[name] for name in ("top1", "top5")}

@@ -1,23 +1,24 @@
-"""The scorer that only looks: it keeps a few images for closed-form work on both networks."""
+"""The scorer that keeps a few calibration images, for methods in closed form."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.plan import Evidence
+from vitrim.trainer.phase import ResumePoint
 
 
 class Collect(LightningModule):
     """Keep `images` calibration images, (n, C, H, W), of the training set; nothing is trained.
 
-    Evidence has them under `moments["images"]["pixels"]`; it is empty where no image was seen.
+    They are the `images` of its evidence, which has none where no image was seen.
     """
 
-    resumes_at = "never"
+    resumes_at: ResumePoint = "never"
+    clip_norm = 0.0
+    trains = False
 
     pixels: Tensor
 
@@ -26,25 +27,23 @@ class Collect(LightningModule):
         self.automatic_optimization = False
         self.net = net
         self.epochs = 1
-        self.samples = images
-        self.settings: dict[str, Any] = {"images": images}
+        self.calibration_images = images
+        self.settings: dict[str, object] = {"images": images}
         self.register_buffer("pixels", torch.empty(0))
         self._chunks: list[Tensor] = []
 
     def configure_optimizers(self) -> None:
         """Return none: nothing is trained."""
 
-    def training_step(self, batch: Any, batch_index: int) -> None:
-        """Take in one batch of images (B, C, H, W)."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Keep one batch of images (B, C, H, W)."""
         self._chunks.append(batch[0].float().cpu())
 
     def on_train_end(self) -> None:
-        """Put the batches together."""
+        """Concatenate the batches."""
         self.pixels = torch.cat(self._chunks)
         self._chunks = []
 
     def evidence(self) -> Evidence:
         """Return the images."""
-        if not self.pixels.numel():
-            return Evidence(scores={})
-        return Evidence(scores={}, moments={"images": {"pixels": self.pixels.cpu()}})
+        return Evidence(images=self.pixels.cpu() if self.pixels.numel() else None)

@@ -1,4 +1,4 @@
-"""Run one phase with a Trainer of its own, or take its finished result from disk."""
+"""Run one phase with a Trainer of its own, or load its finished result from disk."""
 
 from __future__ import annotations
 
@@ -6,46 +6,73 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vitrim.data import Loaders
-from vitrim.files import StoreError, digest, seal, verify, write
+from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
-from vitrim.store import misfits, read_tensors
-from vitrim.trainer.batchnorm import count
-from vitrim.trainer.classify import judge
-from vitrim.trainer.recipe import Recipe
+from vitrim.store import mismatches, read_tensors
+from vitrim.trainer.batchnorm import estimate_batchnorm
+from vitrim.trainer.classify import validate
+from vitrim.trainer.phase import Phase, check_phase
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
 _log = logging.getLogger(__name__)
-for _chatty in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(_chatty).setLevel(logging.WARNING)  # its tips and device lists, per phase
-warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data.workers is a choice
-warnings.filterwarnings("ignore", ".*no `validation_step`.*")  # scorers have none
-warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # nor optimisers
-warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified.*")
-warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 on torch 2.14
-warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # a run may be outside SLURM
 _STATE = "state.safetensors"
-_COUNTED = 512
-"""Images that norms count which never did."""
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
+    (".*does not have many workers.*", Warning),  # data.workers is a choice
+    (".*no `validation_step`.*", Warning),  # scorers have none
+    (".*configure_optimizers` returned `None`.*", Warning),  # nor optimisers
+    (".*find_unused_parameters=True was specified.*", Warning),
+    (".*LeafSpec.*", FutureWarning),  # lightning 2.6 on torch 2.14
+    (".*`srun` command is available.*", Warning),  # a run may be outside SLURM
+)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips and device lists, and its warnings about what is meant here."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message, category in _EXPECTED:
+            warnings.filterwarnings("ignore", message, category)
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.WARNING))
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Phases:
-    """What every phase of one run shares.
+class PhaseRunner:
+    """Runs the phases of one run, each with a Trainer of its own.
 
-    `trainer` makes a new Trainer; `shared` is the folder of results that several runs use.
+    Args:
+        trainer: makes a new Trainer.
+        data: where the images of all phases come from.
+        tracker: records their metrics.
+        folder: of the run.
+        shared: the folder of results that several runs use.
+        seed: of the run.
+        progress: whether progress bars are shown.
+        checkpoint_minutes: between two checkpoints within a phase.
+        batchnorm_images: that estimate the statistics of folded BatchNorms before training.
     """
 
     trainer: Callable[..., Trainer]
@@ -56,100 +83,110 @@ class Phases:
     seed: int
     progress: bool
     checkpoint_minutes: float
+    batchnorm_images: int
 
-    def once(
+    def run_or_load(
         self,
         folder: Path,
-        phase: LightningModule,
+        phase: Phase,
         *,
         name: str,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        """Train `phase`, or load its finished state from `folder`, where it is kept.
+        """Run `phase` and save its final state in `folder`, or load the state saved there.
 
-        A phase that was stopped goes on from its last checkpoint, if it has any (`Resume`), exactly
-        as if it had not been. Either way the callbacks' `on_fit_end` runs, on the trained phase.
-        Its randomness depends on the seed and `name` alone.
+        A stopped phase resumes from its last checkpoint, if it has one (`Resume`), with the same
+        result as without the stop. In both cases the callbacks' `on_fit_end` runs, on the finished
+        phase. Its random numbers depend only on the seed and `name`.
+
+        Raises:
+            ConfigError: the phase does not follow its protocol (`check_phase`).
         """
-        signals.check()
+        check_phase(phase)
+        assert isinstance(phase, LightningModule)
+        signals.raise_if_stopped()
         with lock(folder):
-            if distributed.agreed((folder / "manifest.json").is_file()):
-                _log.info("%s: finished before, taken from %s", name, folder)
+            if distributed.broadcast((folder / "manifest.json").is_file()):
+                _log.info("%s: finished before, loaded from %s", name, folder)
                 _restore(folder, phase)
-                self._fit(name, phase, epochs=0, callbacks=callbacks, folder=None)
+                self._fit(name, phase, epochs=0, callbacks=callbacks, checkpoints=None)
                 return
             checkpoints = folder / "checkpoints"
             self._fit(
-                name,
-                phase,
-                epochs=phase.epochs,  # type: ignore[arg-type]
-                callbacks=callbacks,
-                folder=checkpoints,
+                name, phase, epochs=phase.epochs, callbacks=callbacks, checkpoints=checkpoints
             )
-            if distributed.first():
+            if distributed.is_main_process():
                 state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
                 write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
-                seal(folder, (_STATE,), name=name, epochs=phase.epochs)
+                write_manifest(folder, (_STATE,), name=name, epochs=phase.epochs)
                 shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _fit(
         self,
         name: str,
-        phase: LightningModule,
+        phase: Phase,
         *,
         epochs: int,
         callbacks: Sequence[Callback],
-        folder: Path | None,
+        checkpoints: Path | None,
     ) -> None:
-        """Train `phase` for `epochs`, from the newest checkpoint in `folder` on."""
+        """Train `phase` until `epochs` are done, from its newest checkpoint if there is one."""
+        assert isinstance(phase, LightningModule)
         seed = int(digest([self.seed, name]), 16)
         seed_everything(seed, workers=True, verbose=False)
         self.data.seed = seed
         self.tracker.phase = name
-        recipe: Recipe | None = getattr(phase, "recipe", None)
-        resume = Resume(folder, seed=seed, minutes=self.checkpoint_minutes)
-        trainer = self._trainer(
-            resume,
-            *callbacks,
-            max_epochs=epochs,
-            logger=self.tracker,
-            gradient_clip_val=(recipe.clip_norm or None) if recipe else None,
+        resume = Resume(
+            checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
-        if epochs and (recipe or hasattr(phase, "recipe_of_trials")):
-            count(phase.net, lambda: self.data.calibration_dataloader(_COUNTED, self.seed))  # type: ignore[arg-type]
-        phase.train()
-        samples: int | None = getattr(phase, "samples", None)
-        trainer.fit(
-            phase,
-            None if samples is None else self.data.calibration_dataloader(samples, self.seed),
-            datamodule=self.data if samples is None else None,
-            ckpt_path=folder
-            and distributed.agreed(newest(folder) if distributed.first() else None),
-            weights_only=True,
-        )
+        with quiet_lightning():
+            trainer = self._trainer(
+                resume,
+                *callbacks,
+                max_epochs=epochs,
+                logger=self.tracker,
+                gradient_clip_val=phase.clip_norm or None,
+            )
+            if epochs and phase.trains:
+                estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))
+            phase.train()
+            images = phase.calibration_images
+            trainer.fit(
+                phase,
+                None if images is None else self._calibration(images),
+                datamodule=self.data if images is None else None,
+                ckpt_path=_newest(checkpoints),
+                weights_only=True,
+            )
 
-    def judged(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:
-        """Return the `accuracy` of `net`, or what is known of it in `folder`."""
+    def _calibration(self, images: int) -> DataLoader[object]:
+        """Return batches of that many training images, without augmentation."""
+        return self.data.calibration_dataloader(images, self.seed)
+
+    def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:
+        """Return the `accuracy` of `net`, which is saved in `folder` and computed only once."""
         known = folder / "accuracy.json"
         with lock(folder):
-            if not distributed.agreed(known.is_file()):
+            if not distributed.broadcast(known.is_file()):
                 text = json.dumps(self.accuracy(net, n_classes))
-                if distributed.first():
+                if distributed.is_main_process():
                     write(known, lambda path: path.write_text(text))
-            accuracy: dict[str, float] = distributed.agreed(
-                json.loads(known.read_text()) if distributed.first() else None
+            accuracy: dict[str, float] = distributed.broadcast(
+                json.loads(known.read_text()) if distributed.is_main_process() else None
             )
         return accuracy
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
         """Return top-1 and top-5 of `net` in percent over the whole validation set."""
-        signals.check()
-        resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes)
-        return judge(net, self._trainer(resume, logger=False), self.data, n_classes=n_classes)
+        signals.raise_if_stopped()
+        resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes, resumes_at="never")
+        with quiet_lightning():
+            trainer = self._trainer(resume, logger=False)
+            return validate(net, trainer, self.data, n_classes=n_classes)
 
-    def _trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
-        several: dict[str, Any] = getattr(self.trainer, "keywords", {})
-        if several.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
+    def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
+        settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
+        if settings.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
             options["strategy"] = "ddp_find_unused_parameters_true"
         return self.trainer(
             default_root_dir=self.folder,
@@ -157,16 +194,27 @@ class Phases:
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share
-            plugins=[SafeCheckpointIO(), distributed.environment()],
+            plugins=[SafeCheckpointIO(), distributed.cluster_environment()],
             **options,
         )
 
 
-def _restore(folder: Path, phase: LightningModule) -> None:
+def _newest(checkpoints: Path | None) -> Path | None:
+    """Return the newest checkpoint, as the main process finds it."""
+    if checkpoints is None:
+        return None
+    checkpoint: Path | None = distributed.broadcast(
+        newest(checkpoints) if distributed.is_main_process() else None
+    )
+    return checkpoint
+
+
+def _restore(folder: Path, phase: nn.Module) -> None:
+    """Load the final state of a phase."""
     verify(folder, (_STATE,))
     state = read_tensors(folder / _STATE)
     size_buffers(phase, state)
-    problems = misfits(phase, state)
+    problems = mismatches(phase, state)
     if problems:
         raise StoreError(f"{folder / _STATE} does not fit: {'; '.join(problems[:3])}")
     phase.load_state_dict(state)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW
@@ -19,8 +19,9 @@ from vitrim.errors import ConfigError, is_count, is_rate
 class Recipe:
     """AdamW with linear warm-up and cosine decay to zero, per step.
 
-    `lr` is the peak, `weight_decay` spares biases and norms, `clip_norm` bounds the gradient's norm
-    (0: unbounded). `epochs` and `warmup_epochs` count passes over the training set.
+    `lr` is the peak. `weight_decay` does not apply to biases and norms. `clip_norm` bounds the norm
+    of the gradients (0: unbounded). `epochs` and `warmup_epochs` count passes over the training
+    set.
     """
 
     epochs: int
@@ -37,12 +38,21 @@ class Recipe:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a number from 0 on")
 
 
-def optimisation(
-    net: nn.Module, recipe: Recipe, *, steps: int, extra: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
-    """Return what `configure_optimizers` returns, for `steps` optimiser steps in all.
+def adamw_cosine(
+    net: nn.Module, recipe: Recipe, *, steps: int, extra: Sequence[Mapping[str, object]] = ()
+) -> OptimizerLRSchedulerConfig:
+    """Return what `configure_optimizers` returns: see `optimizer_and_schedule`."""
+    optimizer, scheduler = optimizer_and_schedule(net, recipe, steps=steps, extra=extra)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    `extra` adds parameter groups with an own `lr`; the schedule scales it alike.
+
+def optimizer_and_schedule(
+    net: nn.Module, recipe: Recipe, *, steps: int, extra: Sequence[Mapping[str, object]] = ()
+) -> tuple[AdamW, LambdaLR]:
+    """Return the optimiser of `net` and its schedule, to be stepped after each of `steps` batches.
+
+    `extra` adds parameter groups with a learning rate of their own, which the schedule scales in
+    the same way.
     """
     groups = [*param_groups_weight_decay(net, recipe.weight_decay), *extra]
     optimizer = AdamW([group for group in groups if len(group["params"])], lr=recipe.lr)
@@ -53,5 +63,4 @@ def optimisation(
             return (step + 1) / (warmup + 1)
         return 0.5 + 0.5 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))
 
-    scheduler = LambdaLR(optimizer, scale)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return optimizer, LambdaLR(optimizer, scale)

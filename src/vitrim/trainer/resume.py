@@ -1,7 +1,7 @@
-"""Checkpoints within a phase, two generations of them, and going on from the newest that is whole.
+"""Checkpoints within a phase, two generations of them, and resuming from the newest complete one.
 
-A generation is a folder `<batches>/` of `state.ckpt` and a manifest with its checksums, which is
-written last: what a kill, a full disk or a flipped bit leaves behind is not taken for one.
+A generation is a folder `<batches>/` with `state.ckpt` and a manifest of its checksums, which is
+written last: what a kill, a full disk or a flipped bit leaves behind is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from vitrim.data.loader import seed_all
 from vitrim.errors import VitrimError
-from vitrim.files import StoreError, seal, verify, write
+from vitrim.files import StoreError, verify, write, write_manifest
 from vitrim.jobs import signals
+from vitrim.trainer.phase import ResumePoint
 
 _log = logging.getLogger(__name__)
 STATE = "state.ckpt"
@@ -37,12 +39,15 @@ class DivergedError(VitrimError):
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Write a checkpoint into a folder so that it is there whole or not at all."""
+    """Write a checkpoint into a folder so that it is complete or absent."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+        self,
+        checkpoint: Mapping[str, object],
+        path: str | os.PathLike[str],
+        storage_options: object = None,
     ) -> None:
-        """Write, flush, read back, and seal with checksums.
+        """Write, flush, read back, and write the checksums.
 
         Raises:
             OSError: the disk is full or broken; nothing is left of the attempt.
@@ -51,7 +56,7 @@ class SafeCheckpointIO(CheckpointIO):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder / STATE, lambda temporary: _dump(checkpoint, temporary))
-            seal(folder, (STATE,))
+            write_manifest(folder, (STATE,))
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -65,58 +70,59 @@ class SafeCheckpointIO(CheckpointIO):
         """Return a checkpoint: tensors and plain values, never code.
 
         Raises:
-            StoreError: no folder of this machine, or damaged.
+            StoreError: an address instead of a folder of this machine, or a damaged checkpoint.
         """
         if "://" in str(path):
             raise StoreError(f"{path}: checkpoints are read from folders, not from addresses")
         verify(Path(path), (STATE,))
-        found: dict[str, Any] = torch.load(
+        checkpoint: dict[str, Any] = torch.load(
             Path(path) / STATE, map_location=map_location, weights_only=True
         )
-        return found
+        return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint's folder."""
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _dump(checkpoint: Mapping[str, Any], path: Path) -> None:
+def _dump(checkpoint: Mapping[str, object], path: Path) -> None:
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:  # so torch reports a full disk
         raise OSError(str(error)) from None
-    with zipfile.ZipFile(path) as written:
-        broken = written.testzip()
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
     if broken is not None:
-        raise OSError(f"{path}: {broken} was not written as it was sent")
+        raise OSError(f"{path}: {broken} reads back differently from what was written")
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest whole generation in `folder`, or None; the rest of writing goes.
+    """Return the newest complete generation in `folder`, or None; remove what is incomplete.
 
-    The caller holds the lock: a file that is being written would go, too.
+    The caller holds the lock: a file that is being written would be removed as well.
     """
-    for stale in (*folder.glob("*/.*"), *(at for at in folder.glob("*") if not any(at.iterdir()))):
+    empty = (generation for generation in folder.glob("*") if not any(generation.iterdir()))
+    for stale in (*folder.glob("*/.*"), *empty):
         _log.info("%s: left by a run that was killed, removed", stale)
         stale.rmdir() if stale.is_dir() else stale.unlink()
-    for at in sorted(folder.glob("*"), key=lambda at: at.name, reverse=True):
+    for generation in sorted(folder.glob("*"), key=lambda path: path.name, reverse=True):
         try:
-            verify(at, (STATE,))
+            verify(generation, (STATE,))
         except StoreError as error:
-            _log.warning("%s; an older checkpoint is taken, or the phase starts over", error)
-            shutil.rmtree(at)
+            _log.warning("%s; resuming from an older checkpoint, or from the start", error)
+            shutil.rmtree(generation)
         else:
-            return at
+            return generation
     return None
 
 
-def _stop() -> None:
+def _stop() -> NoReturn:
     """Raise Preempted for the signal that came, or for the one that another process was sent."""
-    raise signals.Preempted(signals.noted() or signal.SIGTERM)
+    raise signals.Preempted(signals.received() or signal.SIGTERM)
 
 
 def size_buffers(phase: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give empty buffers, on whose size the data decides, the size that they have in `state`."""
+    """Give empty buffers, whose size depends on the data, the size that they have in `state`."""
     for name, buffer in [*phase.named_buffers()]:
         if not buffer.numel() and name in state:
             owner, _, last = name.rpartition(".")
@@ -124,40 +130,48 @@ def size_buffers(phase: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 class Resume(Checkpoint):
-    """Seed every step, save every `minutes` and on a request to stop, stop on a loss gone wrong.
+    """Seed every step, save every `minutes` and on a request to stop, stop when a loss diverges.
 
-    What a step draws hangs on `seed` and its number alone. With `folder` None nothing is saved. A
-    phase whose attribute `resumes_at` is "epoch" or "never" (not "batch") holds more than its
-    state: it is saved at the end of an epoch, or not at all, and starts over when it was stopped.
+    What a step draws depends only on `seed` and its number.
+
+    Args:
+        folder: of the checkpoints; None: nothing is saved.
+        seed: of the phase.
+        minutes: between two checkpoints.
+        resumes_at: where the phase may resume (`vitrim.trainer.phase`): it is saved after any
+            batch, only at the end of an epoch, or never, and then starts over when it was stopped.
     """
 
-    def __init__(self, folder: Path | None, *, seed: int, minutes: float) -> None:
+    def __init__(
+        self, folder: Path | None, *, seed: int, minutes: float, resumes_at: ResumePoint
+    ) -> None:
         self.folder = folder
         self.seed = seed
         self.minutes = minutes
+        self.resumes_at = resumes_at
         self._last = time.monotonic()
         self._due = self._stopping = False
-        self._place: dict[str, int] | None = None
+        self._position: dict[str, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, which Lightning has just taken, and let the loader go on as well."""
+        """Take the signals back from Lightning, and let the loader resume as well."""
         signals.install()
         self._last = time.monotonic()
-        if self._place is not None:
-            trainer.train_dataloader.load_state_dict(self._place)  # type: ignore[union-attr]
+        if self._position is not None:
+            trainer.train_dataloader.load_state_dict(self._position)  # type: ignore[union-attr]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the loader's place."""
-        return {"place": self._place}
+    def state_dict(self) -> dict[str, object]:
+        """Return the position of the loader."""
+        return {"place": self._position}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Note the loader's place."""
-        self._place = state_dict["place"]
+    def load_state_dict(self, state_dict: Mapping[str, dict[str, int] | None]) -> None:
+        """Remember the position of the loader."""
+        self._position = state_dict["place"]
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Stop, now that the step before is logged; seed batches that no data module blends."""
+        """Stop, now that the step before is logged; seed batches that no data module mixes."""
         if self._stopping:
             _stop()
         if trainer.datamodule is None:  # type: ignore[attr-defined]
@@ -168,8 +182,8 @@ class Resume(Checkpoint):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: STEP_OUTPUT,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Save where it is due; at an epoch's last batch only after what ends the epoch."""
@@ -181,10 +195,9 @@ class Resume(Checkpoint):
                 "(clip_norm), or look at the images; the last checkpoint is from before"
             )
         self._stopping = stopping
-        resumes_at = getattr(pl_module, "resumes_at", "batch")
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._due = (stopping or due) and resumes_at != "never"
-        elif (stopping or due) and resumes_at == "batch":
+            self._due = (stopping or due) and self.resumes_at != "never"
+        elif (stopping or due) and self.resumes_at == "batch":
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,40 +209,40 @@ class Resume(Checkpoint):
             _stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, which Lightning may have taken."""
+        """Take the signals back from Lightning."""
         signals.install()
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stop an evaluation that can be done again; one inside training ends first."""
+    def on_validation_batch_end(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        """Stop an evaluation that can be repeated; one within training is finished first."""
         if not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
-            signals.check()
+            signals.raise_if_stopped()
 
-    def _agreed(self, trainer: Trainer, outputs: Any) -> tuple[bool, bool, bool]:
-        """Return what any process has noticed: a loss gone wrong, a signal, time to save."""
+    def _agreed(self, trainer: Trainer, outputs: STEP_OUTPUT) -> tuple[bool, bool, bool]:
+        """Return what any process has noticed: a loss that diverged, a signal, time to save."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         late = time.monotonic() - self._last >= 60 * self.minutes
         facts = (
             isinstance(loss, Tensor) and not bool(loss.isfinite().all()),
-            signals.noted() is not None,
+            signals.received() is not None,
             late and trainer.is_global_zero,
         )
         if trainer.world_size == 1:
             return facts
         shared = torch.tensor(facts, dtype=torch.int32, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        first, second, third = shared.tolist()
-        return bool(first), bool(second), bool(third)
+        diverged, stopping, due = shared.tolist()
+        return bool(diverged), bool(stopping), bool(due)
 
     def _save(self, trainer: Trainer) -> None:
-        """Save a generation and remove all but the newest; a full disk is told and survived."""
+        """Save a generation and remove all but the newest; warn of a full disk and continue."""
         if self.folder is None:
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self._place = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+        self._position = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
         try:
             trainer.save_checkpoint(self.folder / f"{done:09d}")
-            for at in sorted(self.folder.glob("*"))[:-GENERATIONS]:
-                shutil.rmtree(at, ignore_errors=True)
+            for generation in sorted(self.folder.glob("*"))[:-GENERATIONS]:
+                shutil.rmtree(generation, ignore_errors=True)
         except OSError as error:
-            _log.warning("checkpoint not saved, the one before stays: %s", error)
+            _log.warning("checkpoint not saved, the one before remains: %s", error)
         self._last = time.monotonic()

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,23 +22,23 @@ _LIMITS: Mapping[str, Any] = {
     "finish_timeout": 60.0,
     "finish_timeout_raises": True,
 }
-"""Seconds that an unreachable W&B may cost; older releases know the first of them only."""
+"""Seconds that an unreachable W&B may cost; older releases know only the first of them."""
 
 Sink = Callable[[Mapping[str, float], int], None]
 
 
 class Tracker(Logger):
-    """Write every phase's metrics to `metrics.jsonl` of the run's folder, and on to one service."""
+    """Write all phases' metrics to `metrics.jsonl` in the run's folder, and to one service."""
 
     phase: str = ""
 
     def __init__(
-        self, folder: Path, tracking: str, *, group: str, config: Mapping[str, Any]
+        self, folder: Path, tracking: str, *, group: str, config: Mapping[str, object]
     ) -> None:
         super().__init__()
         self._file = folder / "metrics.jsonl"
         self._torn = False
-        self._finish: Callable[[Mapping[str, Any]], None] = lambda summary: None
+        self._finish: Callable[[Mapping[str, object]], None] = lambda summary: None
         self._sink: Sink | None = None
         if tracking in ("offline", "online"):
             self._guard(lambda: self._start_wandb(folder, tracking, group, config))
@@ -57,26 +57,26 @@ class Tracker(Logger):
 
     @rank_zero_only
     def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+        self, params: dict[str, object] | Namespace, *args: object, **kwargs: object
     ) -> None:
-        """Do nothing: the recipe stands in recipe.yaml."""
+        """Do nothing: the recipe is in recipe.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line of metrics, then pass them on."""
+        """Append one line of metrics, then send them to the service."""
         named = {f"{self.phase}/{name}": value for name, value in metrics.items()}
         self._append(json.dumps({"phase": self.phase, "step": step, **metrics}))
         sink = self._sink
         if sink is not None:
             self._guard(lambda: sink(named, step or 0))
 
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Hand the final numbers over, plain and nested ones alike, and end the service's run."""
+    def close(self, summary: Mapping[str, object]) -> None:
+        """Send the report to the service, nested values included, and end its run."""
         self._guard(lambda: self._finish(summary))
 
     def _append(self, line: str) -> None:
-        """Write a line; a disk that is full or gone costs lines, and not the run."""
-        start = "\n" if self._torn else ""  # ends what a full disk left half written
+        """Write a line; a full or missing disk costs lines, but does not stop the run."""
+        start = "\n" if self._torn else ""  # ends a line that a full disk left incomplete
         try:
             with self._file.open("a") as file:
                 file.write(f"{start}{line}\n")
@@ -88,19 +88,21 @@ class Tracker(Logger):
             self._torn = False
 
     def _guard(self, action: Callable[[], None]) -> None:
-        """Run what concerns the service only; after its first failure, go on without it."""
+        """Run what concerns the service only; after its first failure, continue without it."""
         try:
             action()
         except (Exception, SystemExit) as error:  # a service may fail in any way
             self._sink = None
             self._finish = lambda summary: None
-            _log.warning("tracking goes on in %s only: %s", self._file.name, error)
+            _log.warning("tracking continues in %s only: %s", self._file.name, error)
 
-    def _start_wandb(self, folder: Path, mode: str, group: str, config: Mapping[str, Any]) -> None:
+    def _start_wandb(
+        self, folder: Path, mode: str, group: str, config: Mapping[str, object]
+    ) -> None:
         import wandb
 
         limits = {k: v for k, v in _LIMITS.items() if k in wandb.Settings.model_fields}
-        with _nobody_to_ask():
+        with _without_terminal():
             run = wandb.init(
                 project="vitrim",
                 dir=folder,
@@ -113,7 +115,7 @@ class Tracker(Logger):
         run.define_metric("top1", step_metric="strength")
         run.define_metric("macs", step_metric="strength")
 
-        def finish(summary: Mapping[str, Any]) -> None:
+        def finish(summary: Mapping[str, object]) -> None:
             run.log({key: value for key, value in _point(summary).items() if value is not None})
             run.summary.update(dict(summary))
             run.finish()
@@ -130,7 +132,7 @@ class Tracker(Logger):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
 
-        def finish(summary: Mapping[str, Any]) -> None:
+        def finish(summary: Mapping[str, object]) -> None:
             for name, value in _point(summary).items():
                 if value is not None:
                     writer.add_scalar(f"curve/{name}", value, 0)
@@ -140,8 +142,8 @@ class Tracker(Logger):
 
 
 @contextmanager
-def _nobody_to_ask() -> Iterator[None]:
-    """Take the terminal away: without a key W&B fails then at once, instead of asking for one."""
+def _without_terminal() -> Iterator[None]:
+    """Hide the terminal: without a key W&B then fails at once, instead of asking for one."""
     terminal = sys.stdin
     with Path(os.devnull).open() as sys.stdin:
         try:
@@ -150,7 +152,8 @@ def _nobody_to_ask() -> Iterator[None]:
             sys.stdin = terminal
 
 
-def _point(summary: Mapping[str, Any]) -> dict[str, float | None]:
+def _point(summary: Mapping[str, object]) -> dict[str, float | None]:
     """Return the run's point on the strength-accuracy curve."""
-    compact = summary["compact"]
-    return {"strength": summary["strength"], "top1": compact["top1"], "macs": compact["macs"]}
+    compact = cast(Mapping[str, float | None], summary["compact"])
+    strength = cast(float | None, summary["strength"])
+    return {"strength": strength, "top1": compact["top1"], "macs": compact["macs"]}

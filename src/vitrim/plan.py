@@ -19,8 +19,8 @@ from vitrim.errors import VitrimError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
-"""Version of the JSON form; a reader refuses any other."""
+FORMAT = 2
+"""Version of the JSON form that is written; 1, without `method`, is read, too."""
 
 MAX_BYTES = 64 * 2**20
 MAX_EDITS = 100_000
@@ -88,16 +88,31 @@ Edit = Keep | LowRank | Drop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal:
+    """What a method decides: the edits, and what it says of them.
+
+    `notes` are the method's choices, a few plain values that become the plan's provenance;
+    `diagnostics` are curves and scores for figures, which a run writes to diagnostics.json.
+    """
+
+    edits: tuple[Edit, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Edits against one dense network.
 
     `model` says how the dense skeleton is built (`name` and `args` of `timm.create_model`), so
-    that a saved network needs neither a download nor a pickle. `provenance` is a record for
-    people: nothing is computed from it.
+    that a saved network needs neither a download nor a pickle. `method` names what made the plan,
+    `a+b` where one followed the other. `provenance` is a record for people: nothing is computed
+    from it.
     """
 
     model: Mapping[str, Any]
     edits: tuple[Edit, ...]
+    method: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,14 +138,24 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What a scorer learned about a network.
+    """What a scorer learned about a network; empty where it saw no image.
 
-    `scores` maps a site to one importance per unit, shape (size,), higher is more important.
-    `moments` maps a site or a linear to further statistics, by name.
+    Args:
+        scores: site -> one importance per unit, shape (size,), higher is kept.
+        moments: site or layer -> further statistics, by name.
+        block_scores: block (the first of a group) -> how much the network loses without it.
+        images: calibration images, (n, C, H, W), for closed forms that need them.
+        synthetic: images that the network made up, (n, C, H, W).
+        best_trial: the block that is easiest to compress, and the parameters of the network in
+            which it is compressed and trained, flattened one after another, shape (n,).
     """
 
-    scores: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    block_scores: Mapping[str, float] = field(default_factory=dict)
+    images: Tensor | None = None
+    synthetic: Tensor | None = None
+    best_trial: tuple[str, Tensor] | None = None
 
 
 def dumps(plan: Plan) -> str:
@@ -138,6 +163,7 @@ def dumps(plan: Plan) -> str:
     document = {
         "format": FORMAT,
         "model": plan.model,
+        "method": plan.method,
         "edits": [_to_json(edit) for edit in plan.edits],
         "provenance": plan.provenance,
     }
@@ -156,21 +182,28 @@ def loads(text: str) -> Plan:
         document = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"plan is not valid JSON: {error}") from None
-    _check_keys("plan", document, {"format", "model", "edits", "provenance"})
+    keys = {"format", "model", "edits", "provenance"}
+    if isinstance(document, dict) and document.get("format") != 1:
+        keys.add("method")
+    _check_keys("plan", document, keys)
     free = {key: value for key, value in document.items() if key != "edits"}
     _check_depth(free)  # the edits have a form of their own, which is checked below
     check_json(free, "plan")
-    if type(document["format"]) is not int or document["format"] != FORMAT:
-        raise PlanError(f"plan format {document['format']!r}: expected {FORMAT}")
+    if type(document["format"]) is not int or document["format"] not in (1, FORMAT):
+        raise PlanError(f"plan format {document['format']!r}: expected 1 or {FORMAT}")
     edits = document["edits"]
     if not isinstance(edits, list) or len(edits) > MAX_EDITS:
         raise PlanError(f"edits: expected a list of at most {MAX_EDITS}")
     for key in ("model", "provenance"):
         if not isinstance(document[key], dict):
             raise PlanError(f"{key}: expected an object")
+    method = document.get("method", document["provenance"].get("method", ""))
+    if not isinstance(method, str) or len(method) > MAX_NAME:
+        raise PlanError(f"method: expected a name of at most {MAX_NAME} characters")
     return Plan(
         model=document["model"],
         edits=tuple(_from_json(edit) for edit in edits),
+        method=method,
         provenance=document["provenance"],
     )
 
@@ -266,6 +299,3 @@ def check_json(value: Any, what: str) -> None:
                 check_json(item, what)
         case _:
             raise PlanError(f"{what}: {value!r} is not a plain JSON value")
-
-
-BLOCKS = "blocks"

@@ -1,4 +1,4 @@
-"""The callback that slices: when scoring has ended, it asks the method for the plan and cuts."""
+"""The callback that slices: when scoring has ended, it asks the method for the edits and cuts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from vitrim.budget.cost import Cost
-from vitrim.method import Method
+from vitrim.budget.target import Target
+from vitrim.method import Compensates, Method
 from vitrim.network.surgery import cut
-from vitrim.plan import Evidence, Plan
-from vitrim.trainer.phase import Scorer
+from vitrim.plan import Evidence, Plan, Proposal
+from vitrim.trainer.phase import Scorer, check_scorer
 
 
 class Prune(Callback):
@@ -18,27 +19,50 @@ class Prune(Callback):
 
     The result is a new network for a new Trainer: no optimiser, DDP bucket or averaged copy ever
     holds a parameter that surgery replaced.
+
+    Args:
+        method: what plans.
+        cost: the closed formula of the network that is scored.
+        target: what may remain.
+        name: of the method, for the plan.
     """
 
     evidence: Evidence
+    proposal: Proposal
     plan: Plan
     compact: nn.Module
 
-    def __init__(self, method: Method, cost: Cost) -> None:
+    def __init__(
+        self,
+        method: Method,
+        cost: Cost,
+        target: Target,
+        *,
+        name: str = "",
+    ) -> None:
         self.method = method
         self.cost = cost
+        self.target = target
+        self.name = name
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan from the scorer's evidence and cut its network."""
-        assert isinstance(pl_module, Scorer)
-        self.apply(pl_module)
+        self.apply(check_scorer(pl_module))
 
     def apply(self, scorer: Scorer) -> None:
-        """Set `evidence`, `plan` and `compact` from a finished scorer."""
+        """Set `evidence`, `proposal`, `plan` and `compact` from a finished scorer."""
+        net = scorer.net
         self.evidence = scorer.evidence()
-        self.plan = self.method.plan(scorer.net, self.evidence, self.cost)
-        self.compact = cut(scorer.net, self.plan)
-        values = self.method.compensation_of(scorer.net, self.compact, self.plan, self.evidence)
-        with torch.no_grad():
-            for name, value in values.items():
-                self.compact.get_parameter(name).copy_(value)
+        self.proposal = self.method.plan(net, self.evidence, self.cost, self.target)
+        self.plan = Plan(
+            model={},
+            edits=self.proposal.edits,
+            method=self.name,
+            provenance=self.proposal.notes,
+        )
+        self.compact = cut(net, self.plan)
+        if isinstance(self.method, Compensates):
+            values = self.method.compensation_of(net, self.compact, self.plan, self.evidence)
+            with torch.no_grad():
+                for name, value in values.items():
+                    self.compact.get_parameter(name).copy_(value)

@@ -1,30 +1,27 @@
+"""Trimming: the largest plan within a target, and what it never does."""
+
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from conftest import MODEL, PLANS, SIZE, TINY, heads_of, plan_of, skeleton_net, small_net
-from vitrim import Drop, Keep, Plan, count, cut, save
+from conftest import MODEL, SIZE, heads_of, plan_of, small_net
+from vitrim import Keep, Plan, count, cut
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target, TargetError, at_strength, check_strength, choose
+from vitrim.budget.target import Target, TargetError
 from vitrim.budget.trim import trim
-from vitrim.files import WEIGHTS
 from vitrim.network import sites
 from vitrim.plan import PlanError
 
-LEVELS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
 GATED = ("attn.input", "attn.v", "mlp.input", "mlp.hidden")
 METRICS = st.sampled_from(["macs", "params", "units"])
 SCOPES = st.sampled_from(["global", "site"])
@@ -55,11 +52,11 @@ def plan(edits: tuple[Keep, ...]) -> Plan:
     return Plan(model=MODEL, edits=edits)
 
 
-def left(edits: tuple[Keep, ...], metric: str, scored: list[str]) -> int:
-    return int(getattr(cost().plan(plan(edits), scored), metric))
+def left(edits: tuple[Keep, ...], metric: Any, scored: list[str]) -> int:
+    return cost().plan(plan(edits), scored).of(metric)
 
 
-def least(metric: str, scores: dict[str, Tensor], round_to: int = 1) -> int:
+def least(metric: Any, scores: dict[str, Tensor], round_to: int = 1) -> int:
     """Return what remains when every scored site is left with one step of its first head."""
     first = {name: heads_of(sites(net())[name])[0][:round_to] for name in scores}
     return left(plan_of(first).edits, metric, list(scores))
@@ -74,93 +71,6 @@ def budget(metric: Any, share: float, scores: dict[str, Tensor], round_to: int =
 def kept_at(edits: tuple[Keep, ...], name: str) -> list[int]:
     by_site = {keep.site: list(keep.index) for keep in edits}
     return by_site.get(name, list(range(sites(net())[name].size)))
-
-
-def formula(args: dict[str, Any], patch: int, kept: list[dict[str, int]]) -> tuple[int, int]:
-    """Count params and MACs of a plain ViT by hand; `kept` holds the widths of each block."""
-    dim, classes = args["embed_dim"], args["num_classes"]
-    patches = (args["img_size"] // patch) ** 2
-    tokens = patches + 1
-    params = patch * patch * 3 * dim + dim  # the patch embedding
-    params += dim + tokens * dim  # class token and positions
-    params += 2 * dim + classes * (dim + 1)  # last norm and classifier
-    macs = patches * patch * patch * 3 * dim + dim * classes
-    for w in kept:
-        rows = 2 * w["attn.qk"] + w["attn.v"]
-        weights = rows * w["attn.input"] + w["attn.v"] * dim
-        weights += w["mlp.hidden"] * (w["mlp.input"] + dim)
-        params += weights + rows + dim + w["mlp.hidden"] + dim + 4 * dim
-        macs += tokens * weights + tokens * tokens * (w["attn.qk"] + w["attn.v"])
-    return params, macs
-
-
-def widths(plan: Plan, block: int) -> dict[str, int]:
-    """Return the widths that `plan` leaves in one block of `small_net()`."""
-    keeps = {keep.site: set(keep.index) for keep in plan.keeps()}
-
-    def kept(kind: str, size: int) -> set[int]:
-        return keeps.get(f"blocks.{block}.{kind}", set(range(size)))
-
-    v = {unit for unit in kept("attn.v", 24) if unit // 8 in kept("attn.heads", 3)}
-    qk = {unit for unit in kept("attn.qk", 24) if unit // 8 in {value // 8 for value in v}}
-    return {
-        "attn.qk": len(qk),
-        "attn.v": len(v),
-        "attn.input": len(kept("attn.input", 24)),
-        "mlp.input": len(kept("mlp.input", 24)),
-        "mlp.hidden": len(kept("mlp.hidden", 48)),
-    }
-
-
-def test_the_hand_written_formula_gives_the_numbers_of_vit_base() -> None:
-    args = {"embed_dim": 768, "num_classes": 1000, "img_size": 224}
-    full = {kind: 768 for kind in ("attn.qk", "attn.v", "attn.input", "mlp.input")}
-    by_hand = formula(args, 16, 12 * [{**full, "mlp.hidden": 3072}])
-    assert by_hand == (86_567_656, 17_563_828_224)
-    vit_base = skeleton_net("vit_base_patch16_224")
-    amount = Cost(vit_base, 224).plan(plan_of({}))
-    assert (amount.params, amount.macs) == by_hand
-    assert count(vit_base, 224) == (*by_hand, 35_127_656_448)
-
-
-def test_a_cut_vit_base_costs_what_the_formula_says() -> None:
-    vit_base = skeleton_net("vit_base_patch16_224")
-    kept = {
-        "blocks.3.attn.heads": range(0, 12, 2),
-        "blocks.3.attn.input": range(700),
-        "blocks.11.mlp.hidden": range(0, 3072, 3),
-    }
-    full = {kind: 768 for kind in ("attn.qk", "attn.v", "attn.input", "mlp.input")}
-    blocks = [{**full, "mlp.hidden": 3072} for _ in range(12)]
-    blocks[3] |= {"attn.qk": 384, "attn.v": 384, "attn.input": 700}
-    blocks[11] |= {"mlp.hidden": 1024}
-    by_hand = formula({"embed_dim": 768, "num_classes": 1000, "img_size": 224}, 16, blocks)
-    assert Cost(vit_base, 224).plan(plan_of(kept))[:2] == by_hand
-    assert count(cut(vit_base, plan_of(kept)), 224)[:2] == by_hand
-
-
-@given(PLANS)
-def test_formula_and_counter_and_saved_file_agree(
-    tmp_path_factory: pytest.TempPathFactory, plan: Plan
-) -> None:
-    small = cut(net(), plan)
-    amount = cost().plan(plan)
-    assert (amount.params, amount.macs) == count(small, SIZE)[:2]
-    assert (amount.params, amount.macs) == formula(TINY, 16, [widths(plan, 0), widths(plan, 1)])
-    assert stored(save(tmp_path_factory.mktemp("net"), small, plan)) == amount.params
-
-
-def stored(folder: Path) -> int:
-    """Return how many numbers the weights file of `folder` holds."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def test_a_cut_network_has_a_formula_of_its_own() -> None:
-    first = plan_of({"blocks.0.attn.qk": (0, 1, 9), "blocks.0.attn.input": (3, 5)})
-    once = cut(net(), first)
-    second = plan_of({"blocks.0.attn.heads": (1, 2), "blocks.0.attn.input": (1,)})
-    assert Cost(once, SIZE).plan(second)[:2] == count(cut(once, second), SIZE)[:2]
 
 
 def asked(edits: tuple[Keep, ...], scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
@@ -446,38 +356,11 @@ def test_heads_and_values_that_prefer_other_heads_still_leave_one() -> None:
     assert 0 < left(edits, "macs", []) <= 0.99 * cost().dense_count.macs
 
 
-@pytest.mark.parametrize("metric", ["macs", "params", "units"])
-@pytest.mark.parametrize(
-    "keep",
-    [0, 0.0, 1.2, 2.5, -1, -0.5, "x", "0.5", float("nan"), float("inf"), True, False, None, [0.5]],
-    ids=repr,
-)
-def test_a_target_that_is_no_share_and_no_count_is_refused(metric: Any, keep: Any) -> None:
-    with pytest.raises(TargetError, match=f"target.{metric}"):
-        Target(metric=metric, keep=keep)
-
-
-@pytest.mark.parametrize("metric", ["flops", "blocks_ms", "", "MACS"])
-def test_a_target_of_another_metric_is_refused(metric: Any) -> None:
-    with pytest.raises(TargetError, match="macs, params, units"):
-        Target(metric=metric, keep=0.5)
-
-
-@pytest.mark.parametrize(
-    ("keep", "dense", "limit"),
-    [(0.7, 10, 7), (0.5, 7, 3), (1.0, 9, 9), (1, 9, 9), (2, 9, 2), (8.0, 8, 8), (0.1, 30, 3)],
-)
-def test_the_limit_is_a_whole_number_and_at_most_the_dense_one(
-    keep: float, dense: int, limit: int
-) -> None:
-    assert Target(metric="units", keep=keep).limit(dense) == limit
-
-
-def test_a_site_of_double_pace_loses_twice_the_share() -> None:
+def test_a_site_of_double_rate_loses_twice_the_share() -> None:
     scores = random_scores(0)
     fast = [name for name in scores if name.endswith("hidden")]
     target = Target(metric="units", keep=0.8)
-    edits = trim(cost(), scores, target, scope="site", pace=dict.fromkeys(fast, 2.0))
+    edits = trim(cost(), scores, target, scope="site", site_rates=dict.fromkeys(fast, 2.0))
     lost = {name: 1 - len(kept_at(edits, name)) / len(score) for name, score in scores.items()}
     slow = [share for name, share in lost.items() if name not in fast]
     for name in fast:
@@ -490,77 +373,6 @@ def test_more_than_there_is_is_refused(metric: Any) -> None:
         trim(cost(), random_scores(0), Target(metric=metric, keep=10**12))
 
 
-@given(st.floats(0, 5))
-def test_strengths_interpolate_between_the_levels(strength: float) -> None:
-    below = math.floor(strength)
-    expected = 1 - 0.1 * below - 0.1 * (strength - below)
-    assert at_strength(strength, LEVELS) == pytest.approx(expected, abs=1e-9)
-
-
-def test_whole_and_half_strengths_are_exact() -> None:
-    assert [at_strength(strength, LEVELS) for strength in range(6)] == LEVELS
-    assert at_strength(2.5, LEVELS) == 0.75
-    assert at_strength(2.5, [1.0, 0.9, 0.8, 0.2, 0.1, 0.05]) == 0.5
-    assert at_strength(0, LEVELS) == 1
-
-
-@pytest.mark.parametrize("strength", [0, 5, 0.0, 2.5, 5.0])
-def test_strengths_from_0_to_5_are_allowed(strength: float) -> None:
-    check_strength(strength, LEVELS, where="a.yaml")
-
-
-@pytest.mark.parametrize(
-    "strength", [-1, -1e-9, 5.1, "x", "3", float("nan"), float("inf"), True, [3]], ids=repr
-)
-def test_other_strengths_are_refused(strength: Any) -> None:
-    with pytest.raises(TargetError, match=r"strength=.*0 to 5 .*a\.yaml"):
-        check_strength(strength, LEVELS, where="a.yaml")
-
-
-@pytest.mark.parametrize(
-    "levels",
-    [
-        [],
-        LEVELS[:5],
-        [*LEVELS, 0.4],
-        [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
-        [1.0, 0.9, 0.9, 0.7, 0.6, 0.5],
-        [1.0, 0.9, 0.95, 0.7, 0.6, 0.5],
-        [1.0, 0.8, 0.6, 0.4, 0.2, 0.0],
-        [1.0, 0.8, 0.6, 0.4, 0.2, -0.1],
-        [1.0, 0.9, float("nan"), 0.7, 0.6, 0.5],
-        LEVELS[::-1],
-    ],
-    ids=str,
-)
-def test_levels_that_do_not_fall_from_1_to_above_0_are_refused(levels: list[float]) -> None:
-    with pytest.raises(TargetError, match=r"levels=.*a\.yaml"):
-        check_strength(3, levels, where="a.yaml")
-
-
-def test_the_target_that_is_set_overrides_the_strength() -> None:
-    none = {"macs": None, "params": None, "units": None}
-    assert choose(3, LEVELS, none, metric="units") == Target(metric="units", keep=0.7)
-    assert choose(3, LEVELS, {}, metric="macs") == Target(metric="macs", keep=0.7)
-    for metric in ("macs", "params", "units"):
-        found = choose(3, LEVELS, {**none, metric: 0.4}, metric="units")
-        assert found == Target(metric=metric, keep=0.4)
-
-
-@pytest.mark.parametrize(
-    ("target", "named"),
-    [
-        ({"macs": 0.5, "params": 0.5}, "target.macs, target.params"),
-        ({"macs": 0.5, "params": 0.5, "units": 0.5}, "target.macs, target.params, target.units"),
-        ({"flops": 0.5}, "target.flops"),
-        ({"macs": 0}, "target.macs=0"),
-    ],
-)
-def test_at_most_one_known_target_may_be_set(target: dict[str, Any], named: str) -> None:
-    with pytest.raises(TargetError, match=named):
-        choose(3, LEVELS, target, metric="units")
-
-
 def test_even_heads_lose_equally_many_dims() -> None:
     net = small_net()
     cost = Cost(net, SIZE)
@@ -570,30 +382,9 @@ def test_even_heads_lose_equally_many_dims() -> None:
     assert keeps[0].index == (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23)
 
 
-def test_a_budget_in_blocks_is_what_remains_without_them() -> None:
-    target = Target(metric="blocks", keep=1)
-    without = Plan(model=MODEL, edits=(Drop(branch="blocks.0.attn"), Drop(branch="blocks.0.mlp")))
-    assert cost().blocks()[0] == TINY["depth"]
-    assert cost().allowed(target) == cost().plan(without).macs == count(cut(net(), without), 32)[1]
-    assert not target.is_identity
-    half = cost().allowed(Target(metric="blocks", keep=0.5))
-    assert half == cost().dense_count.macs - math.ceil(0.5 * cost().blocks()[1] / 2)
-
-
-@pytest.mark.parametrize("keep", [0, -1, "many", True])
-def test_a_budget_in_blocks_is_a_positive_number(keep: Any) -> None:
-    with pytest.raises(TargetError, match=f"target.blocks={keep}: expected how many blocks"):
-        Target(metric="blocks", keep=keep)
-
-
-def test_no_more_blocks_go_than_there_are() -> None:
-    with pytest.raises(TargetError, match=r"target\.blocks=2: the network has 2 blocks"):
-        cost().allowed(Target(metric="blocks", keep=2))
-
-
 @given(share=st.floats(0.05, 0.6), seed=SEEDS)
 def test_units_are_trimmed_to_a_budget_in_blocks(share: float, seed: int) -> None:
     target, scores = Target(metric="blocks", keep=share), random_scores(seed)
     edits = trim(cost(), scores, target)
-    limit, reached = cost().allowed(target), left(edits, "macs", list(scores))
+    limit, reached = cost().limit(target), left(edits, "macs", list(scores))
     assert limit - cost().dense_count.macs // 50 < reached <= limit

@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import TINY, images, outputs, plan_of, randomise, relative_error
+from targets import target_of
 from vitrim import Keep, Plan, cut
 from vitrim.budget.cost import Cost
-from vitrim.closed_form.importance import reader_of
+from vitrim.closed_form.importance import consumer_of
 from vitrim.errors import ConfigError
-from vitrim.method.cd import CD, _largest, _minimum, _patches, crossed, grams, lasting
+from vitrim.method.cd import (
+    CD,
+    _max_eigenvalue,
+    _minimum,
+    _patches,
+    cross_distilled,
+    grams,
+    survival_steps,
+)
 from vitrim.network import sites, structure
 from vitrim.plan import Evidence
 from vitrim.trainer.recipe import Recipe
@@ -28,20 +37,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 family = pytest.mark.parametrize("kind", MODELS)
 X = images(batch=10)
+POWER: dict[str, Any] = {"power_iterations": 30, "step_margin": 1.1}
 
 
 def cd(**changes: Any) -> CD:
     settings: dict[str, Any] = {
-        "strength": 3,
-        "target": {"macs": None, "params": None, "units": None},
         "levels": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
         "sites": ["mlp", "channels"],
         "scope": "site",
         "round_to": 1,
         "images": 6,
-        "positions": 64,
+        "samples_per_image": 64,
         "mu": 0.6,
         "steps": 20,
+        "power_iterations": 30,
+        "step_margin": 1.1,
         "ridge": 1e-9,
         "fine_tuning": Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0),
     }
@@ -58,7 +68,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def evidence() -> Evidence:
-    return Evidence(scores={}, moments={"images": {"pixels": X}})
+    return Evidence(images=X)
 
 
 def halves(net: nn.Module) -> Plan:
@@ -94,7 +104,7 @@ def test_patches_times_weights_are_the_convolution() -> None:
 def test_the_largest_eigenvalue_is_not_underestimated() -> None:
     rows = random(40, 12)
     gram = rows.T @ rows
-    assert 1 <= _largest(gram) / float(torch.linalg.eigvalsh(gram)[-1]) <= 1.2
+    assert 1 <= _max_eigenvalue(gram, 30, 1.1) / float(torch.linalg.eigvalsh(gram)[-1]) <= 1.2
 
 
 def test_channels_that_say_nothing_or_are_hardly_read_go_first() -> None:
@@ -102,22 +112,22 @@ def test_channels_that_say_nothing_or_are_hardly_read_go_first() -> None:
     x[:, 4] = 0.0  # never anything there
     weight = random(5, 6, seed=1)
     weight[:, 1] *= 1e-3  # hardly read
-    lasts = lasting(weight, x.T @ x, steps=60)
-    assert set(lasts.argsort()[:2].tolist()) == {1, 4}
-    assert len(set(lasts.tolist())) == 6
+    survival = survival_steps(weight, x.T @ x, steps=60, **POWER)
+    assert set(survival.argsort()[:2].tolist()) == {1, 4}
+    assert len(set(survival.tolist())) == 6
 
 
-def test_channels_last_by_the_schedule() -> None:
+def test_channels_survive_by_the_schedule() -> None:
     x, weight = random(200, 10), random(5, 10, seed=1)
-    lasts = lasting(weight, x.T @ x, steps=9)
-    assert sorted(int(last) for last in lasts.tolist()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    survival = survival_steps(weight, x.T @ x, steps=9, **POWER)
+    assert sorted(int(step) for step in survival.tolist()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @family
 def test_nothing_lost_nothing_changed(kind: str) -> None:
     net = small_net(kind)
     whole = plan_of({name: range(sites(net)[name].size) for name in halves_sites(net)})
-    values = crossed(net, whole, X, positions=9, mu=0.6, ridge=1e-3)
+    values = cross_distilled(net, whole, X, samples_per_image=9, mu=0.6, ridge=1e-3)
     assert len(values) == len(halves_sites(net))
     for name, value in values.items():
         assert torch.equal(value, net.get_parameter(name))
@@ -133,7 +143,7 @@ def test_values_fit_the_cut_network_and_bring_it_nearer(kind: str) -> None:
     plan = halves(net)
     compact = cut(net, plan)
     before = copy.deepcopy(net.state_dict())
-    values = crossed(net, plan, X, positions=64, mu=0.6, ridge=1e-6)
+    values = cross_distilled(net, plan, X, samples_per_image=64, mu=0.6, ridge=1e-6)
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     errors = [relative_error(outputs(compact, X), outputs(net, X))]
     with torch.no_grad():
@@ -150,9 +160,9 @@ def test_each_layer_sees_what_the_pruned_network_before_it_makes(kind: str) -> N
     """The last solution is the minimum for inputs of the network with the values before it."""
     net = small_net(kind)
     plan = halves(net)
-    values = crossed(net, plan, X, positions=10**6, mu=0.6, ridge=1e-3)
+    values = cross_distilled(net, plan, X, samples_per_image=10**6, mu=0.6, ridge=1e-3)
     last: Keep = [*plan.keeps()][-1]
-    at = reader_of(structure(net), last.site).name
+    at = consumer_of(structure(net), last.site).name
     first = plan_of({edit.site: edit.index for edit in [*plan.keeps()][:-1]})
     pruned = cut(net, first)  # all but the last
     with torch.no_grad():
@@ -172,20 +182,25 @@ def test_each_layer_sees_what_the_pruned_network_before_it_makes(kind: str) -> N
 @family
 def test_a_plan_meets_its_budget_with_and_without_images(kind: str) -> None:
     net = small_net(kind)
-    for seen in (evidence(), Evidence(scores={})):
-        plan = cd().plan(net, seen, Cost(net, 32))
-        assert {edit.site for edit in plan.keeps()} == set(halves_sites(net))
-    assert cd().compensation_of(net, net, plan, Evidence(scores={})) == {}
+    cost = Cost(net, 32)
+    for known in (evidence(), Evidence()):
+        edits = cd().plan(net, known, cost, target_of(cd())).edits
+        assert {edit.site for edit in edits} == set(halves_sites(net))
+        plan = Plan(model={}, edits=edits)
+        units = cost.plan(plan, halves_sites(net)).units
+        assert 0.65 < units / cost.total("units", halves_sites(net)) <= 0.7
+    assert cd().compensation_of(net, net, plan, Evidence()) == {}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"sites": []}, "method.sites=.*mlp, channels"),
         ({"mu": 1.5}, "method.mu=1.5: expected a number from 0 to 1"),
+        ({"step_margin": 0.9}, "method.step_margin=0.9: expected a number from 1 on"),
         ({"steps": 0, "ridge": 0.0}, "method.steps=0.*method.ridge=0.0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         cd(**changes)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TINY, images, outputs, plan_of, randomise, relative_error
+from targets import target_of
 from vitrim import Plan, cut
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError
 from vitrim.errors import ConfigError
-from vitrim.method.fskd import FSKD, _map, aligned
-from vitrim.network import sites
+from vitrim.method.fskd import FSKD, _map, aligned_weights
+from vitrim.network import sites, structure
+from vitrim.network.structure import of_kind
 from vitrim.plan import Evidence
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,14 +30,12 @@ X = images(batch=6)
 
 def fskd(**changes: Any) -> FSKD:
     settings: dict[str, Any] = {
-        "strength": 3,
-        "target": {"macs": None, "params": None, "units": None},
         "levels": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
         "sites": ["mlp", "channels"],
         "scope": "site",
         "round_to": 1,
         "images": 6,
-        "positions": 64,
+        "samples_per_image": 64,
         "ridge": 1e-6,
     }
     return FSKD(**{**settings, **changes})
@@ -46,8 +46,9 @@ def small_net(kind: str) -> nn.Module:
     return randomise(timm.create_model(name, **args).double())
 
 
-def chosen(kind: str, net: nn.Module) -> Plan:
-    return fskd().plan(net, Evidence(scores={}), Cost(net, 32))
+def planned(kind: str, net: nn.Module) -> Plan:
+    proposal = fskd().plan(net, Evidence(), Cost(net, 32), target_of(fskd()))
+    return Plan(model={}, edits=proposal.edits)
 
 
 def with_values(net: nn.Module, values: dict[str, Tensor]) -> nn.Module:
@@ -81,7 +82,7 @@ def test_where_nothing_is_lost_nothing_is_changed(kind: str) -> None:
     net = small_net(kind)
     whole = plan_of({name: range(site.size) for name, site in sites(net).items()})
     compact = cut(net, whole)
-    values = aligned(net, compact, whole, X, positions=9, ridge=1e-3)
+    values = aligned_weights(net, compact, whole, X, samples_per_image=9, ridge=1e-3)
     assert len(values) >= 4
     for name, value in values.items():
         assert relative_error(value, compact.get_parameter(name)) <= 1e-12
@@ -90,10 +91,10 @@ def test_where_nothing_is_lost_nothing_is_changed(kind: str) -> None:
 @family
 def test_layers_come_nearer_to_the_dense_ones(kind: str) -> None:
     net = small_net(kind)
-    plan = chosen(kind, net)
+    plan = planned(kind, net)
     compact = cut(net, plan)
     before = copy.deepcopy(compact.state_dict())
-    values = aligned(net, compact, plan, X, positions=64, ridge=1e-6)
+    values = aligned_weights(net, compact, plan, X, samples_per_image=64, ridge=1e-6)
     assert all(torch.equal(t, before[name]) for name, t in compact.state_dict().items())
     after = with_values(compact, values)
     last = {name.rsplit(".", 1)[0] for name in values if not name.endswith("bias")}
@@ -111,7 +112,9 @@ def test_the_absorbed_maps_are_what_the_hooks_computed() -> None:
     net = small_net("vit")
     plan = plan_of({"blocks.0.mlp.hidden": range(0, 48, 2)})
     compact = cut(net, plan)
-    after = with_values(compact, aligned(net, compact, plan, X, positions=64, ridge=1e-12))
+    after = with_values(
+        compact, aligned_weights(net, compact, plan, X, samples_per_image=64, ridge=1e-12)
+    )
     x, aim = outputs_at(after, "blocks.0.mlp.fc2"), outputs_at(net, "blocks.0.mlp.fc2")
     rows = x.flatten(0, 1)
     left = rows.T @ (aim - x).flatten(0, 1)
@@ -121,7 +124,7 @@ def test_the_absorbed_maps_are_what_the_hooks_computed() -> None:
 
 def test_the_smallest_norms_go() -> None:
     net = small_net("resnet")
-    plan = chosen("resnet", net)
+    plan = planned("resnet", net)
     assert {edit.site for edit in plan.keeps()} == sites(net).keys()
     for keep in plan.keeps():
         norms = net.get_submodule(keep.site.removesuffix(".channels")).weight.abs().sum((1, 2, 3))
@@ -130,23 +133,30 @@ def test_the_smallest_norms_go() -> None:
 
 def test_without_images_nothing_is_aligned() -> None:
     net = small_net("vit")
-    plan = chosen("vit", net)
-    assert fskd().compensation_of(net, cut(net, plan), plan, Evidence(scores={})) == {}
+    plan = planned("vit", net)
+    assert fskd().compensation_of(net, cut(net, plan), plan, Evidence()) == {}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"sites": ["heads"]}, "method.sites=.*mlp, channels"),
         ({"ridge": 0.0}, "method.ridge=0.0: expected a number above 0"),
-        ({"images": 0, "positions": 0}, "method.images=0.*method.positions=0"),
+        ({"images": 0, "samples_per_image": 0}, "method.images=0.*method.samples_per_image=0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         fskd(**changes)
 
 
 def test_a_network_without_such_units_is_refused() -> None:
     with pytest.raises(TargetError, match="this network has none of them"):
-        fskd(sites=["channels"]).check(Cost(small_net("vit"), 32))
+        fskd(sites=["channels"]).check(Cost(small_net("vit"), 32), target_of(fskd()))
+
+
+def test_the_mlps_of_mixers_are_left_alone() -> None:
+    mixer = timm.create_model("mixer_s32_224", img_size=64, num_classes=7)
+    assert len(of_kind(structure(mixer), "hidden")) == 16
+    with pytest.raises(TargetError, match="this network has none of them"):
+        fskd().check(Cost(mixer, 64), target_of(fskd()))

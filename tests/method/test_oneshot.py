@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from calibration import calibrated
 from conftest import SIZE, skeleton_net, small_net
+from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError
 from vitrim.cli.compose import CONF
@@ -61,16 +62,17 @@ def test_the_published_rows_come_out_to_the_last_digit(
     name: str, strength: int, params: int, flops: int, size_mb: str
 ) -> None:
     cost = cost_of(name)
-    method = built("aiminify", f"strength={strength}", "model=timm", f"model.name={name}")
+    method = built("aiminify", "model=timm", f"model.name={name}")
+    target = target_of(method, strength)
     sites = [site for site in cost.structure.sites if site.endswith("mlp.hidden")]
     generator = torch.Generator().manual_seed(strength)
     if strength:
         scores = {
             site: torch.rand(cost.structure.sites[site].size, generator=generator) for site in sites
         }
-        plan = Plan(model={}, edits=method._trim(cost, scores))
+        plan = Plan(model={}, edits=method._trim(cost, scores, target))
     else:
-        assert method.budget.keep == 1
+        assert target.is_identity
         plan = Plan(model={}, edits=())
     left = cost.plan(plan)
     counted = flops_blog(name, cost, plan) or 2 * left.macs
@@ -93,8 +95,8 @@ def test_the_blog_misses_most_of_the_attention_of_dinov2() -> None:
     ],
 )
 def test_the_table_is_that_of_the_models_family(model: str, removed: float) -> None:
-    method = built("aiminify", "strength=1", "model=timm", f"model.name={model}")
-    assert method.budget.keep == pytest.approx(1 - removed)
+    method = built("aiminify", "model=timm", f"model.name={model}")
+    assert target_of(method, 1).keep == pytest.approx(1 - removed)
 
 
 def test_a_name_without_a_table_is_refused() -> None:
@@ -105,21 +107,18 @@ def test_a_name_without_a_table_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method.criterion=x", r"method\.criterion=x.*surgeon"),
+        ("method.criterion=x", r"method\.criterion=x.*obs_greedy"),
         ("method.compensation=x", r"method\.compensation=x.*sequential"),
         ("method.sites=[]", r"method\.sites=\[\].*mlp, heads, qk, v"),
         ("method.sites=[mlp,nose]", r"method\.sites.*nose.*expected"),
         ("method.scope=x", r"method\.scope=x"),
-        ("method.pace.qk=0", r"method\.pace=.*above 0"),
+        ("method.site_rates.qk=0", r"method\.site_rates=.*above 0"),
         ("method.round_to=0", r"method\.round_to=0"),
         ("method.fine_tune=3", r"method\.fine_tune=3"),
         ("method.sampling.images=0", r"method\.sampling\.images=0.*from 1"),
         ("method.ridges.fold=0", r"method\.ridges\.fold=0"),
         ("method.tuning.objective=x", r"method\.tuning\.objective=x.*mimic"),
         ("method.tuning.temperature=0", r"method\.tuning\.temperature=0"),
-        ("method.tables.default={of:10,removed:[0,1,3,2,4,5]}", r"levels.*below the one before"),
-        ("method.tables.default={of:10,removed:[1,2,3,4,5,6]}", r"levels.*the first 1"),
-        ("method.tables.default={of:10,removed:[0,2,4,6,8,10]}", r"levels.*above 0"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, message: str) -> None:
@@ -127,35 +126,60 @@ def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, me
         built("oneshot", override)
 
 
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("[0,1,3,2,4,5]", r"levels.*below the one before"),
+        ("[1,2,3,4,5,6]", r"levels.*the first 1"),
+        ("[0,2,4,6,8,10]", r"levels.*above 0"),
+    ],
+)
+def test_a_table_that_does_not_rise_below_all_units_is_refused(removed: str, message: str) -> None:
+    method = built("oneshot", f"method.tables.default={{of:10,removed:{removed}}}")
+    with pytest.raises(TargetError, match=message):
+        target_of(method)
+
+
+def test_the_former_name_of_a_criterion_is_accepted() -> None:
+    assert built("oneshot", "method.criterion=surgeon") == built("oneshot")
+    assert built("oneshot").criterion == "obs_greedy"
+
+
 def test_a_unit_target_above_what_exists_is_refused() -> None:
-    method = built("oneshot", "target.units=97")
+    method = built("oneshot")
     with pytest.raises(TargetError, match=r"target\.units=97.*96"):
-        method.check(Cost(small_net(), SIZE))
+        method.check(Cost(small_net(), SIZE), target_of(method, units=97))
 
 
-@pytest.mark.parametrize("criterion", ["surgeon", "obs", "output_energy", "group_l2"])
+def test_sites_that_the_network_does_not_have_are_refused() -> None:
+    method = built("oneshot", "method.sites=[mlp,channels]")
+    with pytest.raises(TargetError, match=r"method\.sites=.*has, mlp, heads, qk, v"):
+        method.check(Cost(small_net(), SIZE), target_of(method))
+
+
+@pytest.mark.parametrize("criterion", ["obs_greedy", "obs", "output_energy", "group_l2"])
 def test_plans_of_every_site_meet_a_macs_target(criterion: str) -> None:
     net = small_net()
     cost = Cost(net, SIZE)
     method = built(
         "oneshot",
-        "target.macs=0.7",
         "method.sites=[mlp,heads,qk,v]",
         f"method.criterion={criterion}",
     )
     names = [name for name in cost.structure.sites if not name.endswith("input")]
-    plan = method.plan(net, calibrated(net, names), cost)
+    proposal = method.plan(net, calibrated(net, names), cost, target_of(method, macs=0.7))
+    plan = Plan(model={}, edits=proposal.edits)
     assert {edit.site.split(".")[-1] for edit in plan.keeps()} >= {"hidden", "qk"}
     assert cost.plan(plan).macs <= 0.7 * cost.dense_count.macs
-    assert plan.provenance["criterion"] == criterion
+    assert proposal.notes == {"criterion": criterion, "compensation": "sequential"}
 
 
 def test_without_images_units_are_ranked_by_their_weights() -> None:
     net = small_net()
-    method = built("oneshot", "strength=3")
-    plan = method.plan(net, Evidence(scores={}), Cost(net, SIZE))
-    assert plan.edits
-    assert plan.provenance["criterion"] == "group_l2"
+    method = built("oneshot")
+    proposal = method.plan(net, Evidence(), Cost(net, SIZE), target_of(method))
+    assert proposal.edits
+    assert proposal.notes["criterion"] == "group_l2"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +197,7 @@ def test_without_images_units_are_ranked_by_their_weights() -> None:
 )
 def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) -> None:
     method = built("oneshot", *overrides)
-    found = method.recovery(small_net(), small_net(), Evidence(scores={}), 7)
+    found = method.recovery(small_net(), small_net(), Evidence(), 7)
     assert [type(phase) for phase in found] == phases
 
 
@@ -184,15 +208,17 @@ def test_aiminify_needs_no_images_to_rank() -> None:
     assert isinstance(built("oneshot").scorer(small_net()), Calibrate)
 
 
-def test_the_calibration_serves_every_strength_and_every_criterion_without_gradients() -> None:
+def test_the_calibration_serves_every_criterion_without_gradients() -> None:
     settings: list[Mapping[str, Any]] = [
         built("oneshot", *overrides).scorer(small_net()).settings
-        for overrides in (("strength=1",), ("strength=5",), ("method.criterion=variance",))
+        for overrides in ((), ("method.criterion=variance",))
     ]
-    assert settings[0] == settings[1] == settings[2]
+    assert settings[0] == settings[1]
 
 
-@pytest.mark.parametrize("criterion", ["surgeon", "obs", "variance", "output_energy", "magnitude"])
+@pytest.mark.parametrize(
+    "criterion", ["obs_greedy", "obs", "variance", "output_energy", "magnitude"]
+)
 def test_units_in_another_order_are_the_same_units_in_the_plan(criterion: str) -> None:
     site = "blocks.0.mlp.hidden"
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
@@ -202,26 +228,34 @@ def test_units_in_another_order_are_the_same_units_in_the_plan(criterion: str) -
         its.fc1.weight.copy_(mlp.fc1.weight[order])
         its.fc1.bias.copy_(mlp.fc1.bias[order])
         its.fc2.weight.copy_(mlp.fc2.weight[:, order])
-    method = built("oneshot", "target.units=60", f"method.criterion={criterion}")
+    method = built("oneshot", f"method.criterion={criterion}")
+    target = target_of(method, units=60)
     sites = [site, "blocks.1.mlp.hidden"]
-    plans = [method.plan(n, calibrated(n, sites), Cost(n, SIZE)) for n in (net, moved)]
+    edits = [
+        method.plan(n, calibrated(n, sites), Cost(n, SIZE), target).edits for n in (net, moved)
+    ]
     kept, its_kept = (
-        next(edit.index for edit in plan.keeps() if edit.site == site) for plan in plans
+        next(keep.index for keep in Plan(model={}, edits=of_net).keeps() if keep.site == site)
+        for of_net in edits
     )
     assert len(kept) == 30
     assert sorted(order[list(its_kept)].tolist()) == list(kept)
 
 
-@pytest.mark.parametrize("overrides", [("strength=3",), ("target.macs=0.9", "method.round_to=8")])
-def test_ranking_only_what_goes_changes_no_plan(
-    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "set_target"), [((), {}), (("method.round_to=8",), {"macs": 0.9})], ids=str
+)
+def test_ranking_only_what_is_removed_changes_no_plan(
+    overrides: tuple[str, ...], set_target: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = small_net()
     method, cost = built("oneshot", *overrides), Cost(net, SIZE)
     evidence = calibrated(net, ["blocks.0.mlp.hidden", "blocks.1.mlp.hidden"])
-    plan = method.plan(net, evidence, cost)
-    removed = method._removed(cost)
-    assert all(len(edit.index) + removed[edit.site] == 48 for edit in plan.keeps())
-    monkeypatch.setattr(OneShot, "_removed", lambda self, cost: {})
-    assert method.plan(net, evidence, cost) == plan
-    assert plan.edits
+    target = target_of(method, **set_target)
+    proposal = method.plan(net, evidence, cost, target)
+    removed = method._n_removed(cost, target)
+    assert proposal.edits
+    keeps = Plan(model={}, edits=proposal.edits).keeps()
+    assert all(len(keep.index) + removed[keep.site] == 48 for keep in keeps)
+    monkeypatch.setattr(OneShot, "_n_removed", lambda self, cost, target: {})
+    assert method.plan(net, evidence, cost, target) == proposal

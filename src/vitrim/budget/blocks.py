@@ -1,7 +1,12 @@
-"""Blocks that dense compression shrinks, and how far a budget makes it shrink them."""
+"""Which blocks a target needs: blocks that are dropped, and blocks that are made narrow.
+
+Dense compression (DC-ViT) removes the attention of a few blocks and most units of their MLPs. The
+functions here say how many blocks it takes, in a given order, and how many units they may keep.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, groupby
 
@@ -9,125 +14,165 @@ import torch
 
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, is_count
 from vitrim.network.structure import Layer, Structure, blocks_of
-from vitrim.network.survivors import settle
+from vitrim.network.survivors import propagate
 
 Group = tuple[str, ...]
 """Successive blocks of a stage that are compressed together, by path, in network order."""
 
+PROTECTED = "two whole numbers: of first and of last blocks that are not changed"
+"""What `is_protected` allows, for messages."""
 
-def dense_widths(
-    cost: Cost, target: Target, order: Sequence[Group], *, extra: int = 0
-) -> tuple[dict[str, int], list[str]]:
-    """Return hidden widths by block and the blocks without attention: the largest within `target`.
 
-    The fewest groups of `order` that can meet it, and `extra` more, keep the same share of their
-    units, or one unit more. So little may have to go that an attention would be too much: then the
-    groups at the end of them keep theirs.
+def is_protected(value: Sequence[int]) -> bool:
+    """Whether `value` says how many first and how many last blocks are protected.
+
+    >>> is_protected([1, 0]), is_protected([1]), is_protected([1, -1])
+    (True, False, False)
+    """
+    return len(value) == 2 and all(n == 0 or is_count(n) for n in value)
+
+
+class _Remaining:
+    """How much of the target's metric remains once some blocks are compressed."""
+
+    def __init__(self, cost: Cost, target: Target, blocks: Sequence[str]) -> None:
+        branches = whole_blocks(cost.structure)
+        self.cost = cost
+        self.metric = target.counted_metric
+        self.limit = cost.limit(target)
+        self.attentions = {block: branches[block][0] for block in blocks}
+        self.sites = {block: hidden_of(cost.structure, branches[block][1]) for block in blocks}
+        self.sizes = {block: cost.structure.sites[site].size for block, site in self.sites.items()}
+
+    def of(self, widths: Mapping[str, int], attended: Collection[str] = ()) -> int:
+        """Return what remains at hidden `widths` by block; `attended` keep their attention."""
+        kept = {self.sites[block]: torch.arange(width) for block, width in widths.items()}
+        dropped = {self.attentions[block] for block in widths if block not in attended}
+        survivors = propagate(self.cost.structure, kept)
+        return self.cost.cost_of(survivors, dropped=dropped).of(self.metric)
+
+
+def fewest_groups(cost: Cost, target: Target, order: Sequence[Group], *, hint: str) -> int:
+    """Return how many of the first groups of `order` can meet `target`, at one unit a block.
+
+    Args:
+        cost: of the network.
+        target: what may remain.
+        order: the groups, those to compress first at the front.
+        hint: what the user can do if none of it is enough, for the message.
 
     Raises:
         TargetError: not even all of `order` with one unit a block are within `target`.
     """
-    described, limit = cost.structure, cost.allowed(target)
-    blocks = whole_blocks(described)
-    sites = {block: hidden_of(described, blocks[block][1]) for block in _flat(order)}
-    sizes = {block: described.sites[site].size for block, site in sites.items()}
+    remaining = _Remaining(cost, target, flatten(order))
+    for n in range(1, len(order) + 1):
+        if remaining.of(dict.fromkeys(flatten(order[:n]), 1)) <= remaining.limit:
+            return n
+    blocks = flatten(order)
+    lowest = remaining.of(dict.fromkeys(blocks, 1))
+    raise TargetError(
+        f"target.{target.metric}={target.keep} cannot be reached: compressing all "
+        f"{len(order)} candidates ({len(blocks)} blocks) leaves "
+        f"{_shortfall(cost, target, lowest)}; {hint}"
+    )
 
-    def left(widths: Mapping[str, int], attended: Collection[str]) -> int:
-        kept = {sites[block]: torch.arange(width) for block, width in widths.items()}
-        dropped = {blocks[block][0] for block in widths if block not in attended}
-        amount = cost.of(settle(described, kept), (), None, dropped)
-        return int(getattr(amount, target.unit))
 
-    enough = next(
-        (
-            n
-            for n in range(1, len(order) + 1)
-            if left(dict.fromkeys(_flat(order[:n]), 1), ()) <= limit
-        ),
-        None,
-    )
-    if enough is None:
-        lowest = left(dict.fromkeys(_flat(order), 1), ())
-        whole = cost.whole(target.unit)
-        raise TargetError(
-            f"target.{target.metric}={target.keep} cannot be reached: compressing all "
-            f"{len(order)} candidates ({len(_flat(order))} blocks) leaves {lowest:,} of {whole:,} "
-            f"{target.unit} ({lowest / whole:.4f}), not {limit:,}; spare fewer blocks "
-            "(method.spare)"
-        )
-    n = enough + extra
-    if n > len(order):
-        raise TargetError(
-            f"method.extra={extra}: {len(_flat(order[:enough]))} blocks and these are more than "
-            f"the {len(order)} candidates ({len(_flat(order))} blocks); set fewer"
-        )
-    chosen = _flat(order[:n])
-    units = sorted(
-        ((place + 1) / sizes[block], at, block)
-        for at, block in enumerate(chosen)
-        for place in range(1, sizes[block])
-    )
-    ones, full = dict.fromkeys(chosen, 1), {block: sizes[block] for block in chosen}
-    attended = next(  # as many attentions go as still leave units to take
-        (
-            rest
-            for rest in (_flat(order[at:n]) for at in range(n, -1, -1))
-            if left(ones, rest) <= limit <= left(full, rest)
-        ),
-        None,
-    )
+def dense_widths(
+    cost: Cost, target: Target, groups: Sequence[Group]
+) -> tuple[dict[str, int], list[str]]:
+    """Return hidden widths by block and the blocks without attention: the largest within `target`.
+
+    `groups` must be enough to meet the target (`fewest_groups`). All their blocks keep the same
+    share of their units, to within one unit. Where so little has to be removed that a whole
+    attention would be too much, the groups at the end keep theirs.
+
+    Raises:
+        TargetError: removing attentions is too much, and removing units alone is not enough.
+    """
+    blocks = flatten(groups)
+    remaining = _Remaining(cost, target, blocks)
+    attended = _attended(remaining, groups)
     if attended is None:
         raise TargetError(
-            f"target.{target.metric}={target.keep} lies between what {n} candidates with and "
-            "without attentions leave; set another target or method.extra"
+            f"target.{target.metric}={target.keep} is between what {len(groups)} candidates leave "
+            "with and without their attentions; set another target or compress other blocks"
         )
-    low, high = 0, len(units)
-    while low < high:  # the most units within the limit
-        middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high)
-            if left(_counted(chosen, units[:middle]), attended) <= limit
-            else (low, middle - 1)
-        )
-    return _counted(chosen, units[:low]), [block for block in chosen if block not in attended]
+    units = sorted(
+        ((unit + 1) / remaining.sizes[block], position, block)
+        for position, block in enumerate(blocks)
+        for unit in range(1, remaining.sizes[block])
+    )
+
+    def amount(n: int) -> int:
+        """Return what remains with the first `n` of `units`."""
+        return remaining.of(_widths(blocks, units[:n]), attended)
+
+    # n = 0, one unit a block, is within the limit in any case: `_attended` has checked that
+    n = bisect_right(range(1, len(units) + 1), remaining.limit, key=amount)
+    return _widths(blocks, units[:n]), [block for block in blocks if block not in attended]
 
 
-def fewest(cost: Cost, target: Target, order: Sequence[str]) -> list[str]:
-    """Return the fewest first blocks of `order` without which `target` is met.
+def _attended(remaining: _Remaining, groups: Sequence[Group]) -> list[str] | None:
+    """Return the blocks that keep their attention: as few as leave units to choose from."""
+    blocks = flatten(groups)
+    narrowest = dict.fromkeys(blocks, 1)
+    for start in range(len(groups), -1, -1):
+        attended = flatten(groups[start:])
+        least = remaining.of(narrowest, attended)
+        if least <= remaining.limit <= remaining.of(remaining.sizes, attended):
+            return attended
+    return None
+
+
+def _widths(blocks: Sequence[str], units: Sequence[tuple[float, int, str]]) -> dict[str, int]:
+    """Return how many units each block keeps: one, and those of it among `units`."""
+    widths = dict.fromkeys(blocks, 1)
+    for _, _, block in units:
+        widths[block] += 1
+    return widths
+
+
+def fewest(cost: Cost, target: Target, order: Sequence[str], *, hint: str) -> list[str]:
+    """Return the fewest of the first blocks of `order` without which `target` is met.
+
+    Args:
+        cost: of the network.
+        target: what may remain.
+        order: blocks, those to drop first at the front.
+        hint: what the user can do if dropping all of them is not enough, for the message.
 
     Raises:
         TargetError: all of them are not enough.
     """
-    limit, unit = cost.allowed(target), target.unit
-    dense, branches = settle(cost.structure, {}), blocks_of(cost.structure)
+    limit, metric = cost.limit(target), target.counted_metric
+    dense, branches = propagate(cost.structure, {}), blocks_of(cost.structure)
     for n in range(len(order) + 1):
-        gone = {name for block in order[:n] for name in branches[block]}
-        left = getattr(cost.of(dense, dropped=gone), unit)
-        if left <= limit:
+        dropped = {name for block in order[:n] for name in branches[block]}
+        amount = cost.cost_of(dense, dropped=dropped).of(metric)
+        if amount <= limit:
             return list(order[:n])
-    whole = cost.whole(unit)
     raise TargetError(
         f"target.{target.metric}={target.keep} cannot be reached: dropping all "
-        f"{len(order)} candidate blocks leaves {left:,} of {whole:,} {unit} "
-        f"({left / whole:.4f}), not {limit:,}; spare fewer blocks (method.spare)"
+        f"{len(order)} candidate blocks leaves {_shortfall(cost, target, amount)}; {hint}"
+    )
+
+
+def _shortfall(cost: Cost, target: Target, amount: int) -> str:
+    """Return how far `amount`, the least that can remain, is above the target, in words."""
+    total = cost.total(target.counted_metric)
+    return (
+        f"{amount:,} of {total:,} {target.counted_metric} ({amount / total:.4f}), "
+        f"not {cost.limit(target):,}"
     )
 
 
 def share_of(cost: Cost, block: str) -> float:
-    """Return which share of the MACs goes with `block`."""
-    dense = settle(cost.structure, {})
-    without = cost.of(dense, dropped=blocks_of(cost.structure)[block]).macs
-    return 1 - without / cost.of(dense).macs
-
-
-def _counted(chosen: Sequence[str], units: Sequence[tuple[float, int, str]]) -> dict[str, int]:
-    """Return how many units each block has, the first one that all have included."""
-    widths = dict.fromkeys(chosen, 1)
-    for _, _, block in units:
-        widths[block] += 1
-    return widths
+    """Return which share of the MACs is in `block`."""
+    dense = propagate(cost.structure, {})
+    without = cost.cost_of(dense, dropped=blocks_of(cost.structure)[block]).macs
+    return 1 - without / cost.cost_of(dense).macs
 
 
 def whole_blocks(described: Structure) -> dict[str, tuple[str, str]]:
@@ -145,30 +190,35 @@ def lone_blocks(described: Structure) -> list[str]:
     return [block for block, names in blocks_of(described).items() if names == [block]]
 
 
-def groups_of(described: Structure, blocks: Collection[str], together: int) -> list[Group]:
-    """Return `blocks`, in network order, in groups of `together` successive ones of a stage.
+def groups_of(described: Structure, blocks: Collection[str], group_size: int) -> list[Group]:
+    """Return `blocks`, in network order, in groups of `group_size` successive ones of a stage.
 
-    A stage is what has one parent and one width of stream. Groups are counted from its first block,
-    whichever blocks are asked for: a pair of Swin has plain windows and then shifted ones. One that
-    lacks a block, asked for or not there, is left out.
+    A stage is a sequence of blocks with one parent and one width of the stream. Groups are counted
+    from its first block, whether or not that is among `blocks`: a pair in Swin has plain windows
+    and then shifted ones. A group that is not complete in `blocks` is omitted.
     """
     branches = whole_blocks(described)
 
-    def place(block: str) -> tuple[str, int, int]:
+    def key(block: str) -> tuple[str, int, int]:
         stage, _, number = block.rpartition(".")
-        return stage, _rows(end_of(described, branches[block][1])), int(number) // together
+        width = stream_width(end_of(described, branches[block][1]))
+        return stage, width, int(number) // group_size
 
-    found = [tuple(group) for _, group in groupby(blocks, key=place)]
-    return [group for group in found if len(group) == together]
+    groups = [tuple(members) for _, members in groupby(blocks, key=key)]
+    return [group for group in groups if len(group) == group_size]
 
 
-def _flat(groups: Sequence[Group]) -> list[str]:
-    """Return the blocks of groups, one after the other."""
+def flatten(groups: Sequence[Group]) -> list[str]:
+    """Return the blocks of all groups, in their order.
+
+    >>> flatten([("a", "b"), ("c",)])
+    ['a', 'b', 'c']
+    """
     return [*chain.from_iterable(groups)]
 
 
-def _rows(end: Layer) -> int:
-    """Return how many numbers a token has in the stream that a branch adds to."""
+def stream_width(end: Layer) -> int:
+    """Return the dimensions of the stream that a branch with the last layer `end` adds to."""
     return sum(part.size for part in end.out)
 
 
@@ -182,8 +232,8 @@ def end_of(described: Structure, mlp: str) -> Layer:
     layer = next((layer for layer in described.layers if layer.name == end), None)
     if layer is None:
         raise ConfigError(
-            f"{end}: units are ranked by the layer that reads them, and this one is in two "
-            "factors: compress blocks first and factorise then"
+            f"{end}: units are ranked by the layer that reads them, and this layer is in two "
+            "factors: compress blocks before factorising layers"
         )
     return layer
 

@@ -4,44 +4,92 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from vitrim.budget.latency import Timing
-from vitrim.budget.target import Target, TargetError
-from vitrim.measure import InputSize, census
+from vitrim.budget.target import CountedMetric, Target, TargetError
+from vitrim.measure import InputSize, count_layers
 from vitrim.network import structure
-from vitrim.network.structure import Dim, Layer, Part, Structure, blocks_of, names_in, runs_of
-from vitrim.network.survivors import Survivors, dropped_of, ranks_of, resolve, settle, width_of
+from vitrim.network.structure import (
+    Dim,
+    Layer,
+    Part,
+    Structure,
+    blocks_of,
+    factorisable_rows,
+    members,
+)
+from vitrim.network.survivors import Kept, dropped_of, propagate, ranks_of, resolve, width_of
 from vitrim.plan import Plan
 
 
 class Amount(NamedTuple):
-    """What a plan leaves: exact integers, the same that counting the cut network gives."""
+    """What a plan leaves, as exact integers; counting the cut network gives the same."""
 
     params: int
     macs: int
     units: int
 
+    def of(self, metric: CountedMetric) -> int:
+        """Return the amount of one metric.
+
+        >>> Amount(params=3, macs=2, units=1).of("macs")
+        2
+        """
+        match metric:
+            case "params":
+                return self.params
+            case "macs":
+                return self.macs
+            case "units":
+                return self.units
+
+
+class TimeModel(Protocol):
+    """Predicts the latency of a cut network on this device (see `vitrim.budget.latency`)."""
+
+    @property
+    def dense_ms(self) -> float:
+        """Latency of the dense network in milliseconds."""
+        ...
+
+    def ratio(self, described: Structure, survivors: Kept) -> float:
+        """Return the latency of a cut network over that of the dense one."""
+        ...
+
+    def check(self, described: Structure, scored: Sequence[str]) -> None:
+        """Raise a VitrimError if the time that cutting `scored` saves cannot be predicted."""
+        ...
+
 
 class _Term(NamedTuple):
+    """Params and MACs of a layer for each of its weights, or for each of its rows.
+
+    With `layer`, there are rows x columns weights (fewer in two factors); without, one per row.
+    """
+
     branch: str
     params: int
     macs: int
     out: Dim
-    layer: Layer | None = None  # whose columns count too
+    layer: Layer | None = None
 
 
 class Cost:
     """The closed formula of one network: params and MACs from the widths that a plan leaves.
 
-    Each Linear is rows x columns weights, or rank x (rows + columns) in two factors, applied at its
-    positions. A Conv has a kernel in place of each weight, and of each row where it is depthwise;
-    norms make no MACs. Each attention is its context times its query-key and value dims at every
-    token; whatever is never cut is a constant. Of a network that was cut before, `origin` is the
-    cost of the one that budgets count from. `timing` gives the
-    table of times on this device, and measures it when first asked.
+    Each Linear has rows x columns weights, or rank x (rows + columns) in two factors, and is
+    applied at its positions. A Conv has a kernel in place of each weight, or of each row if it is
+    depthwise; norms have no MACs. Each attention costs its context times its query-key and value
+    dims at every token. Everything that no plan cuts is a constant.
+
+    Args:
+        net: the network that plans are for.
+        input_size: of its images.
+        origin: the cost of the dense network, if `net` was cut from one: targets count from it.
+        latency_table: returns what predicts latency on this device, and measures it when first
+            called.
     """
 
     def __init__(
@@ -49,87 +97,82 @@ class Cost:
         net: nn.Module,
         input_size: InputSize,
         origin: Cost | None = None,
-        timing: Callable[[], Timing] | None = None,
+        latency_table: Callable[[], TimeModel] | None = None,
     ) -> None:
-        self.timing = timing
+        self.latency_table = latency_table
         self.structure: Structure = structure(net)
         self.input_size = input_size
-        self._whole = origin or self
-        applied = {layer.name: layer.beside or layer.name for layer in self.structure.layers}
-        applied |= {attention.qkv: attention.qkv for attention in self.structure.attentions}
-        self.dense_count, found = census(net, input_size, [*dict.fromkeys(applied.values())])
-        self._positions = positions = {name: found[at] for name, at in applied.items()}
-        self._terms = list(_terms(net, self.structure, positions))
-        self._params = self._macs = 0
-        dense = settle(self.structure, {})
-        whole = self.of(dense)
-        self._params = self.dense_count.params - whole.params
-        self._macs = self.dense_count.macs - whole.macs
-        self._own = {
-            branch.name: sum(
-                tensor.numel()
-                for path in branch.modules
-                for tensor in net.get_submodule(path).parameters()
-            )
-            - sum(
-                term.params * _weights(term, dense, {})
-                for term in self._terms
-                if term.branch == branch.name
-            )
-            for branch in self.structure.branches
-        }
+        self._origin = origin or self
+        called = {layer.name: layer.positions_from or layer.name for layer in self.structure.layers}
+        called |= {attention.qkv: attention.qkv for attention in self.structure.attentions}
+        self.dense_count, positions = count_layers(
+            net, input_size, [*dict.fromkeys(called.values())]
+        )
+        self._positions = {name: positions[module] for name, module in called.items()}
+        self._terms = list(_terms(net, self.structure, self._positions))
+        dense = propagate(self.structure, {})
+        weights = [_weights(term, dense, {}) for term in self._terms]
+        params = sum(term.params * n for term, n in zip(self._terms, weights, strict=True))
+        macs = sum(term.macs * n for term, n in zip(self._terms, weights, strict=True))
+        self._constant_params = self.dense_count.params - params
+        self._constant_macs = self.dense_count.macs - macs
+        self._constant_of_branch = _constants(net, self.structure, self._terms, weights)
 
-    def of(
+    def cost_of(
         self,
-        survivors: Survivors,
+        survivors: Kept,
         scored: Sequence[str] = (),
         ranks: Mapping[str, int] | None = None,
         dropped: Collection[str] = (),
     ) -> Amount:
-        """Return what remains; `units` counts the kept units of the sites in `scored`.
+        """Return what remains.
 
-        `ranks` holds the layers (or pieces of layers) in two factors, `dropped` the branches that
-        are not there any more, with their norms and layer scales.
+        Args:
+            survivors: the units kept at every site.
+            scored: the sites whose kept units are counted as `units`.
+            ranks: the rank of each layer, or piece of a layer, that is in two factors.
+            dropped: the branches that are removed, with their norms and layer scales.
         """
-        params, macs = self._params - sum(self._own[name] for name in dropped), self._macs
+        params = self._constant_params - sum(self._constant_of_branch[name] for name in dropped)
+        macs = self._constant_macs
         for term in self._terms:
             if term.branch not in dropped:
                 weights = _weights(term, survivors, ranks or {})
                 params += term.params * weights
                 macs += term.macs * weights
-        gone = names_in(self.structure, dropped) if dropped else ()
-        return Amount(params, macs, sum(len(survivors[s]) for s in scored if s not in gone))
+        removed = members(self.structure, dropped) if dropped else ()
+        return Amount(params, macs, sum(len(survivors[s]) for s in scored if s not in removed))
 
-    def allowed(self, target: Target, scored: Sequence[str] = ()) -> int:
+    def limit(self, target: Target, scored: Sequence[str] = ()) -> int:
         """Return how much of the target's metric may remain.
 
         Raises:
-            TargetError: more is asked for than there is.
+            TargetError: the target is above what the network has.
         """
-        whole = self.whole(target.unit, scored)
+        total = self.total(target.counted_metric, scored)
         if target.metric != "blocks":
-            return target.limit(whole)
-        n_blocks, macs = self._whole.blocks()
+            return target.limit(total)
+        n_blocks, macs = self._origin.blocks()
         if target.keep >= n_blocks:
             raise TargetError(f"target.blocks={target.keep}: the network has {n_blocks} blocks")
-        return whole - math.ceil(target.keep * macs / n_blocks - 1e-6)
+        return total - math.ceil(target.keep * macs / n_blocks - 1e-6)
 
     def blocks(self) -> tuple[int, int]:
-        """Return how many blocks with residual branches there are, and their MACs in all."""
+        """Return the number of blocks with residual branches, and their MACs together."""
         names = {branch.name for branch in self.structure.branches}
-        dense = settle(self.structure, {})
-        macs = self.of(dense).macs - self.of(dense, dropped=names).macs
+        dense = propagate(self.structure, {})
+        macs = self.cost_of(dense).macs - self.cost_of(dense, dropped=names).macs
         return len(blocks_of(self.structure)), macs
 
-    def whole(self, metric: Literal["macs", "params", "units"], scored: Sequence[str] = ()) -> int:
-        """Return how much of `metric` there is in the network that budgets count from."""
-        origin = self._whole
-        return int(getattr(origin.of(settle(origin.structure, {}), scored), metric))
+    def total(self, metric: CountedMetric, scored: Sequence[str] = ()) -> int:
+        """Return how much of `metric` the network that targets count from has."""
+        origin = self._origin
+        return origin.cost_of(propagate(origin.structure, {}), scored).of(metric)
 
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
         ranks = ranks_of(self.structure, plan)
-        return self.of(
+        return self.cost_of(
             resolve(self.structure, plan), scored, ranks, dropped_of(self.structure, plan)
         )
 
@@ -138,27 +181,45 @@ class Cost:
         return self._positions[layer]
 
     def attended(self, plan: Plan) -> Iterator[tuple[int, int, int, int]]:
-        """Iterate over the attentions: tokens, tokens attended to, heads left, q-k and v dims."""
-        left, dropped = resolve(self.structure, plan), dropped_of(self.structure, plan)
+        """Iterate over the attentions: tokens, context, heads kept, query-key and value dims."""
+        survivors, dropped = resolve(self.structure, plan), dropped_of(self.structure, plan)
         for attention in self.structure.attentions:
             if attention.branch in dropped:
                 continue
             tokens = self._positions[attention.qkv]
-            dims = len(left[attention.qk]) + len(left[attention.v])
-            yield tokens, attention.context or tokens, len(left[attention.heads]), dims
+            dims = len(survivors[attention.qk]) + len(survivors[attention.v])
+            yield tokens, attention.context or tokens, len(survivors[attention.heads]), dims
 
 
-def _weights(term: _Term, survivors: Survivors, ranks: Mapping[str, int]) -> int:
-    """Return how many weights a layer has left."""
+def _constants(
+    net: nn.Module, described: Structure, terms: Sequence[_Term], weights: Sequence[int]
+) -> dict[str, int]:
+    """Return the params of each branch that no plan narrows: of its norm and layer scale."""
+    constants = {
+        branch.name: sum(
+            tensor.numel()
+            for path in branch.modules
+            for tensor in net.get_submodule(path).parameters()
+        )
+        for branch in described.branches
+    }
+    for term, n_weights in zip(terms, weights, strict=True):
+        if term.branch in constants:
+            constants[term.branch] -= term.params * n_weights
+    return constants
+
+
+def _weights(term: _Term, survivors: Kept, ranks: Mapping[str, int]) -> int:
+    """Return how many weights, or rows, of a layer are kept."""
     if term.layer is None:
         return width_of(term.out, survivors)
     columns = width_of(term.layer.inp, survivors)
-    runs, total = {term.layer.name: term.out}, 0
+    rows_of, total = {term.layer.name: term.out}, 0
     if ranks and term.layer.pieces:
-        pieces = runs_of(term.layer)
+        pieces = factorisable_rows(term.layer)
         del pieces[term.layer.name]
-        runs = runs if ranks.keys().isdisjoint(pieces) else pieces
-    for name, out in runs.items():
+        rows_of = rows_of if ranks.keys().isdisjoint(pieces) else pieces
+    for name, out in rows_of.items():
         rows = width_of(out, survivors)
         total += ranks[name] * (rows + columns) if name in ranks else rows * columns
     return total
@@ -173,7 +234,7 @@ def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -
         yield _Term(layer.branch, area, macs, layer.out, layer if layer.inp else None)
         if net.get_submodule(name).bias is not None:
             yield _Term(layer.branch, 1, 0, layer.out)
-    for table in described.tables:
+    for table in described.per_head_parameters:
         units = Part(site=table.site, offset=0, size=described.sites[table.site].size)
         yield _Term(table.branch, net.get_parameter(table.name).numel() // units.size, 0, (units,))
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}

@@ -1,4 +1,4 @@
-"""Targets: what may remain, by a strength and its table, or by a number."""
+"""Targets: how much of a network may remain, by a strength or by a number."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from vitrim.errors import VitrimError, is_rate
 
 Metric = Literal["macs", "params", "units", "blocks", "latency", "latency_ms"]
-
-
-METRICS: tuple[Metric, ...] = ("macs", "params", "units", "blocks", "latency", "latency_ms")
-
-
+METRICS: tuple[Metric, ...] = get_args(Metric)
+CountedMetric = Literal["macs", "params", "units"]
+"""What the closed formula counts (`vitrim.budget.cost.Amount`)."""
 LEVELS = 6
-
-
 """Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
 
 
 class TargetError(VitrimError):
-    """A budget that is no number in range, or that no plan can reach."""
+    """A target that is not a number in range, or that no plan can reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number of 2 and more.
+    """Keep at most `keep` of `metric`: a fraction in (0, 1], or a whole number from 2 on.
 
-    With metric blocks, `keep` counts what goes: at most the MACs remain that are left when so many
-    of the network's blocks, of mean size, are removed; 1.5 is one and a half. With latency it is a
-    share of the dense network's time, with latency_ms that time in milliseconds.
+    For blocks, `keep` is the number of blocks to remove, fractions included: the target is the MACs
+    of the dense network minus those of that many blocks of mean size. For latency it is a fraction
+    of the dense network's latency, for latency_ms a latency in milliseconds.
     """
 
     metric: Metric
@@ -48,15 +44,15 @@ class Target:
                 )
             return
         if self.is_time:
-            share = self.metric == "latency"
-            if not is_rate(self.keep) or self.keep == 0 or (share and self.keep > 1):
+            relative = self.metric == "latency"
+            if not is_rate(self.keep) or self.keep == 0 or (relative and self.keep > 1):
                 raise TargetError(
                     f"target.{self.metric}={self.keep}: expected "
-                    f"{'a share up to 1' if share else 'milliseconds'}, above 0"
+                    f"{'a fraction up to 1' if relative else 'milliseconds'}, above 0"
                 )
             return
-        whole = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
-        if whole or (is_rate(self.keep) and 0 < self.keep <= 1):
+        is_number = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
+        if is_number or (is_rate(self.keep) and 0 < self.keep <= 1):
             return
         raise TargetError(
             f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "
@@ -65,46 +61,46 @@ class Target:
 
     @property
     def is_time(self) -> bool:
-        """Whether the budget is a time on this device, which no count can be compared with."""
+        """Whether the target is a latency on this device, which is predicted and not counted."""
         return self.metric in ("latency", "latency_ms")
 
     @property
-    def unit(self) -> Literal["macs", "params", "units"]:
-        """What is counted to compare with `limit`.
+    def counted_metric(self) -> CountedMetric:
+        """What is counted and compared with the limit.
 
         Raises:
-            TargetError: it is a time.
+            TargetError: the target is a latency.
         """
         match self.metric:
             case "blocks":
                 return "macs"
             case "latency" | "latency_ms":
                 raise TargetError(
-                    f"target.{self.metric} is for methods that slice (oneshot, vtp, fskd, cd): "
-                    "choose one of them, or target.macs"
+                    f"target.{self.metric} is for methods that slice heads, dims or MLP units: "
+                    "choose such a method, or target.macs"
                 )
             case metric:
                 return metric
 
     @property
     def is_identity(self) -> bool:
-        """Whether everything may remain."""
+        """Whether nothing has to be removed."""
         return self.metric not in ("blocks", "latency_ms") and self.keep == 1
 
     def limit(self, dense: int) -> int:
-        """Return the most that may remain of `dense`.
+        """Return how much of `dense` may remain.
 
         Raises:
-            TargetError: more is asked for than there is.
+            TargetError: the target is above `dense`.
         """
         if self.keep > dense:
             raise TargetError(
                 f"target.{self.metric}={self.keep}: expected at most the {dense:,} {self.metric} "
-                "there are, or the fraction to keep"
+                "of the dense network, or the fraction to keep"
             )
         if self.keep > 1:
             return int(self.keep)
-        return math.floor(self.keep * dense + 1e-6)  # 0.7 of 10 is 7, whatever 0.7 is in binary
+        return math.floor(self.keep * dense + 1e-6)  # 0.7 of 10 is 7, though 0.7 is inexact
 
 
 def at_strength(strength: float, levels: Sequence[float]) -> float:
@@ -118,14 +114,44 @@ def at_strength(strength: float, levels: Sequence[float]) -> float:
     return round(levels[below] * (1 - share) + levels[below + 1] * share, 12)
 
 
-def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> None:
-    """Refuse a strength outside 0..5, and a table that is not 1 falling to above 0.
+def resolve_target(
+    strength: float | None,
+    target: Mapping[str, float | int | None],
+    *,
+    levels: Sequence[float],
+    metric: Metric,
+    where: str,
+) -> Target:
+    """Return the target of a run: the one entry of `target` that is set, else that of `strength`.
 
-    None stands for no strength, which `choose` accepts beside a target.
+    Args:
+        strength: 0 to 5, or None where `target` has an entry.
+        target: metric -> how much to keep, None where it is not set.
+        levels: the fractions of `metric` kept at strengths 0 to 5; (1,) if nothing is ever removed.
+        metric: what `levels` are fractions of.
+        where: the file that has the levels, for messages.
 
     Raises:
         TargetError: naming the value and what is allowed.
     """
+    given = {name: keep for name, keep in target.items() if keep is not None}
+    if len(levels) == 1:
+        if given or strength != 0:
+            raise TargetError(f"{where} removes nothing: set strength=0 and no target")
+        return Target(metric=metric, keep=1.0)
+    _check_strength(strength, levels, where=where)
+    if len(given) > 1:
+        names = ", ".join(f"target.{name}" for name in given)
+        raise TargetError(f"{names}: expected at most one target")
+    for name, keep in given.items():
+        return Target(metric=name, keep=keep)  # type: ignore[arg-type]  # Target checks it
+    if strength is None:
+        raise TargetError("strength=null: expected a number from 0 to 5, or one target")
+    return Target(metric=metric, keep=at_strength(strength, levels))
+
+
+def _check_strength(strength: float | None, levels: Sequence[float], *, where: str) -> None:
+    """Refuse a strength outside 0..5, and levels that do not fall from 1 to above 0."""
     if strength is not None and not (is_rate(strength) and strength <= LEVELS - 1):
         raise TargetError(
             f"strength={strength}: expected a number from 0 to {LEVELS - 1} "
@@ -137,18 +163,3 @@ def check_strength(strength: Any, levels: Sequence[float], *, where: str) -> Non
             f"levels={list(levels)} ({where}): expected {LEVELS} fractions to keep, the first 1, "
             "each below the one before, the last above 0"
         )
-
-
-def choose(
-    strength: float | None, levels: Sequence[float], target: Mapping[str, Any], *, metric: Metric
-) -> Target:
-    """Return the budget: the one entry of `target` that is set, else `metric` by strength table."""
-    given = {name: keep for name, keep in target.items() if keep is not None}
-    if len(given) > 1:
-        names = ", ".join(f"target.{name}" for name in given)
-        raise TargetError(f"{names}: expected at most one target")
-    for name, keep in given.items():
-        return Target(metric=name, keep=keep)  # type: ignore[arg-type]  # checked there
-    if strength is None:
-        raise TargetError("strength=null: expected a number from 0 to 5, or one target")
-    return Target(metric=metric, keep=at_strength(strength, levels))

@@ -1,4 +1,4 @@
-"""From scores and a budget to a plan: the closed formula for costs, the largest plan in it."""
+"""From scores and a target to a plan: the fewest removals of units that meet the target."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from torch import Tensor
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.network.structure import Site, Structure
-from vitrim.network.survivors import (
-    Survivors,
-    as_keeps,
-    settle,
-)
+from vitrim.network.survivors import Kept, propagate, to_edits
 from vitrim.plan import Keep
 
 Scope = Literal["global", "site"]
@@ -31,130 +27,176 @@ def trim(
     scope: Scope = "global",
     round_to: int = 1,
     even_heads: bool = False,
-    pace: Mapping[str, float] | None = None,
+    site_rates: Mapping[str, float] | None = None,
 ) -> tuple[Keep, ...]:
-    """Remove the least important units until `target` is met, and not one more.
+    """Remove the least important units until `target` is met, and none after that.
 
     Units are ranked by score over all sites (`scope="global"`), or by rank within their own site so
-    that every site loses the same share (`scope="site"`). Ties go to the lower index. Widths (of a
-    head, where the site has heads) shrink to multiples of `round_to`. The best unit of a site
-    stays.
+    that every site loses the same fraction (`scope="site"`). Of equal scores the lower index is
+    kept. Widths (of a head, where the site has heads) shrink to multiples of `round_to`. The best
+    unit of a site is never removed.
 
     Args:
         cost: the dense network's closed formula.
         scores: site name -> importance, higher is kept, shape (size,), finite.
-        target: the budget; what is reached is at most it, and less than one step's cost below it.
+        target: the plan reaches at most this, and less than one removal's cost below it.
         scope: how sites are compared.
         round_to: units removed in one step.
-        even_heads: take as many dims from every head of a site, so that its heads stay equal.
-        pace: site name -> how much of a share it loses, with `scope="site"`, while others lose 1.
+        even_heads: remove the same number of dims from every head of a site.
+        site_rates: with `scope="site"`, the fraction that a site loses while others lose 1.
 
     Raises:
-        TargetError: a score is not finite, or the budget is below what the sites can give up.
+        TargetError: a score is not finite, or the sites cannot give up enough to meet the target.
     """
-    steps = _steps(cost.structure, scores, scope, round_to, pace or {}, even_heads=even_heads)
-    limit, most, left = _scale(cost, [*scores], target, even_heads=even_heads)
+    removals = _removals(
+        cost.structure, scores, scope, round_to, site_rates or {}, even_heads=even_heads
+    )
+    scale = _scale(cost, [*scores], target, even_heads=even_heads)
 
     def reached(n: int) -> int:
-        return left(settle(cost.structure, _kept(cost.structure, steps, n)))
+        return scale.amount(propagate(cost.structure, _kept(cost.structure, removals, n)))
 
-    least = reached(len(steps))
-    if least > limit:
+    lowest = reached(len(removals))
+    if lowest > scale.limit:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: this method's sites go down "
-            f"to {least:,} of {most:,} {'ppm of the time' if target.is_time else target.unit} "
-            f"({least / most:.4f}), not to {limit:,}"
+            f"to {lowest:,} of {scale.total:,} {scale.unit} ({lowest / scale.total:.4f}), not to "
+            f"{scale.limit:,}"
         )
-    low, high = 0, len(steps)
+    low, high = 0, len(removals)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) <= limit else (middle + 1, high)
-    kept = _kept(cost.structure, steps, low)
-    return as_keeps(cost.structure, settle(cost.structure, kept), kept)
+        low, high = (low, middle) if reached(middle) <= scale.limit else (middle + 1, high)
+    kept = _kept(cost.structure, removals, low)
+    return to_edits(cost.structure, propagate(cost.structure, kept), kept)
 
 
-def _scale(
-    cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool
-) -> tuple[int, int, Callable[[Survivors], int]]:
-    """Return the limit, what the dense network has, and what is left of it by what survives.
+class _Scale(NamedTuple):
+    """The whole numbers in which a plan is compared with a target.
 
-    Times are in millionths of the dense network's.
+    `limit` is what may remain of `total`; `amount` returns what remains with some survivors.
     """
-    if not target.is_time:
-        unit = target.unit
-        return (
-            cost.allowed(target, scored),
-            cost.whole(unit, scored),
-            lambda left: int(getattr(cost.of(left, scored), unit)),
-        )
+
+    limit: int
+    total: int
+    unit: str
+    amount: Callable[[Kept], int]
+
+
+def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> _Scale:
+    """Return how plans for the sites `scored` are compared with `target`."""
+    if target.is_time:
+        return _time_scale(cost, scored, target, even_heads=even_heads)
+    metric = target.counted_metric
+    return _Scale(
+        limit=cost.limit(target, scored),
+        total=cost.total(metric, scored),
+        unit=metric,
+        amount=lambda survivors: cost.cost_of(survivors, scored).of(metric),
+    )
+
+
+def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> _Scale:
+    """Return a scale in millionths of the dense network's latency."""
     described = cost.structure
     if not even_heads and any(described.sites[name].head_dims for name in scored):
         raise TargetError(
-            f"target.{target.metric}: heads of unequal width take longer than can be foretold: set "
-            "method.even_heads=true, or choose other sites"
+            f"target.{target.metric}: the latency of heads of unequal width cannot be predicted: "
+            "set method.even_heads=true, or choose other sites"
         )
-    if cost.timing is None:
-        raise TargetError(f"target.{target.metric}: nothing was measured on this device")
-    timing = cost.timing()
-    timing.check(described, scored)
-    share = target.keep if target.metric == "latency" else target.keep / timing.dense_ms
-    limit = min(math.floor(1e6 * share), 10**6)
-    return limit, 10**6, lambda left: math.ceil(1e6 * timing.ratio(described, left))
+    if cost.latency_table is None:
+        raise TargetError(f"target.{target.metric}: no latency was measured on this device")
+    table = cost.latency_table()
+    table.check(described, scored)
+    fraction = target.keep if target.metric == "latency" else target.keep / table.dense_ms
+    return _Scale(
+        limit=min(math.floor(1e6 * fraction), 10**6),
+        total=10**6,
+        unit="ppm of the latency",
+        amount=lambda survivors: math.ceil(1e6 * table.ratio(described, survivors)),
+    )
 
 
-class _Step(NamedTuple):
+class _Removal(NamedTuple):
+    """Units of one site that are removed together; removals happen in the order of their keys."""
+
     key: tuple[float, ...]
     site: str
     units: list[int]
 
 
-def _steps(
+def _removals(
     described: Structure,
     scores: Mapping[str, Tensor],
     scope: Scope,
     round_to: int,
-    pace: Mapping[str, float],
+    site_rates: Mapping[str, float],
     *,
     even_heads: bool,
-) -> list[_Step]:
-    """Return every removal that may happen, in order, the last one of each site excepted."""
-    steps: list[_Step] = []
-    anchors = _anchors(described, scores)
+) -> list[_Removal]:
+    """Return every possible removal in order, without the last one of each site."""
+    removals: list[_Removal] = []
+    protected_heads = _protected_heads(described, scores)
     for order, (name, score) in enumerate(scores.items()):
-        site = described.sites.get(name)
-        if site is None or site.locked:
-            reason = "there is no such site" if site is None else site.locked
-            raise TargetError(f"site {name!r} cannot be cut: {reason}")
-        if even_heads and len(set(site.head_dims)) > 1:
-            raise TargetError(f"site {name!r}: even_heads needs heads of one width")
-        if score.shape != (site.size,) or not bool(torch.isfinite(score).all()):
-            raise TargetError(f"site {name!r}: expected {site.size} finite scores")
-        values = score.double().tolist()
-        chunks = [list(_chunks(head, values, round_to)) for head in _heads(site)]
-        if even_heads:
-            chunks = [[_joined(level) for level in zip(*chunks, strict=True)]]
-        found = sorted(
-            _Step((value, -max(units) / site.size, order), name, units)
-            for head in chunks
-            for value, units in head
-        )
-        if not found:
-            continue  # an already cut network may have no query-key dims left to give
-        held = [at for at, step in enumerate(found) if _is_anchored(step, site, anchors)]
-        del found[held[-1] if held else -1]
+        site = _checked_site(described, name, score, even_heads=even_heads)
+        of_site = _removals_of(site, score, order, round_to, even_heads=even_heads)
+        if not of_site:
+            continue  # an already cut network may have no query-key dims to remove
+        protected = [
+            index
+            for index, removal in enumerate(of_site)
+            if _is_protected(removal, site, protected_heads)
+        ]
+        del of_site[protected[-1] if protected else -1]
         if scope == "site":
-            whole = site.size * pace.get(name, 1.0)
-            gone = list(accumulate(len(step.units) / whole for step in found))
-            found = [
-                step._replace(key=(share, order, rank))
-                for rank, (share, step) in enumerate(zip(gone, found, strict=True))
-            ]
-        steps += found
-    return sorted(steps)
+            of_site = _by_fraction(of_site, site.size * site_rates.get(name, 1.0), order)
+        removals += of_site
+    return sorted(removals)
 
 
-def _anchors(described: Structure, scores: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return, for the dims of attentions whose heads are scored too, the best head: it stays."""
+def _checked_site(described: Structure, name: str, score: Tensor, *, even_heads: bool) -> Site:
+    """Return the site with that name if it can be cut by `score`.
+
+    Raises:
+        TargetError: naming the site and the reason why it cannot.
+    """
+    site = described.sites.get(name)
+    if site is None or site.locked_reason:
+        reason = "there is no such site" if site is None else site.locked_reason
+        raise TargetError(f"site {name!r} cannot be cut: {reason}")
+    if even_heads and len(set(site.head_dims)) > 1:
+        raise TargetError(f"site {name!r}: even_heads needs heads of one width")
+    if score.shape != (site.size,) or not bool(torch.isfinite(score).all()):
+        raise TargetError(f"site {name!r}: expected {site.size} finite scores")
+    return site
+
+
+def _removals_of(
+    site: Site, score: Tensor, order: int, round_to: int, *, even_heads: bool
+) -> list[_Removal]:
+    """Return all removals of a site, the least important first; `order` is its place among all."""
+    values = score.double().tolist()
+    chunks = [list(_chunks(head, values, round_to)) for head in _heads(site)]
+    if even_heads:
+        chunks = [[_merged(level) for level in zip(*chunks, strict=True)]]
+    return sorted(
+        _Removal((value, -max(units) / site.size, order), site.name, units)
+        for head in chunks
+        for value, units in head
+    )
+
+
+def _by_fraction(removals: Sequence[_Removal], size: float, order: int) -> list[_Removal]:
+    """Return the removals of a site with keys that rise with the fraction of `size` removed."""
+    fractions = list(accumulate(len(removal.units) / size for removal in removals))
+    return [
+        removal._replace(key=(fraction, order, rank))
+        for rank, (fraction, removal) in enumerate(zip(fractions, removals, strict=True))
+    ]
+
+
+def _protected_heads(described: Structure, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the best head of attentions whose heads are scored, by the sites of their dims."""
     return {
         dims: int(scores[attention.heads].argmax())
         for attention in described.attentions
@@ -163,12 +205,12 @@ def _anchors(described: Structure, scores: Mapping[str, Tensor]) -> dict[str, in
     }
 
 
-def _is_anchored(step: _Step, site: Site, anchors: Mapping[str, int]) -> bool:
-    """Whether the step takes units that the last head to stay could not do without."""
-    if site.name not in anchors:
+def _is_protected(removal: _Removal, site: Site, protected_heads: Mapping[str, int]) -> bool:
+    """Whether the removal takes units that the last head of the site needs."""
+    if site.name not in protected_heads:
         return True
-    anchor = _heads(site)[anchors[site.name]]
-    return any(unit in anchor for unit in step.units)
+    head = _heads(site)[protected_heads[site.name]]
+    return any(unit in head for unit in removal.units)
 
 
 def _heads(site: Site) -> list[range]:
@@ -180,7 +222,7 @@ def _heads(site: Site) -> list[range]:
 def _chunks(
     units: Sequence[int], values: Sequence[float], round_to: int
 ) -> Iterator[tuple[float, list[int]]]:
-    """Group units, worst first, so that whatever remains is a multiple of `round_to`."""
+    """Group units, least important first, so that a multiple of `round_to` is always kept."""
     ranked = sorted(units, key=lambda unit: (values[unit], -unit))
     first = len(ranked) % round_to or round_to
     for start, stop in pairwise([0, *range(first, len(ranked) + 1, round_to)]):
@@ -189,24 +231,24 @@ def _chunks(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the mean, which of equal numbers is that very number: ties hang on it."""
+    """Return the mean; of equal numbers it is exactly that number, so that ties stay ties."""
     return values[0] + math.fsum(value - values[0] for value in values) / len(values)
 
 
-def _joined(level: Sequence[tuple[float, list[int]]]) -> tuple[float, list[int]]:
-    """Return one step that takes the same number of units from every head."""
+def _merged(level: Sequence[tuple[float, list[int]]]) -> tuple[float, list[int]]:
+    """Return one removal that takes the same number of units from every head."""
     units = [unit for _, chunk in level for unit in chunk]
     return _mean([value for value, _ in level]), units
 
 
-def _kept(structure: Structure, steps: Sequence[_Step], n: int) -> dict[str, Tensor]:
-    """Return what the first `n` steps leave at every site that they touch."""
-    gone: dict[str, list[int]] = {}
-    for step in steps[:n]:
-        gone.setdefault(step.site, []).extend(step.units)
+def _kept(structure: Structure, removals: Sequence[_Removal], n: int) -> dict[str, Tensor]:
+    """Return the units that the first `n` removals leave at every site that they change."""
+    removed: dict[str, list[int]] = {}
+    for removal in removals[:n]:
+        removed.setdefault(removal.site, []).extend(removal.units)
     kept = {}
-    for name, units in gone.items():
-        stays = torch.ones(structure.sites[name].size, dtype=torch.bool)
-        stays[units] = False
-        kept[name] = stays.nonzero()[:, 0]
+    for name, units in removed.items():
+        is_kept = torch.ones(structure.sites[name].size, dtype=torch.bool)
+        is_kept[units] = False
+        kept[name] = is_kept.nonzero()[:, 0]
     return kept

@@ -1,54 +1,102 @@
-"""What a compression method is: scorer, plan, compensation, recovery. Types only."""
+"""What a compression method is: levels, scorer, plan, compensation, recovery. Types only.
+
+A method is one file here, or a folder that holds all that is its own, and one yaml in conf/method/.
+No method imports another. May import: deploy, trainer, budget, store, measure, closed_form,
+network, data, jobs and what is below them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target
-from vitrim.plan import Evidence, Plan
-from vitrim.trainer.phase import Scorer
+from vitrim.budget.target import Metric, Target
+from vitrim.errors import ConfigError
+from vitrim.plan import Evidence, Plan, Proposal
+from vitrim.trainer.phase import Phase, Scorer
+
+Granularity = Literal["unit", "rank", "block", "none"]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen dataclass of numbers with four functions; its yaml's `_target_` is its address."""
+    """A frozen dataclass of numbers with three functions; its yaml's `_target_` is its address.
+
+    `levels` are the shares of `metric` that are kept at strengths 0 to 5. `granularity` says what
+    goes at a time; a method that removes "none" trains what is there, by its `recovery`.
+    """
 
     @property
-    def budget(self) -> Target:
-        """What may remain: the target that is set, or the strength's; a share of 1 is identity."""
+    def levels(self) -> Sequence[float]:
+        """The share kept at each strength: six, falling from 1; (1,) if nothing is removed."""
         ...
 
-    def check(self, cost: Cost) -> None:
-        """Raise a VitrimError, before any training, if the budget cannot be reached."""
+    @property
+    def metric(self) -> Metric:
+        """What `levels` are shares of."""
+        ...
+
+    @property
+    def granularity(self) -> Granularity:
+        """What goes at a time."""
+        ...
+
+    def check(self, cost: Cost, target: Target) -> None:
+        """Raise a VitrimError, before any training, if the target cannot be reached."""
         ...
 
     def scorer(self, net: nn.Module) -> Scorer:
         """Return the phase that scores `net`, which it may train."""
         ...
 
-    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Choose the edits: pure, on CPU, deterministic, within the target."""
         ...
+
+
+@runtime_checkable
+class Compensates(Protocol):
+    """A method that changes kept weights in closed form, right after the cut."""
 
     def compensation_of(
         self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
     ) -> Mapping[str, Tensor]:
-        """Return new values, by name, for parameters of `compact`, the cut of `net`; or none.
+        """Return new values, by name, for parameters of `compact`, the cut of `net`.
 
         Pure: what makes up in closed form for what was cut, from what the scorer saw.
         """
         ...
 
+
+@runtime_checkable
+class Recovers(Protocol):
+    """A method with phases that follow on the compact network."""
+
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> Iterable[LightningModule]:
-        """Return the phases that follow on the compact net, in order, each with `epochs`.
+    ) -> Iterable[Phase]:
+        """Return the phases (`vitrim.trainer.phase.Phase`) in order.
 
         A generator may change the net between them.
         """
         ...
+
+
+METHOD = ("levels", "metric", "granularity", "check", "scorer", "plan")
+
+
+def check_method(method: object) -> None:
+    """Refuse what is no method.
+
+    Raises:
+        ConfigError: naming the class and the members that it lacks.
+    """
+    missing = [member for member in METHOD if not hasattr(method, member)]
+    if missing:
+        raise ConfigError(
+            f"{type(method).__name__} lacks {', '.join(missing)}: a method has "
+            f"{', '.join(METHOD)}, and may have compensation_of and recovery (vitrim.method)"
+        )

@@ -1,65 +1,67 @@
 """FSKD, few-sample knowledge distillation (arXiv 1812.01839): align layers by least squares.
 
-Units with the smallest L1 norm of their weights go. Then, layer by layer in the network's order, on
-one batch of unlabelled images, a 1x1 convolution Q is put behind the layer and solved in closed
-form, X_S being what the cut network's layer gives (its own earlier layers aligned already) and X_T
-what the dense network's gives for the same rows:
+Units with the smallest L1 norm of their weights are removed. Then, layer by layer in the network's
+order, on one batch of unlabelled images, a 1x1 convolution Q is added after the layer and solved in
+closed form. X_S is the output of the cut network's layer (whose earlier layers are already aligned)
+and X_T that of the dense network's, at the rows that were kept:
 
     Q = argmin || X_S Q - X_T ||^2
 
 Q is a linear map of channels, so it is absorbed into the layer before it: W <- Q^T W, b <- Q^T b.
-No gradient, no labels. After a description of the authors' code (LTH14/FSKD), not the code itself.
+There is no gradient and there are no labels. After a description of the authors' code
+(LTH14/FSKD), not the code itself.
 
-Where we differ from the paper, or where it does not reach:
-  * Q is held near the identity by a ridge, where the authors' lstsq takes the smallest Q: with few
+Where we differ from the paper, or where it is silent:
+  * A ridge keeps Q near the identity, where the authors' lstsq takes the smallest Q: with few
     images a layer that needs no correction keeps its weights.
-  * Of an image, up to `positions` places of a map are looked at, evenly spaced.
+  * Up to `samples_per_image` positions of a feature map are used, evenly spaced.
   * A depthwise convolution cannot absorb a map between channels: its Q is diagonal.
-  * In a transformer, the units are hidden ones of MLPs, and fc1 and fc2 are the layers.
-  * Only layers of cut branches are aligned; others are as they were.
+  * In a transformer, the units are hidden units of MLPs, and fc1 and fc2 are the layers.
+  * Only layers of cut branches are aligned; the others keep their weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target, TargetError, check_strength, choose
+from vitrim.budget.target import Metric, Target, TargetError
 from vitrim.budget.trim import Scope, trim
-from vitrim.closed_form.importance import score
-from vitrim.closed_form.reconstruction import regress
+from vitrim.closed_form.importance import importance
+from vitrim.closed_form.reconstruction import ridge_solve
 from vitrim.errors import is_count, is_positive, require
+from vitrim.method import Granularity
 from vitrim.network import structure
-from vitrim.network.structure import Layer, Structure
+from vitrim.network.structure import Kind, Layer, Structure, of_kind
 from vitrim.network.survivors import index_of, resolve
-from vitrim.plan import Evidence, Keep, Plan
+from vitrim.plan import Evidence, Keep, Plan, Proposal
 from vitrim.trainer.collect import Collect
 
-SITES = {"mlp": "mlp.hidden", "channels": ".channels"}
+SITES: Mapping[str, Kind] = {"mlp": "hidden", "channels": "channels"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FSKD:
     """L1 norms and absorbed 1x1 convolutions; every number comes from conf/method/fskd.yaml."""
 
-    strength: float | None
-    target: Mapping[str, Any]
     levels: Sequence[float]
     sites: Sequence[str]
     scope: Scope
     round_to: int
     images: int
-    positions: int
+    samples_per_image: int
     ridge: float
+    metric: ClassVar[Metric] = "units"
+    granularity: ClassVar[Granularity] = "unit"
 
     def __post_init__(self) -> None:
+        count = "a whole number from 1 on"
         require(
             "method",
             self,
@@ -69,74 +71,75 @@ class FSKD:
                 f"a list of {', '.join(SITES)}",
             ),
             ("scope", self.scope in ("global", "site"), "global or site"),
-            ("round_to", is_count(self.round_to), "a whole number from 1 on"),
-            ("images", is_count(self.images), "a whole number from 1 on"),
-            ("positions", is_count(self.positions), "a whole number from 1 on"),
+            ("round_to", is_count(self.round_to), count),
+            ("images", is_count(self.images), count),
+            ("samples_per_image", is_count(self.samples_per_image), count),
             ("ridge", is_positive(self.ridge), "a number above 0"),
         )
-        check_strength(self.strength, self.levels, where="conf/method/fskd.yaml")
-        choose(self.strength, self.levels, self.target, metric="units")
 
-    @property
-    def budget(self) -> Target:
-        """The target that is set, or the share of units that `strength` keeps."""
-        return choose(self.strength, self.levels, self.target, metric="units")
-
-    def check(self, cost: Cost) -> None:
-        """Raise TargetError if the network has none of the units, or too few for the budget."""
-        names = self._of(cost.structure)
+    def check(self, cost: Cost, target: Target) -> None:
+        """Raise TargetError if the network has none of the units, or too few for the target."""
+        names = sites_of(cost.structure, self.sites)
         if not names:
             raise TargetError(f"method.sites={[*self.sites]}: this network has none of them")
         sites = cost.structure.sites
-        self._trim(cost, {name: torch.ones(sites[name].size) for name in names})
+        self._trim(cost, {name: torch.ones(sites[name].size) for name in names}, target)
 
     def scorer(self, net: nn.Module) -> Collect:
-        """Return the phase that takes the one batch of images."""
+        """Return the phase that keeps the batch of images."""
         return Collect(net, images=self.images)
 
-    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Remove the units with the smallest L1 norms."""
         sites = cost.structure.sites
         scores = {
-            name: score(
+            name: importance(
                 net, cost.structure, {}, sites[name], criterion="magnitude", ridge=0.0, seed=0
             )
-            for name in self._of(cost.structure)
+            for name in sites_of(cost.structure, self.sites)
         }
-        edits = self._trim(cost, scores)
-        return Plan(model={}, edits=edits, provenance={"method": "fskd", "strength": self.strength})
+        return Proposal(edits=self._trim(cost, scores, target))
 
     def compensation_of(
         self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
     ) -> Mapping[str, Tensor]:
         """Return the weights and biases of aligned layers."""
-        if not evidence.moments:
+        if evidence.images is None:
             return {}
-        pixels = evidence.moments["images"]["pixels"]
-        return aligned(net, compact, plan, pixels, positions=self.positions, ridge=self.ridge)
+        return aligned_weights(
+            net,
+            compact,
+            plan,
+            evidence.images,
+            samples_per_image=self.samples_per_image,
+            ridge=self.ridge,
+        )
 
-    def recovery(
-        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> list[LightningModule]:
-        """Return nothing: the alignment is all."""
-        return []
+    def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
+        return trim(cost, scores, target, scope=self.scope, round_to=self.round_to)
 
-    def _of(self, described: Structure) -> list[str]:
-        """Return the names of the sites of the chosen kinds, in network order."""
-        endings = tuple(SITES[kind] for kind in self.sites)
-        return [
-            name
-            for name, site in described.sites.items()
-            if name.endswith(endings) and not site.locked
-        ]
 
-    def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
-        return trim(cost, scores, self.budget, scope=self.scope, round_to=self.round_to)
+def sites_of(described: Structure, chosen: Collection[str]) -> list[str]:
+    """Return the names of the chosen kinds of sites that can be cut, in network order.
+
+    Hidden units are those of MLPs whose name is `mlp`: MLP-Mixers have none.
+    """
+    return [
+        site.name
+        for site in of_kind(described, *(SITES[name] for name in chosen))
+        if not site.locked_reason and (site.kind != "hidden" or site.name.endswith("mlp.hidden"))
+    ]
 
 
 @torch.no_grad()
-def aligned(
-    net: nn.Module, compact: nn.Module, plan: Plan, pixels: Tensor, *, positions: int, ridge: float
+def aligned_weights(
+    net: nn.Module,
+    compact: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    *,
+    samples_per_image: int,
+    ridge: float,
 ) -> dict[str, Tensor]:
     """Return new values of parameters of `compact`, by name; neither network is changed.
 
@@ -144,28 +147,28 @@ def aligned(
         net: the dense network.
         compact: `cut(net, plan)`.
         plan: what was cut.
-        pixels: images, (n, C, H, W).
-        positions: of a map, or tokens, per image; all where there are fewer.
-        ridge: that holds Q near the identity, relative to the mean square of the layer's outputs.
+        images: (n, C, H, W).
+        samples_per_image: positions of a feature map, or tokens; all if there are fewer.
+        ridge: that keeps Q near the identity, relative to the mean square of the layer's outputs.
     """
     described = structure(net)
     survivors = resolve(described, plan)
     layers = _layers(net, described, plan)
     dense, small = (copy.deepcopy(module).eval() for module in (net, compact))
-    aims: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
 
-    def look(layer: Layer) -> Callable[..., None]:
+    def keep_target(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            aims[layer.name] = _rows(module, output, positions)
+            targets[layer.name] = _rows(module, output, samples_per_image)
 
         return hook
 
     def align(layer: Layer) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            aim = aims.pop(layer.name)[:, index_of(layer.out, survivors)]
-            x = _rows(module, output, positions)
-            q = _map(x.double(), aim.double(), ridge, diagonal=not layer.inp).to(output)
+            target = targets.pop(layer.name)[:, index_of(layer.out, survivors)]
+            x = _rows(module, output, samples_per_image)
+            q = _map(x.double(), target.double(), ridge, diagonal=not layer.inp).to(output)
             for name, tensor in module.named_parameters(recurse=False):
                 values[f"{layer.name}.{name}"] = (q.T @ tensor.reshape(len(q), -1)).view_as(tensor)
             axis = _axis(module)
@@ -173,15 +176,15 @@ def aligned(
 
         return hook
 
-    for network, make in ((dense, look), (small, align)):
+    for network, make_hook in ((dense, keep_target), (small, align)):
         for layer in layers:
-            network.get_submodule(layer.name).register_forward_hook(make(layer))
-        network(pixels.to(next(network.parameters())))
+            network.get_submodule(layer.name).register_forward_hook(make_hook(layer))
+        network(images.to(next(network.parameters())))
     return values
 
 
 def _layers(net: nn.Module, described: Structure, plan: Plan) -> list[Layer]:
-    """Return the layers, norms left out, of the branches in which something is cut."""
+    """Return the layers, without norms, of the branches in which something is cut."""
     sites = {keep.site for keep in plan.keeps()}
     branches = {
         layer.branch
@@ -197,29 +200,30 @@ def _layers(net: nn.Module, described: Structure, plan: Plan) -> list[Layer]:
 
 
 def _axis(module: nn.Module) -> int:
-    """Return the axis of the channels in what a layer gives."""
+    """Return the axis of the channels in the output of a layer."""
     return 1 if isinstance(module, nn.Conv2d) else -1
 
 
-def _rows(module: nn.Module, output: Tensor, positions: int) -> Tensor:
-    """Return outputs at up to `positions` evenly spaced places of every image, (rows, channels)."""
-    flat = output.movedim(_axis(module), -1).flatten(1, -2)
-    places = flat.shape[1]
-    taken = torch.arange(min(positions, places)) * places // min(positions, places)
-    return flat[:, taken].flatten(0, 1)
+def _rows(module: nn.Module, output: Tensor, samples_per_image: int) -> Tensor:
+    """Return outputs at evenly spaced positions of every image, (rows, channels)."""
+    positions = output.movedim(_axis(module), -1).flatten(1, -2)
+    n_positions = positions.shape[1]
+    n_samples = min(samples_per_image, n_positions)
+    sampled = torch.arange(n_samples) * n_positions // n_samples
+    return positions[:, sampled].flatten(0, 1)
 
 
-def _map(x: Tensor, aim: Tensor, ridge: float, *, diagonal: bool) -> Tensor:
+def _map(x: Tensor, target: Tensor, ridge: float, *, diagonal: bool) -> Tensor:
     """Return Q, (channels, channels), by least squares around the identity.
 
     Args:
         x: X_S, (rows, channels).
-        aim: X_T, the same shape.
+        target: X_T, the same shape.
         ridge: relative to the mean square of x.
-        diagonal: whether every channel has to be mapped by itself.
+        diagonal: whether every channel is mapped on its own.
     """
     if diagonal:
         squares = x.square().sum(0)
         level = (ridge * squares.mean()).clamp_min(torch.finfo(x.dtype).tiny)
-        return torch.diag(1 + (x * (aim - x)).sum(0) / (squares + level))
-    return torch.eye(x.shape[1], dtype=x.dtype) + regress(x.T @ x, x.T @ (aim - x), ridge)
+        return torch.diag(1 + (x * (target - x)).sum(0) / (squares + level))
+    return torch.eye(x.shape[1], dtype=x.dtype) + ridge_solve(x.T @ x, x.T @ (target - x), ridge)

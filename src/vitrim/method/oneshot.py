@@ -1,61 +1,64 @@
-"""One-shot pruning: a criterion ranks units, the rest is made up for in closed form.
+"""One-shot pruning: a criterion ranks units, and kept weights compensate in closed form.
 
-One pass over unlabelled images gathers moments; a criterion (`vitrim.closed_form.importance`) ranks
+One pass over unlabelled images gathers moments. A criterion (`vitrim.closed_form.importance`) ranks
 the units of any set of sites; a compensation (`vitrim.closed_form.reconstruction`,
 `vitrim.trainer.refit`) changes the kept weights so that the outputs stay near the dense network's.
-Nothing is trained unless `fine_tune` is set. The default, greedy surgeon order with sequential
+Nothing is trained unless `fine_tune` is set. The default, the greedy OBS order with sequential
 error-correcting regression, follows OB2C (arXiv 2608.17657) and CORP (arXiv 2602.05243) in the
-closed form and is ours in the greedy order, in the regression on the compact network's own
-activations, in how tokens are weighted, and in the classifier's closing regression.
+closed form. The greedy order, the regression on the compact network's own activations, the
+weighting of tokens, and the final regression of the classifier are ours.
 
-AIminify (its blog's tables, no paper) is this with MLP units ranked globally by magnitude and
-fine-tuned. The blog does not say how units are chosen: the criterion is our reading, the number of
-removed neurons is the blog's own, to the last digit.
+AIminify (its blog's tables, no paper) is this method with MLP units ranked globally by magnitude,
+and fine-tuning. The blog does not say how units are chosen: the criterion is our reading. The
+number of removed neurons is the blog's own, to the last digit.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, TypedDict, get_args
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target, TargetError, check_strength, choose
+from vitrim.budget.target import Metric, Target, TargetError
 from vitrim.budget.trim import Scope, trim
-from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, Criterion, score
-from vitrim.closed_form.reconstruction import COMPENSATIONS, Compensation, compensated
+from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, Criterion, importance
+from vitrim.closed_form.reconstruction import COMPENSATIONS, Compensation, reconstruct
 from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
+from vitrim.method import Granularity
 from vitrim.network import structure
-from vitrim.network.structure import Structure
-from vitrim.plan import Evidence, Keep, Plan
+from vitrim.network.structure import Kind, Site, Structure, of_kind
+from vitrim.plan import Evidence, Keep, Plan, Proposal
 from vitrim.trainer.calibrate import Calibrate, Sampling
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic
+from vitrim.trainer.phase import Phase
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.refit import Refit
 
 _log = logging.getLogger(__name__)
 
-SITES = {
-    "mlp": ".hidden",
-    "heads": "attn.heads",
-    "qk": "attn.qk",
-    "v": "attn.v",
-    "channels": ".channels",
+SITES: Mapping[str, Kind] = {
+    "mlp": "hidden",
+    "heads": "heads",
+    "qk": "qk",
+    "v": "v",
+    "channels": "channels",
 }
+ALIASES: Mapping[str, Criterion] = {"surgeon": "obs_greedy"}
+"""Former names of criteria, which are still accepted."""
 Objective = Literal["labels", "mimic", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ridges:
-    """How strongly least squares is held back, relative to the mean variance of its inputs.
+class OneShotRidges:
+    """The ridges of the least-squares problems, relative to the mean variance of their inputs.
 
-    `order` in ranking units, `fold` in folding removed units into kept ones, `closing` in the
+    `order` is for ranking units, `fold` for folding removed units into kept ones, `closing` for the
     regression of the classifier's input.
     """
 
@@ -64,58 +67,73 @@ class Ridges:
     closing: float
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require("method.ridges", self, (name, is_positive(value), "a number above 0"))
+        rules = [
+            (name, is_positive(ridge), "a number above 0") for name, ridge in asdict(self).items()
+        ]
+        require("method.ridges", self, *rules)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tuning:
-    """Training after the cut: for `labels`, to `mimic` features, or to `distill` probabilities.
+class OneShotTuning:
+    """Training after the cut: with `labels`, to `mimic` features, or to `distill` probabilities.
 
-    `pooled` weighs the error of what the classifier reads beside that of all tokens, and `logits` a
-    distillation loss beside mimicking; `temperature` is that of both kinds of distillation.
+    When mimicking, `pooled_weight` weighs the error of what the classifier reads against that of
+    all tokens, and `logits_weight` an added distillation loss; `temperature` is that of both kinds
+    of distillation.
     """
 
     objective: Objective
-    pooled: float
-    logits: float
+    pooled_weight: float
+    logits_weight: float
     temperature: float
     training: Recipe
 
     def __post_init__(self) -> None:
         objectives = get_args(Objective)
-        for rule in (
+        require(
+            "method.tuning",
+            self,
             ("objective", self.objective in objectives, ", ".join(objectives)),
-            ("pooled", is_rate(self.pooled), "a number from 0 on"),
-            ("logits", is_rate(self.logits), "a number from 0 on"),
+            ("pooled_weight", is_rate(self.pooled_weight), "a number from 0 on"),
+            ("logits_weight", is_rate(self.logits_weight), "a number from 0 on"),
             ("temperature", is_positive(self.temperature), "a number above 0"),
-        ):
-            require("method.tuning", self, rule)
+        )
+
+
+class Table(TypedDict):
+    """Units removed at strengths 0 to 5, of the number there are in one family of networks."""
+
+    removed: Sequence[float]
+    of: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneShot:
     """Criteria and compensations; every number comes from conf/method/{oneshot,aiminify}.yaml."""
 
-    name: str
     model: str
-    strength: float | None
-    target: Mapping[str, Any]
-    tables: Mapping[str, Mapping[str, Any]]
+    tables: Mapping[str, Table]
     sites: Sequence[str]
     criterion: Criterion
     compensation: Compensation
     scope: Scope
-    pace: Mapping[str, float]
+    site_rates: Mapping[str, float]
     round_to: int
     even_heads: bool
     seed: int
     sampling: Sampling
-    ridges: Ridges
+    ridges: OneShotRidges
     fine_tune: bool
-    tuning: Tuning
+    tuning: OneShotTuning
+    metric: ClassVar[Metric] = "units"
+    granularity: ClassVar[Granularity] = "unit"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "criterion", ALIASES.get(self.criterion, self.criterion))
+        rates_fit = self.site_rates.keys() <= SITES.keys() and all(
+            is_positive(rate) for rate in self.site_rates.values()
+        )
+        kinds = ", ".join(SITES)
         require(
             "method",
             self,
@@ -125,52 +143,32 @@ class OneShot:
                 self.compensation in COMPENSATIONS,
                 f"one of {', '.join(COMPENSATIONS)}",
             ),
-            (
-                "sites",
-                bool(self.sites) and set(self.sites) <= SITES.keys(),
-                f"a list of {', '.join(SITES)}",
-            ),
-            (
-                "pace",
-                self.pace.keys() <= SITES.keys()
-                and all(is_positive(share) for share in self.pace.values()),
-                f"numbers above 0 for {', '.join(SITES)}",
-            ),
+            ("sites", bool(self.sites) and set(self.sites) <= SITES.keys(), f"a list of {kinds}"),
+            ("site_rates", rates_fit, f"numbers above 0 for {kinds}"),
             ("scope", self.scope in ("global", "site"), "global or site"),
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
-        check_strength(self.strength, self.levels, where=f"conf/method/{self.name}.yaml")
-        choose(self.strength, self.levels, self.target, metric="units")
+        _table_of(self.model, self.tables)
 
     @property
     def levels(self) -> list[float]:
-        """The share of units kept at strengths 0 to 5, from the table of the model's family."""
-        fits = [family for family in self.tables if self.model.startswith(family)]
-        if not fits and "default" not in self.tables:
-            raise ConfigError(
-                f"method.tables: none of {', '.join(self.tables)} begins the name {self.model}, "
-                "and there is no table named default"
-            )
-        table = self.tables[max(fits, key=len, default="default")]
+        """The fraction of units kept at strengths 0 to 5, from the table of the model's family."""
+        table = _table_of(self.model, self.tables)
         return [1 - removed / table["of"] for removed in table["removed"]]
 
-    @property
-    def budget(self) -> Target:
-        """The target that is set, or the share of units that `strength` keeps."""
-        return choose(self.strength, self.levels, self.target, metric="units")
-
-    def check(self, cost: Cost) -> None:
-        """Raise TargetError if the chosen sites are not there, of factors, or too few."""
-        sites = cost.structure.sites
-        there = [kind for kind, end in SITES.items() if any(name.endswith(end) for name in sites)]
-        if not set(self.sites) <= set(there):
+    def check(self, cost: Cost, target: Target) -> None:
+        """Raise TargetError if the chosen sites are missing, in two factors, or too few."""
+        kinds = {site.kind for site in cost.structure.sites.values()}
+        available = [name for name, kind in SITES.items() if kind in kinds]
+        if not set(self.sites) <= set(available):
             raise TargetError(
-                f"method.sites={[*self.sites]}: expected what this network has, {', '.join(there)}"
+                f"method.sites={[*self.sites]}: expected what this network has, "
+                f"{', '.join(available)}"
             )
-        chosen = self._of(cost.structure)
-        branches = {name.rpartition(".")[0] for name in chosen}
+        chosen = sites_of(cost.structure, self.sites)
+        branches = {site.name.rpartition(".")[0] for site in chosen}
         for layer in cost.structure.layers:
             if layer.factor and layer.branch in branches:
                 raise TargetError(
@@ -178,56 +176,52 @@ class OneShot:
                     "and this one is in two factors: slice first and factorise then, or choose "
                     "other sites"
                 )
-        self._trim(cost, {name: torch.ones(sites[name].size) for name in chosen})
+        self._trim(cost, _equal_scores(chosen), target)
 
     def scorer(self, net: nn.Module) -> Calibrate:
-        """Return the pass over calibration images; of no image where none is needed."""
+        """Return the pass over calibration images; over no images where none are needed."""
         needed = self.criterion not in WITHOUT_IMAGES or self.compensation != "none"
-        names = self._of(structure(net)) if needed else []
+        chosen = sites_of(structure(net), self.sites) if needed else []
         return Calibrate(
             net,
-            sites=names,
+            sites=[site.name for site in chosen],
             sampling=self.sampling,
             taylor=self.criterion == "taylor",
             targets=self.compensation == "sequential",
         )
 
-    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Remove the units that the criterion ranks lowest."""
         criterion = self.criterion
         if not evidence.moments and criterion not in WITHOUT_IMAGES:
             _log.info("no calibration images: units are ranked by group_l2, not %s", criterion)
             criterion = "group_l2"
-        described = cost.structure
-        removed = self._removed(cost)
+        n_removed = self._n_removed(cost, target)
         scores = {
-            name: score(
+            site.name: importance(
                 net,
-                described,
+                cost.structure,
                 evidence.moments,
-                described.sites[name],
+                site,
                 criterion=criterion,
                 ridge=self.ridges.order,
                 seed=self.seed,
-                most=removed.get(name),
+                n_removed=n_removed.get(site.name),
             )
-            for name in self._of(described)
+            for site in sites_of(cost.structure, self.sites)
         }
-        provenance = {
-            "method": self.name,
-            "strength": self.strength,
-            "criterion": criterion,
-            "compensation": self.compensation,
-        }
-        return Plan(model={}, edits=self._trim(cost, scores), provenance=provenance)
+        return Proposal(
+            edits=self._trim(cost, scores, target),
+            notes={"criterion": criterion, "compensation": self.compensation},
+        )
 
     def compensation_of(
         self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
     ) -> Mapping[str, Tensor]:
-        """Return the weights that make up for what is cut."""
+        """Return the weights that compensate for the cut."""
         if not evidence.moments:
             return {}
-        return compensated(
+        return reconstruct(
             net,
             compact,
             structure(net),
@@ -239,9 +233,9 @@ class OneShot:
 
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> list[LightningModule]:
-        """Return the sequential regression, if asked for, and the training, if asked for."""
-        phases: list[LightningModule] = []
+    ) -> list[Phase]:
+        """Return the sequential regression and the training, each if it is asked for."""
+        phases: list[Phase] = []
         if self.compensation == "sequential":
             phases.append(
                 Refit(
@@ -253,56 +247,77 @@ class OneShot:
                 )
             )
         if self.fine_tune:
-            phases.append(self._training(student, teacher, n_classes))
+            phases.append(_training(self.tuning, student, teacher, n_classes))
         return phases
 
-    def _training(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> LightningModule:
-        by = self.tuning
-        match by.objective:
-            case "mimic":
-                return Mimic(
-                    student,
-                    teacher,
-                    recipe=by.training,
-                    pooled=by.pooled,
-                    logits=by.logits,
-                    temperature=by.temperature,
-                )
-            case "distill":
-                return Distill(student, teacher, recipe=by.training, temperature=by.temperature)
-            case _:
-                return Classify(student, recipe=by.training, n_classes=n_classes)
-
-    def _of(self, described: Structure) -> list[str]:
-        """Return the names of the chosen sites, in network order; locked ones if all are."""
-        endings = tuple(SITES[kind] for kind in self.sites)
-        sites = [site for name, site in described.sites.items() if name.endswith(endings)]
-        return [site.name for site in sites if not site.locked] or [site.name for site in sites]
-
-    def _removed(self, cost: Cost) -> dict[str, int]:
+    def _n_removed(self, cost: Cost, target: Target) -> dict[str, int]:
         """Return how many units each site will lose, where scores cannot change that."""
-        sites = cost.structure.sites
-        names = self._of(cost.structure)
-        if self.scope == "global" or any(sites[name].head_dims for name in names):
+        sites = sites_of(cost.structure, self.sites)
+        if self.scope == "global" or any(site.head_dims for site in sites):
             return {}
-        kept = {
-            keep.site: len(keep.index)
-            for keep in self._trim(cost, {name: torch.ones(sites[name].size) for name in names})
-        }
-        return {name: sites[name].size - kept.get(name, sites[name].size) for name in names}
+        edits = self._trim(cost, _equal_scores(sites), target)
+        n_kept = {keep.site: len(keep.index) for keep in edits}
+        return {site.name: site.size - n_kept.get(site.name, site.size) for site in sites}
 
-    def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
+    def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
+        sites = cost.structure.sites
         return trim(
             cost,
             scores,
-            self.budget,
+            target,
             scope=self.scope,
             round_to=self.round_to,
             even_heads=self.even_heads,
-            pace={
-                name: pace
-                for kind, pace in self.pace.items()
+            site_rates={
+                name: rate
+                for kind, rate in self.site_rates.items()
                 for name in scores
-                if name.endswith(SITES[kind])
+                if sites[name].kind == SITES[kind]
             },
         )
+
+
+def sites_of(described: Structure, chosen: Collection[str]) -> list[Site]:
+    """Return the chosen kinds of sites that can be cut, in network order; all if all are locked."""
+    sites = of_kind(described, *(SITES[name] for name in chosen))
+    return [site for site in sites if not site.locked_reason] or sites
+
+
+def _equal_scores(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return scores that rank no unit above another, by site."""
+    return {site.name: torch.ones(site.size) for site in sites}
+
+
+def _table_of(model: str, tables: Mapping[str, Table]) -> Table:
+    """Return the table with the longest name that the model's name begins with, or the default.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    families = [family for family in tables if model.startswith(family)]
+    if not families and "default" not in tables:
+        raise ConfigError(
+            f"method.tables: none of {', '.join(tables)} begins the name {model}, "
+            "and there is no table named default"
+        )
+    return tables[max(families, key=len, default="default")]
+
+
+def _training(
+    tuning: OneShotTuning, student: nn.Module, teacher: nn.Module, n_classes: int
+) -> Phase:
+    """Return the training after the cut."""
+    match tuning.objective:
+        case "mimic":
+            return Mimic(
+                student,
+                teacher,
+                recipe=tuning.training,
+                pooled_weight=tuning.pooled_weight,
+                logits_weight=tuning.logits_weight,
+                temperature=tuning.temperature,
+            )
+        case "distill":
+            return Distill(student, teacher, recipe=tuning.training, temperature=tuning.temperature)
+        case "labels":
+            return Classify(student, recipe=tuning.training, n_classes=n_classes)

@@ -2,9 +2,9 @@
 
 Every block has four gates (four vectors a, 7 D numbers in all): on the input of q, k and v, on
 the attention output before proj, on the input of fc1, and on the hidden units before fc2. They are
-learned with the weights, L = L_CE + lambda * sum |a| ; units with the smallest |a| go, and the
-smaller network is fine-tuned without the L1 term. The paper's text was read in summary, not in
-full: the equations are as summarised there.
+learned together with the weights, L = L_CE + lambda * sum |a|. Then the units with the smallest |a|
+are removed, and the smaller network is fine-tuned without the L1 term. The equations are taken from
+a summary of the paper, not from its full text.
 
 Where we differ from the paper, or where it is silent:
   * The gate of a kept unit is folded into its weights instead of being set to 1, so that the cut
@@ -12,40 +12,41 @@ Where we differ from the paper, or where it is silent:
   * The gates multiply weight columns, W diag(a), which is the same function as multiplying the
     activations, X diag(a), and saves their memory and most of the time.
   * One threshold over all gates (`scope: global`) is our choice; the paper does not say.
-  * Removed attention outputs take their value rows with them, freely in every head, or as many
+  * Removing attention outputs also removes their value rows, any in every head, or the same number
     in each (`even_heads`).
-  * Gates have a learning rate of their own (`gate_lr`).
+  * Gates have their own learning rate (`gate_lr`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target, check_strength, choose
+from vitrim.budget.target import Metric, Target
 from vitrim.budget.trim import Scope, trim
 from vitrim.errors import is_count, is_rate, require
+from vitrim.method import Granularity
 from vitrim.network import structure
 from vitrim.network.structure import Structure
-from vitrim.plan import Evidence, Keep, Plan
+from vitrim.plan import Evidence, Keep, Proposal
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.recipe import Recipe, optimisation
+from vitrim.trainer.phase import Phase, ResumePoint
+from vitrim.trainer.recipe import Recipe, adamw_cosine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VTP:
     """L1-gated pruning of dimensions; every number comes from conf/method/vtp.yaml."""
 
-    strength: float | None
-    target: Mapping[str, Any]
     levels: Sequence[float]
     scope: Scope
     round_to: int
@@ -54,9 +55,10 @@ class VTP:
     gate_lr: float
     gating: Recipe
     fine_tuning: Recipe
+    metric: ClassVar[Metric] = "units"
+    granularity: ClassVar[Granularity] = "unit"
 
     def __post_init__(self) -> None:
-        check_strength(self.strength, self.levels, where="conf/method/vtp.yaml")
         require(
             "method",
             self,
@@ -66,53 +68,44 @@ class VTP:
             ("l1", is_rate(self.l1), "a number from 0 on"),
             ("gate_lr", is_rate(self.gate_lr), "a number from 0 on"),
         )
-        choose(self.strength, self.levels, self.target, metric="units")
 
-    @property
-    def budget(self) -> Target:
-        """The target that is set, or the share of gated dimensions that `strength` keeps."""
-        return choose(self.strength, self.levels, self.target, metric="units")
-
-    def check(self, cost: Cost) -> None:
-        """Raise TargetError if the gated dimensions alone cannot meet the budget."""
+    def check(self, cost: Cost, target: Target) -> None:
+        """Raise TargetError if removing gated dimensions cannot meet the target."""
         sites = cost.structure.sites
-        even = {site: torch.ones(sites[site].size) for site in gates_of(cost.structure).values()}
-        self._trim(cost, even)
+        equal = {site: torch.ones(sites[site].size) for site in gates_of(cost.structure).values()}
+        self._trim(cost, equal, target)
 
     def scorer(self, net: nn.Module) -> GateTraining:
         """Return step 1: training with gates and L1."""
         return GateTraining(net, recipe=self.gating, l1=self.l1, gate_lr=self.gate_lr)
 
-    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost) -> Plan:
+    def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Remove the units with the smallest |a| (step 2)."""
-        edits = self._trim(cost, evidence.scores)
-        return Plan(model={}, edits=edits, provenance={"method": "vtp", "strength": self.strength})
+        return Proposal(edits=self._trim(cost, evidence.scores, target))
 
-    def _trim(self, cost: Cost, scores: Mapping[str, Tensor]) -> tuple[Keep, ...]:
+    def recovery(
+        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
+    ) -> list[Phase]:
+        """Return step 3: the same training without gates and L1."""
+        return [Classify(student, recipe=self.fine_tuning, n_classes=n_classes)]
+
+    def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
         return trim(
             cost,
             scores,
-            self.budget,
+            target,
             scope=self.scope,
             round_to=self.round_to,
             even_heads=self.even_heads,
         )
 
-    def compensation_of(
-        self, net: nn.Module, compact: nn.Module, plan: Plan, evidence: Evidence
-    ) -> Mapping[str, Tensor]:
-        """Return nothing: fine-tuning makes up for what is cut."""
-        return {}
-
-    def recovery(
-        self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
-    ) -> list[LightningModule]:
-        """Return step 3: the same training without gates and L1."""
-        return [Classify(student, recipe=self.fine_tuning, n_classes=n_classes)]
-
 
 class GateTraining(LightningModule):
     """Train a network together with one gate per unit, starting at 1, under an L1 penalty."""
+
+    calibration_images = None
+    resumes_at: ResumePoint = "batch"
+    trains = True
 
     folded: Tensor
 
@@ -121,9 +114,14 @@ class GateTraining(LightningModule):
         self.net = net
         self.recipe = recipe
         self.epochs = recipe.epochs
+        self.clip_norm = recipe.clip_norm
         self.l1 = l1
         self.gate_lr = gate_lr
-        self.settings = {"recipe": asdict(recipe), "l1": l1, "gate_lr": gate_lr}
+        self.settings: dict[str, object] = {
+            "recipe": asdict(recipe),
+            "l1": l1,
+            "gate_lr": gate_lr,
+        }
         described = structure(net)
         self._gated = gates_of(described)
         self._sites = {
@@ -154,11 +152,11 @@ class GateTraining(LightningModule):
         self.log_dict({"loss": loss, "gates": penalty}, prog_bar=True)
         return loss + self.l1 * penalty
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW over the weights and, without decay and at their own rate, the gates."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over the weights and, without decay and with their own rate, the gates."""
         steps = int(self.trainer.estimated_stepping_batches)
         gates = {"params": list(self.gates), "lr": self.gate_lr, "weight_decay": 0.0}
-        return optimisation(self.net, self.recipe, steps=steps, extra=[gates])
+        return adamw_cosine(self.net, self.recipe, steps=steps, extra=[gates])
 
     @torch.no_grad()
     def evidence(self) -> Evidence:
@@ -174,10 +172,10 @@ class GateTraining(LightningModule):
 
 
 def gates_of(described: Structure) -> dict[str, str]:
-    """Return the weights whose input columns are one site each: parameter name -> site name."""
+    """Return the weights whose input columns belong to one site: parameter name -> site name."""
     return {
         f"{layer.name}.weight": part.site
         for layer in described.layers
         for part in layer.inp[:1]
-        if part.site is not None and not described.sites[part.site].locked
+        if part.site is not None and not described.sites[part.site].locked_reason
     }

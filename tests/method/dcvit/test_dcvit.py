@@ -16,24 +16,39 @@ from torch import nn
 from command import QUICK, Command, Done, swin
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
-from vitrim.budget.blocks import Group, dense_widths, groups_of, share_of
+from vitrim.budget.blocks import Group, dense_widths, fewest_groups, groups_of, share_of
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target
+from vitrim.budget.target import Target, resolve_target
 from vitrim.cli.compose import CONF
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.method.dcvit.accounting import paper_macs, paper_widths
+from vitrim.method.dcvit.compression import plan_of_trial
 from vitrim.method.dcvit.method import DCViT
-from vitrim.method.dcvit.trials import CANDIDATE, learnt, plan_of_trial
+from vitrim.method.dcvit.trial_training import trained_tensors
 from vitrim.network.structure import blocks_of
 from vitrim.network.surgery import cut
-from vitrim.plan import BLOCKS, Drop, Evidence, Keep, Plan
+from vitrim.plan import Drop, Evidence, Keep, Plan, Proposal
 
 
-def built(*overrides: str) -> DCViT:
+def composed(*overrides: str) -> tuple[DCViT, Target]:
+    """Return the method and the target of a command."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("run", overrides=["method=dcvit", *overrides])
     method: DCViT = instantiate(cfg.method, _convert_="all")
-    return method
+    target = resolve_target(
+        cfg.strength, cfg.target, levels=method.levels, metric=method.metric, where="dcvit.yaml"
+    )
+    return method, target
+
+
+def check(cost: Cost, *overrides: str) -> None:
+    """Check a command's target as a run does, before any training."""
+    method, target = composed(*overrides)
+    method.check(cost, target)
+
+
+def plan_from(proposal: Proposal) -> Plan:
+    return Plan(model={}, edits=proposal.edits)
 
 
 @cache
@@ -43,6 +58,13 @@ def cost_of(name: str) -> Cost:
 
 def singles(cost: Cost) -> list[Group]:
     return [(block,) for block in [*blocks_of(cost.structure)][1:-1]]
+
+
+def narrowed(
+    cost: Cost, target: Target, order: list[Group], *, extra: int = 0
+) -> tuple[dict[str, int], list[str]]:
+    """Return the widths of the fewest groups that meet the target, and of `extra` more."""
+    return dense_widths(cost, target, order[: fewest_groups(cost, target, order, hint="") + extra])
 
 
 @pytest.mark.parametrize(
@@ -58,29 +80,29 @@ def singles(cost: Cost) -> list[Group]:
 def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple[int, ...]) -> None:
     cost = cost_of(name)
     for n, width in enumerate(widths, start=1):
-        found = paper_widths(cost, Target(metric="blocks", keep=n), singles(cost))
-        assert list(found.values()) == [width] * (n + 1)
+        by_block = paper_widths(cost, Target(metric="blocks", keep=n), singles(cost))
+        assert list(by_block.values()) == [width] * (n + 1)
 
 
 def test_the_papers_count_of_vit_base() -> None:
     cost = cost_of("vit_base_patch16_224")
-    whole, block, held = paper_macs(cost)
-    attention, mlp = held["blocks.1"]
-    assert (whole, block) == (16_863_630_336, 1_395_554_304)
+    total, block, blocks = paper_macs(cost)
+    attention, mlp = blocks["blocks.1"]
+    assert (total, block) == (16_863_630_336, 1_395_554_304)
     assert (attention, mlp) == (465_386_496, 929_562_624)
-    assert (whole - 3 * block) / whole == pytest.approx(0.751734186, abs=1e-9)
+    assert (total - 3 * block) / total == pytest.approx(0.751734186, abs=1e-9)
 
 
 SWIN = "swin_base_patch4_window7_224"
 
 
 def test_the_papers_count_of_swins_stages() -> None:
-    _, block, held = paper_macs(cost_of(SWIN))
+    _, block, blocks = paper_macs(cost_of(SWIN))
     total = 0
     for stage, depth in enumerate((2, 2, 18, 2)):
         tokens, dim = 56**2 >> 2 * stage, 128 << stage
-        found = {held[f"layers.{stage}.blocks.{at}"] for at in range(depth)}
-        assert found == {(4 * tokens * dim * (dim + 1), 8 * tokens * dim**2)}
+        parts = {blocks[f"layers.{stage}.blocks.{i}"] for i in range(depth)}
+        assert parts == {(4 * tokens * dim * (dim + 1), 8 * tokens * dim**2)}
         total += depth * 4 * tokens * dim * (3 * dim + 2)
     assert block == total // 24
 
@@ -88,17 +110,18 @@ def test_the_papers_count_of_swins_stages() -> None:
 @pytest.mark.parametrize("keep", [0.5, 1.5, 2.5, 4, 7])
 def test_blocks_of_several_stages_meet_the_papers_budget_with_one_share(keep: float) -> None:
     cost = cost_of(SWIN)
-    _, block, held = paper_macs(cost)
+    _, block, blocks = paper_macs(cost)
     order = [f"layers.{stage}.blocks.{at}" for at in (0, 1) for stage in (0, 3, 2, 1)]
     groups = [(block,) for block in order]
     widths = paper_widths(cost, Target(metric="blocks", keep=keep), groups)
     assert [*widths] == order[: len(widths)]
     sizes = {name: 512 << int(name.split(".")[1]) for name in widths}
-    gone = sum(
-        held[name][0] + held[name][1] * (size - widths[name]) / size for name, size in sizes.items()
+    removed = sum(
+        blocks[name][0] + blocks[name][1] * (size - widths[name]) / size
+        for name, size in sizes.items()
     )
-    unit = sum(held[name][1] / size for name, size in sizes.items())
-    assert -1 <= gone - keep * block < unit
+    unit = sum(blocks[name][1] / size for name, size in sizes.items())
+    assert -1 <= removed - keep * block < unit
     shares = [widths[name] / size for name, size in sizes.items()]
     assert max(shares) - min(shares) < 1 / 512
 
@@ -109,10 +132,10 @@ def test_fifty_targets_are_met_to_within_a_hidden_unit_a_block(metric: Any) -> N
     unit = 2 * 192 * 197 if metric == "macs" else 2 * 192 + 1
     for step in range(50):
         target = Target(metric=metric, keep=0.995 - 0.0115 * step)
-        widths, dropped = dense_widths(cost, target, singles(cost))
+        widths, dropped = narrowed(cost, target, singles(cost))
         plan = plan_of(cost, widths, dropped)
-        left = getattr(cost.plan(plan), metric)
-        assert 0 <= cost.allowed(target) - left < unit, (target, widths)
+        remaining = cost.plan(plan).of(metric)
+        assert 0 <= cost.limit(target) - remaining < unit, (target, widths)
         assert max(widths.values()) - min(widths.values()) <= 1
 
 
@@ -128,7 +151,7 @@ def plan_of(cost: Cost, widths: dict[str, int], dropped: list[str]) -> Any:
 
 def test_so_little_may_go_that_an_attention_stays() -> None:
     cost = cost_of("deit_tiny_patch16_224")
-    widths, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), singles(cost))
+    widths, dropped = narrowed(cost, Target(metric="blocks", keep=0.1), singles(cost))
     assert dropped == []
     assert list(widths) == ["blocks.1"]
 
@@ -136,8 +159,8 @@ def test_so_little_may_go_that_an_attention_stays() -> None:
 def test_more_blocks_take_less_of_each() -> None:
     cost = cost_of("deit_tiny_patch16_224")
     target = Target(metric="blocks", keep=2)
-    few, _ = dense_widths(cost, target, singles(cost))
-    more, dropped = dense_widths(cost, target, singles(cost), extra=1)
+    few, _ = narrowed(cost, target, singles(cost))
+    more, dropped = narrowed(cost, target, singles(cost), extra=1)
     assert len(more) == len(few) + 1 == len(dropped)
     assert min(more.values()) > max(few.values())
 
@@ -148,62 +171,80 @@ def deep_net() -> nn.Module:
 
 @pytest.mark.parametrize("strength", [0.3, 1, 2.5, 4])
 def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
-    net, method = deep_net(), built(f"strength={strength}")
+    net, (method, target) = deep_net(), composed(f"strength={strength}")
     cost = Cost(net, 32)
-    plan = method.plan(net, Evidence(scores={}), cost)
-    limit = cost.allowed(method.budget)
+    plan = plan_from(method.plan(net, Evidence(), cost, target))
+    limit = cost.limit(target)
     assert 0 <= limit - cost.plan(plan).macs < 2 * 24 * 5
     assert count(cut(net, plan), 32)[:2] == cost.plan(plan)[:2]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (["method.reuse=magic"], "method.reuse=magic"),
+        (["method.unit_selection=magic"], "method.unit_selection=magic"),
         (["method.accounting=mine"], "method.accounting=mine"),
-        (["method.accounting=paper", "target.params=0.8"], r"target\.params"),
-        (["method.together=0"], "method.together=0: expected a whole number of blocks from 1 on"),
-        (["method.together=1.5"], "method.together=1.5"),
-        (["method.together=two"], "method.together=two"),
-        (["method.spare=[1]"], r"method\.spare=\[1\]"),
-        (["method.extra=-1"], "method.extra=-1"),
-        (["method.extra=1", "method.accounting=paper"], "method.extra=1: .* 0 with accounting"),
-        (["target.units=100"], r"target\.units: attentions go"),
-        (["method.only=[]"], r"method\.only=\[\]"),
+        (
+            ["method.group_size=0"],
+            "method.group_size=0: expected a whole number of blocks from 1 on",
+        ),
+        (["method.group_size=1.5"], "method.group_size=1.5"),
+        (["method.group_size=two"], "method.group_size=two"),
+        (["method.protected=[1]"], r"method\.protected=\[1\]"),
+        (["method.extra_blocks=-1"], "method.extra_blocks=-1"),
+        (
+            ["method.extra_blocks=1", "method.accounting=paper"],
+            "method.extra_blocks=1: .* 0 with accounting",
+        ),
+        (["method.init_std=-1"], r"method\.init_std=-1"),
+        (["method.allowed_blocks=[]"], r"method\.allowed_blocks=\[\]"),
         (["method.trial.width=0"], r"method\.trial\.width=0"),
         (["method.trial.width=2"], r"method\.trial\.width=2"),
-        (["method.dream.images=0"], r"method\.dream\.images=0"),
-        (["method.dream.lr=0"], r"method\.dream\.lr=0"),
-        (["method.metric_set=real"], "method.metric_set=real"),
+        (["method.synthetic.images=0"], r"method\.synthetic\.images=0"),
+        (["method.synthetic.lr=0"], r"method\.synthetic\.lr=0"),
+        (["method.synthetic.batch_size=0"], r"method\.synthetic\.batch_size=0"),
+        (["method.synthetic.betas=[0.5,1]"], r"method\.synthetic\.betas=\[0\.5, 1\]"),
+        (["method.judging_set=real"], "method.judging_set=real"),
         (["method.distance=cosine"], "method.distance=cosine"),
         (["method.tuning.mimic=patches"], r"method\.tuning\.mimic=patches"),
         (["method.ridges.fold=0"], r"method\.ridges\.fold=0"),
     ],
 )
-def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(Exception, match=said) as raised:
-        built(*overrides)
+def test_bad_settings_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message) as raised:
+        composed(*overrides)
     cause = raised.value.__cause__ or raised.value
     assert isinstance(cause, (VitrimError, ConfigError))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
+        (["target.units=100"], "target.units: attentions are removed"),
+        (["method.accounting=paper", "target.params=0.8"], "target.params: method.accounting"),
         (["target.macs=0.2"], "target.macs=0.2 cannot be reached: compressing all 4 candidate"),
-        (["target.blocks=1", "method.extra=3"], "method.extra=3: 2 blocks and these are more than"),
-        (["method.only=[blocks.0]"], "method.only: blocks.0: expected some of blocks.1, blocks.2"),
-        (["method.together=2", "target.macs=0.7"], "all 1 candidates (2 blocks) leaves"),
         (
-            ["method.together=2", "target.blocks=1", "method.extra=1"],
-            "method.extra=1: 2 blocks and these are more than the 1 candidates (2 blocks)",
+            ["target.blocks=1", "method.extra_blocks=3"],
+            "method.extra_blocks=3: 2 blocks and these are more than",
         ),
         (
-            ["method.together=2", "target.blocks=2", "method.accounting=paper"],
+            ["method.allowed_blocks=[blocks.0]"],
+            "method.allowed_blocks: blocks.0: expected some of blocks.1, blocks.2",
+        ),
+        (["method.group_size=2", "target.macs=0.7"], "all 1 candidates (2 blocks) leaves"),
+        (
+            ["method.group_size=2", "target.blocks=1", "method.extra_blocks=1"],
+            "method.extra_blocks=1: 2 blocks and these are more than the 1 candidates (2 blocks)",
+        ),
+        (
+            ["method.group_size=2", "target.blocks=2", "method.accounting=paper"],
             "it takes 4 blocks, and there are 1 candidates (2 blocks)",
         ),
-        (["method.together=2", "method.only=[blocks.1]"], "expected some of blocks.2, blocks.3"),
-        (["method.together=5"], "method.together=5, method.spare=[1, 1]: no stage has 5"),
+        (
+            ["method.group_size=2", "method.allowed_blocks=[blocks.1]"],
+            "expected some of blocks.2, blocks.3",
+        ),
+        (["method.group_size=5"], "method.group_size=5, method.protected=[1, 1]: no stage has 5"),
         (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
         (
             ["target.blocks=4.5", "method.accounting=paper"],
@@ -212,17 +253,30 @@ def test_bad_settings_are_refused(overrides: list[str], said: str) -> None:
     ],
 )
 def test_unreachable_targets_are_refused_before_any_training(
-    overrides: list[str], said: str
+    overrides: list[str], message: str
 ) -> None:
-    with pytest.raises(VitrimError, match=re.escape(said)):
-        built(*overrides).check(Cost(deep_net(), 32))
+    with pytest.raises(VitrimError, match=re.escape(message)):
+        check(Cost(deep_net(), 32), *overrides)
+
+
+def provenance(done: Done) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((done.report.parent / "plan.json").read_text())
+    notes: dict[str, Any] = plan["provenance"]
+    return notes
+
+
+def trials(done: Done) -> dict[str, float]:
+    """Return the scores of the trials that a run wrote to its diagnostics."""
+    text = (done.report.parent / "diagnostics.json").read_text()
+    scores: dict[str, float] = json.loads(text)["trials"]
+    return scores
 
 
 SHORT = (
     *QUICK,
-    "method.metric_set=dream",
-    "method.dream.iterations=2",
-    "method.dream.images=4",
+    "method.judging_set=synthetic",
+    "method.synthetic.iterations=2",
+    "method.synthetic.images=4",
     "method.tuning.training.epochs=1",
 )
 
@@ -231,10 +285,14 @@ SHORT = (
     "variant",
     [
         ("method.progressive=false",),
-        ("method.reuse=none", "method.regression=false"),
-        ("method.reuse=activation", "method.distance=mse", "method.tuning.mimic=class"),
-        ("method.reuse=random", "method.tuning.front=false", "method.trial.training.epochs=1"),
-        ("method.metric_set=images", "target.params=0.7"),
+        ("method.unit_selection=none", "method.reconstruct=false"),
+        ("method.unit_selection=activation", "method.distance=mse", "method.tuning.mimic=class"),
+        (
+            "method.unit_selection=random",
+            "method.tuning.freeze_tail=false",
+            "method.trial.training.epochs=1",
+        ),
+        ("method.judging_set=images", "target.params=0.7"),
         ("method.accounting=paper", "target.blocks=1"),
     ],
 )
@@ -243,9 +301,9 @@ def test_every_ablation_runs(command: Command, variant: tuple[str, ...]) -> None
     assert done.code == 0, done.output
 
 
-def test_the_metric_set_is_drawn(command: Command) -> None:
+def test_synthetic_images_are_drawn(command: Command) -> None:
     done = command("method=dcvit", "strength=4", *SHORT)
-    with Image.open(done.report.parent / "metric_set.png") as image:
+    with Image.open(done.report.parent / "synthetic.png") as image:
         assert image.size == (4 * 10 + 2, 12)  # four of 8 pixels, 2 pixels between them
 
 
@@ -270,16 +328,14 @@ def test_the_best_trial_is_the_first_step_if_it_fits(
 ) -> None:
     trained = ("method.trial.training.epochs=1", f"method.trial.width={width}")
     done = command("method=dcvit", "target.macs=0.6", *SHORT, *trained)
-    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
-    assert plan["widths"] == [80, 79]
+    assert provenance(done)["widths"] == [80, 79]
     assert set(json.loads(done.report.read_text())["stages"]) == stages
 
 
 def test_the_trial_is_judged_where_that_is_all(command: Command) -> None:
     trained = ("method.trial.training.epochs=3", f"method.trial.width={79 / 256}")
     done = command("method=dcvit", "target.macs=0.8", *SHORT, *trained)
-    plan = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
-    assert plan["widths"] == [79]
+    assert provenance(done)["widths"] == [79]
     report = json.loads(done.report.read_text())
     assert set(report["stages"]) == {"cut", "mimic"}
     assert report["compact"]["top1"] == report["stages"]["mimic"]["top1"]
@@ -287,58 +343,64 @@ def test_the_trial_is_judged_where_that_is_all(command: Command) -> None:
 
 def test_blocks_can_be_chosen_by_hand_and_share_the_trials(command: Command) -> None:
     for block in ("blocks.1", "blocks.2"):
-        done = command("method=dcvit", "target.blocks=0.9", *SHORT, f"method.only=[{block}]")
-        plan = json.loads((done.report.parent / "plan.json").read_text())
-        assert plan["provenance"]["blocks"] == [block]
-        assert set(plan["provenance"]["trials"]) == {"blocks.1", "blocks.2"}
+        done = command(
+            "method=dcvit", "target.blocks=0.9", *SHORT, f"method.allowed_blocks=[{block}]"
+        )
+        assert provenance(done)["blocks"] == [block]
+        assert set(trials(done)) == {"blocks.1", "blocks.2"}
     assert len([*(command.out / "phases").glob("score-*")]) == 1
 
 
 def test_compression_leaves_the_dense_network_alone() -> None:
     net = randomise(deep_net())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    method = built("strength=4")
-    cut(net, method.plan(net, Evidence(scores={}), Cost(net, 32)))
+    method, target = composed("strength=4")
+    cut(net, plan_from(method.plan(net, Evidence(), Cost(net, 32), target)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_network_without_anything_to_drop_is_refused_in_words() -> None:
     cost = Cost(skeleton_net("mixer_s32_224"), 224)
     with pytest.raises(ConfigError, match="no blocks of an attention and an MLP"):
-        built("strength=2").check(cost)
+        check(cost, "strength=2")
 
 
 def test_of_a_convolutional_network_the_fewest_blocks_go_by_score_for_their_share() -> None:
     net = skeleton_net("mobilenetv2_100")
-    cost, method = Cost(net, 64), built("target.macs=0.9", "method.spare=[0,0]")
+    cost = Cost(net, 64)
+    method, target = composed("target.macs=0.9", "method.protected=[0,0]")
     blocks = [*blocks_of(cost.structure)]
     shares = torch.tensor([share_of(cost, block) for block in blocks])
     scores = shares * torch.arange(len(blocks), 0, -1)  # for their share, the last is the easiest
-    plan = method.plan(net, Evidence(scores={BLOCKS: scores}), cost)
+    by_block = dict(zip(blocks, scores.tolist(), strict=True))
+    plan = plan_from(method.plan(net, Evidence(block_scores=by_block), cost, target))
     dropped = [edit.branch for edit in plan.drops()]
     assert dropped == blocks[: -len(dropped) - 1 : -1]
     assert len(dropped) == len(plan.edits)
-    limit = cost.allowed(method.budget)
+    limit = cost.limit(target)
     assert cost.plan(plan).macs <= limit
     fewer = Plan(model={}, edits=plan.edits[:-1])
     assert cost.plan(fewer).macs > limit
-    unseen = method.plan(net, Evidence(scores={}), cost)
-    assert unseen.provenance["blocks"] == blocks[: len(unseen.edits)]
+    unseen = method.plan(net, Evidence(), cost, target)
+    assert unseen.notes["blocks"] == blocks[: len(unseen.edits)]
+    assert unseen.diagnostics == {}
 
 
 def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:
     net = randomise(deep_net())
-    method = built("target.macs=0.8", "method.trial.width=0.9", "method.regression=false")
+    method, target = composed(
+        "target.macs=0.8", "method.trial.width=0.9", "method.reconstruct=false"
+    )
     cost = Cost(net, 32)
-    hidden = {f"blocks.{i}.mlp.hidden": torch.arange(48.0) for i in range(1, 5)}
-    scores = {**hidden, BLOCKS: torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    scores = {f"blocks.{i}.mlp.hidden": torch.arange(48.0) for i in range(1, 5)}
+    block_scores = {f"blocks.{i}": float(i) for i in range(1, 5)}
     first = plan_of_trial(net, ("blocks.1",), Evidence(scores=scores), 0.9)
-    tried = torch.cat([7 * tensor.flatten() for tensor in learnt(cut(net, first))])
-    found = {CANDIDATE: {"parameters": tried, "place": torch.tensor(0)}}
-    evidence = Evidence(scores=scores, moments=found)
-    plan = method.plan(net, evidence, cost)
-    assert plan.provenance["blocks"] == ["blocks.1", "blocks.2"]
-    student = cut(net, plan)
+    trained = torch.cat([7 * tensor.flatten() for tensor in trained_tensors(cut(net, first))])
+    evidence = Evidence(scores=scores, block_scores=block_scores, best_trial=("blocks.1", trained))
+    proposal = method.plan(net, evidence, cost, target)
+    assert proposal.notes["blocks"] == ["blocks.1", "blocks.2"]
+    assert proposal.diagnostics == {"trials": block_scores}
+    student = cut(net, plan_from(proposal))
     next(iter(method.recovery(student, net, evidence, 10)))
     for block in ("blocks.0", "blocks.2", "blocks.3"):
         for part in ("mlp.fc2.weight", "attn.proj.weight"):
@@ -362,37 +424,37 @@ def small_swin() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("together", "spare", "stages"),
+    ("group_size", "protected", "stages"),
     [(1, 1, [1, 2, 18, 1]), (2, 1, [0, 1, 9, 0]), (2, 0, [1, 1, 9, 1]), (4, 0, [0, 0, 4, 0])],
 )
 def test_successive_blocks_of_a_stage_are_one_candidate(
-    together: int, spare: int, stages: list[int]
+    group_size: int, protected: int, stages: list[int]
 ) -> None:
     described = cost_of(SWIN).structure
     blocks = [*blocks_of(described)]
-    groups = groups_of(described, blocks[spare : len(blocks) - spare], together)
+    groups = groups_of(described, blocks[protected : len(blocks) - protected], group_size)
     assert [sum(f"layers.{i}" in group[0] for group in groups) for i in range(4)] == stages
     for group in groups:
-        places = [blocks.index(block) for block in group]
-        assert places == [*range(places[0], places[0] + together)]
-        assert int(group[0].rpartition(".")[2]) % together == 0
+        positions = [blocks.index(block) for block in group]
+        assert positions == [*range(positions[0], positions[0] + group_size)]
+        assert int(group[0].rpartition(".")[2]) % group_size == 0
 
 
 @pytest.mark.parametrize("budget", ["strength=1.5", "strength=2.5", "target.params=0.7"])
 def test_pairs_lose_both_attentions_and_the_same_share_of_units(budget: str) -> None:
-    net, method = small_swin(), built(budget, "method.together=2")
+    net, (method, target) = small_swin(), composed(budget, "method.group_size=2")
     cost = Cost(net, 32)
-    plan = method.plan(net, Evidence(scores={}), cost)
-    unit, limit = method.budget.unit, cost.allowed(method.budget)
-    assert 0 <= limit - getattr(cost.plan(plan), unit) < 2 * 12 * 8 * 8
-    blocks = plan.provenance["blocks"]
+    proposal = method.plan(net, Evidence(), cost, target)
+    plan, limit = plan_from(proposal), cost.limit(target)
+    assert 0 <= limit - cost.plan(plan).of(target.counted_metric) < 2 * 12 * 8 * 8
+    blocks = proposal.notes["blocks"]
     expected = [f"layers.{i}.blocks.{j}" for i, j in ((0, 2), (0, 3), (1, 0), (1, 1))]
     assert blocks == expected[: len(blocks)]
     assert len(blocks) in (2, 4)
     assert [edit.branch for edit in plan.drops()] == [f"{block}.attn" for block in blocks]
     shares = [
         width / (48 << int(block.split(".")[1]))
-        for block, width in zip(blocks, plan.provenance["widths"], strict=True)
+        for block, width in zip(blocks, proposal.notes["widths"], strict=True)
     ]
     assert max(shares) - min(shares) < 1.01 / 48
     small = cut(net, plan)
@@ -403,31 +465,33 @@ def test_pairs_lose_both_attentions_and_the_same_share_of_units(budget: str) -> 
 def test_extra_is_in_pairs_and_so_are_attentions_that_stay() -> None:
     cost = Cost(small_swin(), 32)
     order = groups_of(cost.structure, [*blocks_of(cost.structure)], 2)
-    few, dropped = dense_widths(cost, Target(metric="blocks", keep=1), order)
-    more, _ = dense_widths(cost, Target(metric="blocks", keep=1), order, extra=2)
+    few, dropped = narrowed(cost, Target(metric="blocks", keep=1), order)
+    more, _ = narrowed(cost, Target(metric="blocks", keep=1), order, extra=2)
     assert (len(few), len(more)) == (2, 6)
     assert dropped == list(order[0])
-    little, dropped = dense_widths(cost, Target(metric="blocks", keep=0.1), order)
+    little, dropped = narrowed(cost, Target(metric="blocks", keep=0.1), order)
     assert (list(little), dropped) == (list(order[0]), [])
 
 
 @pytest.mark.parametrize(
-    ("only", "blocks"),
+    ("allowed", "blocks"),
     [("layers.1.blocks.3", (2, 3)), ("layers.1.blocks.0", (0, 1))],
 )
-def test_a_pair_is_asked_for_by_one_of_its_blocks(only: str, blocks: tuple[int, int]) -> None:
+def test_a_pair_is_allowed_by_one_of_its_blocks(allowed: str, blocks: tuple[int, int]) -> None:
     net = small_swin()
-    method = built("target.blocks=1", "method.together=2", f"method.only=[{only}]")
-    plan = method.plan(net, Evidence(scores={}), Cost(net, 32))
-    assert plan.provenance["blocks"] == [f"layers.1.blocks.{at}" for at in blocks]
+    method, target = composed(
+        "target.blocks=1", "method.group_size=2", f"method.allowed_blocks=[{allowed}]"
+    )
+    proposal = method.plan(net, Evidence(), Cost(net, 32), target)
+    assert proposal.notes["blocks"] == [f"layers.1.blocks.{at}" for at in blocks]
 
 
 def test_pairs_of_the_papers_accounting_in_swin() -> None:
     cost = cost_of(SWIN)
-    _, block, held = paper_macs(cost)
+    _, block, blocks = paper_macs(cost)
     order = groups_of(cost.structure, [*blocks_of(cost.structure)][1:-1], 2)
     widths = paper_widths(cost, Target(metric="blocks", keep=4), order[1:])
-    attention, mlp = held["layers.2.blocks.0"]
+    attention, mlp = blocks["layers.2.blocks.0"]
     ratio = 1 - (4 * block - 6 * attention) / (6 * mlp)
     assert list(widths) == [f"layers.2.blocks.{at}" for at in range(6)]
     assert list(widths.values()) == [int(2048 * ratio)] * 6
@@ -436,17 +500,12 @@ def test_pairs_of_the_papers_accounting_in_swin() -> None:
 DIGITS_SWIN = (
     *swin("[2,4]"),
     "method=dcvit",
-    "method.together=2",
-    "method.spare=[2,0]",
+    "method.group_size=2",
+    "method.protected=[2,0]",
     "method.accounting=paper",
     "target.blocks=2.5",
 )
 """Two pairs to choose from, in the second stage; both are needed, with equal widths."""
-
-
-def provenance(done: Done) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((done.report.parent / "plan.json").read_text())["provenance"]
-    return found
 
 
 def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) -> None:
@@ -458,10 +517,10 @@ def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) ->
         trained = ("method.trial.training.epochs=1", f"method.trial.width={share}")
         done = command(*DIGITS_SWIN, *QUICK, "method.tuning.training.epochs=1", *trained)
         assert done.code == 0, done.output
-        plan = provenance(done)
-        first, second = sorted(plan["trials"], key=lambda block: plan["trials"][block])
+        scores = trials(done)
+        first, second = sorted(scores, key=lambda block: scores[block])
         assert {first, second} == {"layers.1.blocks.0", "layers.1.blocks.2"}
-        assert plan["blocks"] == [
+        assert provenance(done)["blocks"] == [
             f"{start[:-1]}{int(start[-1]) + at}" for start in (first, second) for at in (0, 1)
         ]
         report = json.loads(done.report.read_text())

@@ -1,3 +1,5 @@
+"""Synthetic images: optimised for a network, within the range of pixels, penalised."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,31 +11,33 @@ from torch import Tensor, nn
 
 from conftest import small_net
 from vitrim.errors import ConfigError
-from vitrim.method.dcvit.synthetic import Dream, variation
+from vitrim.method.dcvit.synthetic import PixelRange, SyntheticImages, total_variation
 
 SETTINGS: dict[str, Any] = {
     "images": 5,
     "iterations": 30,
     "warmup": 3,
     "lr": 0.25,
+    "betas": [0.5, 0.9],
     "jitter": 2,
-    "smooth": 1e-4,
-    "power": 0.6,
-    "small": 1e-5,
+    "tv_weight": 1e-4,
+    "tv_exponent": 0.6,
+    "l2_weight": 1e-5,
+    "batch_size": 4,
 }
 LOW, HIGH = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1.0, 2.0, 3.0])
 
 
-def dreamt(net: nn.Module, **changes: Any) -> tuple[Tensor, Tensor]:
-    dream = Dream(**SETTINGS | changes)
-    return dream.run(net, n_classes=7, low=LOW, high=HIGH, size=(32, 32))
+def synthesised(net: nn.Module, **changes: Any) -> tuple[Tensor, Tensor]:
+    synthetic = SyntheticImages(**SETTINGS | changes)
+    return synthetic.run(net, n_classes=7, pixels=PixelRange(LOW, HIGH), size=(32, 32))
 
 
-def test_the_network_is_surer_of_longer_dreams() -> None:
+def test_more_iterations_make_the_network_more_confident() -> None:
     net = small_net(dtype=torch.float32)
     losses = []
     for iterations in (1, 20, 200):
-        images, labels = dreamt(net, iterations=iterations, jitter=0)
+        images, labels = synthesised(net, iterations=iterations, jitter=0)
         assert images.shape == (5, 3, 32, 32)
         assert len(set(labels.tolist())) == 5
         with torch.no_grad():
@@ -41,11 +45,18 @@ def test_the_network_is_surer_of_longer_dreams() -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_the_range_of_two_batches_is_that_of_all_images() -> None:
+    first, second = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    both = PixelRange.of(torch.cat([first, second]))
+    for one, other in zip(PixelRange.of(first).union(PixelRange.of(second)), both, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_pixels_stay_in_range_and_parameters_as_they_are() -> None:
     net = small_net(dtype=torch.float32)
     net.get_parameter("pos_embed").requires_grad_(False)
     before = [(tensor.clone(), tensor.requires_grad) for tensor in net.parameters()]
-    images, _ = dreamt(net)
+    images, _ = synthesised(net)
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     assert bool((low >= LOW).all())
     assert bool((high <= HIGH).all())
@@ -55,39 +66,40 @@ def test_pixels_stay_in_range_and_parameters_as_they_are() -> None:
         assert tensor.grad is None
 
 
-def test_the_same_network_has_the_same_dreams() -> None:
-    one, other = (dreamt(small_net(dtype=torch.float32), iterations=3) for _ in range(2))
+def test_the_same_network_has_the_same_images() -> None:
+    one, other = (synthesised(small_net(dtype=torch.float32), iterations=3) for _ in range(2))
     assert torch.equal(one[0], other[0])
 
 
 def test_more_images_than_classes_share_them() -> None:
-    _, labels = dreamt(small_net(dtype=torch.float32), images=9, iterations=1)
+    _, labels = synthesised(small_net(dtype=torch.float32), images=9, iterations=1)
     assert sorted(labels.bincount(minlength=7).tolist()) == [1, 1, 1, 1, 1, 2, 2]
 
 
 def test_total_variation_by_hand() -> None:
     image = torch.tensor([[[[0.0, 3.0], [4.0, 0.0]]]])
     # right: 3 and -4; down: 4 and -3; falling: 0; rising: 1
-    assert variation(image, 1.0).item() == pytest.approx(5 + 5 + 0 + 1)
-    assert variation(image, 0.5).item() == pytest.approx(5**0.5 + 5**0.5 + 1)
+    assert total_variation(image, 1.0).item() == pytest.approx(5 + 5 + 0 + 1)
+    assert total_variation(image, 0.5).item() == pytest.approx(5**0.5 + 5**0.5 + 1)
 
 
 def test_a_flat_image_has_no_variation_and_a_finite_slope() -> None:
     image = torch.ones(1, 1, 3, 3, requires_grad=True)
-    variation(image, 0.6).backward()  # type: ignore[no-untyped-call]
+    total_variation(image, 0.6).backward()  # type: ignore[no-untyped-call]
     assert image.grad is not None
     assert bool(torch.isfinite(image.grad).all())
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"images": 0}, r"method\.dream\.images=0"),
-        ({"lr": -1}, r"method\.dream\.lr=-1"),
-        ({"power": 0}, r"method\.dream\.power=0"),
-        ({"jitter": 1.5}, r"method\.dream\.jitter=1\.5"),
+        ({"images": 0}, r"method\.synthetic\.images=0"),
+        ({"lr": -1}, r"method\.synthetic\.lr=-1"),
+        ({"tv_exponent": 0}, r"method\.synthetic\.tv_exponent=0"),
+        ({"betas": [0.5]}, r"method\.synthetic\.betas=\[0\.5\]"),
+        ({"jitter": 1.5}, r"method\.synthetic\.jitter=1\.5"),
     ],
 )
-def test_bad_settings_are_named(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Dream(**SETTINGS | changes)
+def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SyntheticImages(**SETTINGS | changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import fit, randomise, small_net
-from vitrim.method.dcvit.trials import CANDIDATE, METRIC_SET, Trials, best_of, learnt, solved
+from vitrim.method.dcvit.compression import Compression, reconstructed, top_units
+from vitrim.method.dcvit.trial_training import trained_tensors
+from vitrim.method.dcvit.trials import Trials
 from vitrim.network.surgery import cut
-from vitrim.plan import BLOCKS, Drop, Keep, Plan
+from vitrim.plan import Drop, Keep, Plan
 from vitrim.trainer.calibrate import Sampling
-from vitrim.trainer.mimic import frozen
+from vitrim.trainer.mimic import frozen_parameters
 from vitrim.trainer.recipe import Recipe
 
 SINGLES = [("blocks.1",), ("blocks.2",)]
@@ -34,19 +37,25 @@ def loader(n: int = 24) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.zeros(n, dtype=torch.long)), batch_size=8)
 
 
-def tried(net: nn.Module, n: int = 24, **changes: Any) -> Trials:
+COMPRESSION = Compression(
+    width=0.5,
+    unit_selection="obs_greedy",
+    order_ridge=1e-3,
+    reconstruct=True,
+    fold_ridge=1e-6,
+    seed=0,
+)
+
+
+def tried(net: nn.Module, n: int = 24, *, compression: Any = None, **changes: Any) -> Trials:
     settings: dict[str, Any] = {
         "groups": SINGLES,
-        "sampling": Sampling(images=n, tokens=None, readout=1.0),
-        "reuse": "surgeon",
-        "regression": True,
-        "ridges": (1e-3, 1e-6),
-        "width": 0.5,
+        "sampling": Sampling(images=n, tokens=None, class_token_weight=1.0),
+        "compression": replace(COMPRESSION, **(compression or {})),
         "recipe": NONE,
-        "front": True,
-        "metric_set": None,
+        "freeze_tail": True,
+        "synthetic": None,
         "distance": "kl",
-        "seed": 0,
     }
     phase = Trials(net, **settings | changes)
     fit(phase, loader(n), epochs=phase.epochs)
@@ -54,7 +63,7 @@ def tried(net: nn.Module, n: int = 24, **changes: Any) -> Trials:
 
 
 def scores(phase: Trials) -> Tensor:
-    return phase.evidence().scores[BLOCKS]
+    return torch.tensor([*phase.evidence().block_scores.values()])
 
 
 def test_an_attention_that_does_nothing_is_the_easiest_to_lose() -> None:
@@ -62,15 +71,17 @@ def test_an_attention_that_does_nothing_is_the_easiest_to_lose() -> None:
     with torch.no_grad():
         for tensor in net.get_submodule("blocks.2.attn.proj").parameters():
             tensor.zero_()
-    found = scores(tried(net, n=64, width=1.0))
-    assert found[1] < 1e-4 * found[0]
+    first, second = scores(tried(net, n=64, compression={"width": 1.0}))
+    assert second < 1e-4 * first
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_least_squares_beats_what_is_merely_left(scaled: bool) -> None:
     net = deep(init_values=0.5 if scaled else None)
-    solved_scores, left = (scores(tried(net, regression=on, n=64)) for on in (True, False))
-    assert bool((solved_scores < left).all())
+    solved, unsolved = (
+        scores(tried(net, compression={"reconstruct": on}, n=64)) for on in (True, False)
+    )
+    assert bool((solved < unsolved).all())
 
 
 def test_the_score_is_the_distance_of_the_network_with_that_block_compressed() -> None:
@@ -78,16 +89,16 @@ def test_the_score_is_the_distance_of_the_network_with_that_block_compressed() -
     phase = tried(net)
     evidence = phase.evidence()
     site = "blocks.2.mlp.hidden"
-    keep = best_of(evidence.scores[site], 24)
+    keep = top_units(evidence.scores[site], 24)
     plan = Plan(model={}, edits=(Drop(branch="blocks.2.attn"), Keep(site=site, index=keep)))
     compact = cut(net, plan)
     with torch.no_grad():
-        for name, value in solved(compact, plan, evidence, ENDS, 1e-6).items():
+        for name, value in reconstructed(compact, plan, evidence, ENDS, 1e-6).items():
             compact.get_parameter(name).copy_(value)
-        assert METRIC_SET not in evidence.moments
+        assert evidence.synthetic is None
         x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
-        wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
-        distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        reference, output = (n(x).log_softmax(-1) for n in (net, compact))
+        distance = F.kl_div(output, reference, log_target=True, reduction="batchmean")
     assert scores(phase)[1].item() == pytest.approx(distance.item(), rel=1e-4)
 
 
@@ -101,8 +112,8 @@ def test_a_convolutional_trial_is_the_network_without_the_block() -> None:
     for block in blocks:
         compact = cut(net, Plan(model={}, edits=(Drop(branch=block),)))
         with torch.no_grad():
-            wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
-        distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+            reference, output = (n(x).log_softmax(-1) for n in (net, compact))
+        distance = F.kl_div(output, reference, log_target=True, reduction="batchmean")
         expected.append(distance.item())
     assert scores(phase).tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -113,35 +124,39 @@ def test_a_convolutional_trial_is_kept_with_what_its_norms_counted() -> None:
     before = copy.deepcopy(net.state_dict())
     recipe = Recipe(epochs=2, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=1.0)
     phase = tried(net, groups=[("layer1.1",), ("layer2.1",)], recipe=recipe)
-    kept = phase.evidence().moments[CANDIDATE]
-    dropped = ("layer1.1", "layer2.1")[int(kept["place"])]
+    assert phase.evidence().best_trial is not None
+    dropped, parameters = phase.evidence().best_trial or ("", torch.empty(0))
     trial = cut(net, Plan(model={}, edits=(Drop(branch=dropped),)))
-    tensors = learnt(trial)
+    tensors = trained_tensors(trial)
     sizes = [tensor.numel() for tensor in tensors]
-    for tensor, values in zip(tensors, kept["parameters"].split(sizes), strict=True):
+    for tensor, values in zip(tensors, parameters.split(sizes), strict=True):
         tensor.copy_(values.view_as(tensor))
     x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
     with torch.no_grad():
-        wanted, found = (n(x).log_softmax(-1) for n in (net, trial))
-    distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        reference, output = (n(x).log_softmax(-1) for n in (net, trial))
+    distance = F.kl_div(output, reference, log_target=True, reduction="batchmean")
     assert scores(phase).min().item() == pytest.approx(distance.item(), rel=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_group_is_one_trial_of_all_its_blocks() -> None:
     net = deep()
-    phase = tried(net, groups=[("blocks.1", "blocks.2")], width=1.0, regression=False)
+    phase = tried(
+        net,
+        groups=[("blocks.1", "blocks.2")],
+        compression={"width": 1.0, "reconstruct": False},
+    )
     compact = cut(net, Plan(model={}, edits=tuple(Drop(branch=f"{b}.attn") for b in ENDS)))
     x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
     with torch.no_grad():
-        wanted, found = (n(x).log_softmax(-1) for n in (net, compact))
-    distance = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        reference, output = (n(x).log_softmax(-1) for n in (net, compact))
+    distance = F.kl_div(output, reference, log_target=True, reduction="batchmean")
     assert scores(phase).tolist() == pytest.approx([distance.item()], rel=1e-4)
 
 
 def test_groups_train_as_single_blocks_do() -> None:
     recipe = Recipe(epochs=3, lr=2e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=1.0)
-    how: dict[str, Any] = {"distance": "mse", "regression": False}
+    how: dict[str, Any] = {"distance": "mse", "compression": {"reconstruct": False}}
     both = [("blocks.1", "blocks.2")]
     still, phase = (tried(deep(), groups=both, recipe=by, **how) for by in (NONE, recipe))
     assert phase.epochs == 4
@@ -155,29 +170,41 @@ def test_training_brings_a_trial_nearer() -> None:
     net = deep()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     still, trained = (
-        scores(tried(net, recipe=by, distance="mse", regression=False)) for by in (NONE, recipe)
+        scores(tried(net, recipe=by, distance="mse", compression={"reconstruct": False}))
+        for by in (NONE, recipe)
     )
     assert bool((trained < still).all())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_the_rear_and_the_classifier_stay() -> None:
-    names = frozen(deep(), ["blocks.1"], front=True)
+    names = frozen_parameters(deep(), ["blocks.1"], freeze_tail=True)
     parts = {".".join(name.split(".")[:2]) for name in names}
     assert parts == {"head.weight", "head.bias", "blocks.3"}
-    assert frozen(deep(), ["blocks.1"], front=False) == {"head.weight", "head.bias"}
-    assert frozen(deep(), ["blocks.0", "blocks.1"], front=True) == names
-    assert frozen(deep(), ["blocks.3"], front=True) == {"head.weight", "head.bias"}
+    assert frozen_parameters(deep(), ["blocks.1"], freeze_tail=False) == {
+        "head.weight",
+        "head.bias",
+    }
+    assert frozen_parameters(deep(), ["blocks.0", "blocks.1"], freeze_tail=True) == names
+    assert frozen_parameters(deep(), ["blocks.3"], freeze_tail=True) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("reuse", ["surgeon", "activation", "random"])
-def test_every_way_to_choose_units_ranks_all_of_them(reuse: str) -> None:
-    found = tried(deep(), reuse=reuse).evidence().scores
+@pytest.mark.parametrize("selection", ["obs_greedy", "activation", "random"])
+def test_every_way_to_choose_units_ranks_all_of_them(selection: str) -> None:
+    unit_scores = tried(deep(), compression={"unit_selection": selection}).evidence().scores
     for (block,) in SINGLES:
-        ranked = found[f"{block}.mlp.hidden"]
+        ranked = unit_scores[f"{block}.mlp.hidden"]
         assert ranked.shape == (48,)
         assert bool(torch.isfinite(ranked).all())
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    assert best_of(torch.tensor([1.0, 2.0, 1.0, 1.0]), 3) == (0, 1, 2)
+    assert top_units(torch.tensor([1.0, 2.0, 1.0, 1.0]), 3) == (0, 1, 2)
+
+
+def test_surgeon_is_another_name_of_obs_greedy() -> None:
+    greedy, surgeon = (
+        tried(deep(), compression={"unit_selection": name}).evidence().scores
+        for name in ("obs_greedy", "surgeon")
+    )
+    assert all(torch.equal(greedy[site], surgeon[site]) for site in greedy)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from conftest import images, small_net
 from vitrim.closed_form.moments import MomentsError
-from vitrim.method.mixed_rank.metric import Metric
-from vitrim.method.mixed_rank.profile import Piece, Profile
-from vitrim.trainer.calibrate import Sampling, watch
+from vitrim.method.mixed_rank.metric import Decomposition
+from vitrim.method.mixed_rank.pieces import Piece
+from vitrim.method.mixed_rank.profile import Profile
+from vitrim.trainer.calibrate import Sampling, capture
 
-ALL = Sampling(images=24, tokens=None, readout=1.0)
+ALL = Sampling(images=24, tokens=None, class_token_weight=1.0)
 LAYERS = ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"]
 PIECES = {
     "blocks.0.attn.qkv.k": Piece("blocks.0.attn.qkv", 24, 24, 24),
@@ -21,9 +22,13 @@ PIECES = {
 }
 
 
-def profiled(metric: Metric, *, loss_images: int = 0, batch: int = 8) -> Profile:
+def profiled(decomposition: Decomposition, *, gradient_images: int = 0, batch: int = 8) -> Profile:
     phase = Profile(
-        small_net(), pieces=PIECES, metric=metric, sampling=ALL, loss_images=loss_images
+        small_net(),
+        pieces=PIECES,
+        decomposition=decomposition,
+        sampling=ALL,
+        gradient_images=gradient_images,
     )
     phase.on_train_start()
     for at in range(0, 24, batch):
@@ -34,7 +39,7 @@ def profiled(metric: Metric, *, loss_images: int = 0, batch: int = 8) -> Profile
 
 def inputs(name: str) -> Tensor:
     net = small_net()
-    with torch.no_grad(), watch(net, [(name, False)]) as flows:
+    with torch.no_grad(), capture(net, [(name, False)]) as flows:
         net(images(batch=24))
     return flows[name]
 
@@ -68,9 +73,9 @@ def test_magnitudes_and_mean_inputs() -> None:
         assert torch.allclose(tokens[name]["tokens"], inputs(name).mean(0))
 
 
-def derivatives(net: nn.Module) -> dict[str, list[Tensor]]:
+def gradients(net: nn.Module) -> dict[str, list[Tensor]]:
     """Return by layer what every logit's derivatives are, (images x tokens, out) each."""
-    with watch(net, [(name, True) for name in LAYERS]) as flows:
+    with capture(net, [(name, True) for name in LAYERS]) as flows:
         logits = net(images(batch=24))
     return {
         name: [
@@ -81,46 +86,50 @@ def derivatives(net: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
-def test_slopes_are_those_of_all_logits_on_average() -> None:
-    found = profiled("loss", loss_images=24, batch=2).evidence().moments
-    for name, slopes in derivatives(small_net()).items():
-        total = sum(slope.square().sum(0) for slope in slopes) / 24
-        ratio = found[name]["slope"].sum() / total.sum()  # type: ignore[union-attr]
+def test_gradients_are_those_of_all_logits_on_average() -> None:
+    found = profiled("loss", gradient_images=24, batch=2).evidence().moments
+    for name, gradients_of in gradients(small_net()).items():
+        total = sum(gradient.square().sum(0) for gradient in gradients_of) / 24
+        ratio = found[name]["gradient_squares"].sum() / total.sum()  # type: ignore[union-attr]
         assert 0.6 < float(ratio) < 1.5  # one draw of signs per image
 
 
-def test_products_are_second_moments_of_derivatives() -> None:
-    found = profiled("loss", loss_images=24, batch=2).evidence().moments
+def test_products_are_second_moments_of_gradients() -> None:
+    found = profiled("loss", gradient_images=24, batch=2).evidence().moments
     net = small_net()
-    slopes = derivatives(net)
+    gradients_of = gradients(net)
     for name, piece in PIECES.items():
-        rows = torch.cat(slopes[piece.layer])[:, piece.start : piece.start + piece.rows]
+        rows = torch.cat(gradients_of[piece.layer])[:, piece.start : piece.start + piece.rows]
         if piece.rows > piece.columns:
             rows = rows @ piece.of(net.get_parameter(f"{piece.layer}.weight"))
-        expected, products = rows.T @ rows / 24, found[name]["products"]
+        expected, products = rows.T @ rows / 24, found[name]["gradient_products"]
         assert products.shape == (min(piece.rows, piece.columns),) * 2
         assert 0.6 < float(products.trace() / expected.trace()) < 1.5
         along = (products * expected).sum() / (products.norm() * expected.norm())
         assert float(along) > 0.8
     fc2 = found["blocks.1.mlp.fc2"]
-    assert torch.allclose(fc2["products"].diagonal(), fc2["slope"])
+    assert torch.allclose(fc2["gradient_products"].diagonal(), fc2["gradient_squares"])
 
 
-def test_only_as_many_images_as_said_are_differentiated() -> None:
-    some = profiled("loss", loss_images=3, batch=8).evidence().moments
-    assert all(float(some[name]["slope"].sum()) > 0 for name in LAYERS)
+def test_only_gradient_images_are_differentiated() -> None:
+    some = profiled("loss", gradient_images=3, batch=8).evidence().moments
+    assert all(float(some[name]["gradient_squares"].sum()) > 0 for name in LAYERS)
     assert all(parameter.grad is None for parameter in profiled("loss").net.parameters())
 
 
 def test_settings_tell_results_apart_and_results_come_back() -> None:
-    phase = profiled("loss", loss_images=4)
-    other = Profile(small_net(), pieces=PIECES, metric="loss", sampling=ALL, loss_images=4)
+    phase = profiled("loss", gradient_images=4)
+    other = Profile(
+        small_net(), pieces=PIECES, decomposition="loss", sampling=ALL, gradient_images=4
+    )
     assert phase.settings == other.settings
     assert phase.settings != profiled("asvd").settings
     assert other.evidence().moments == {}
 
 
 def test_numbers_that_are_not_finite_are_an_error_naming_the_layer() -> None:
-    phase = Profile(small_net(), pieces=PIECES, metric="asvd", sampling=ALL, loss_images=0)
+    phase = Profile(
+        small_net(), pieces=PIECES, decomposition="asvd", sampling=ALL, gradient_images=0
+    )
     with pytest.raises(MomentsError, match=r"blocks\.0\.attn\.qkv"):
         phase.training_step((torch.full((2, 3, 32, 32), torch.nan, dtype=torch.float64), None), 0)

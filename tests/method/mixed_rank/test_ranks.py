@@ -38,7 +38,7 @@ def test_the_budget_is_met_to_within_one_rank(
 ) -> None:
     limit = int(share * sum(curve.dense for curve in found.values()))
     assume(least(found, max_share) <= limit)
-    ranks = allocate(found, limit, how=how, max_share=max_share)
+    ranks = allocate(found, limit, how=how, max_rank_fraction=max_share)
     assert spent(found, ranks) <= limit
     for name, rank in ranks.items():
         curve = found[name]
@@ -53,7 +53,7 @@ def test_the_budget_is_met_to_within_one_rank(
 def test_what_costs_nothing_to_keep_is_kept(found: dict[str, Curve]) -> None:
     whole = sum(curve.dense for curve in found.values())
     for how in ALLOCATIONS:
-        assert allocate(found, whole, how=how, max_share=0.7) == {}
+        assert allocate(found, whole, how=how, max_rank_fraction=0.7) == {}
 
 
 def test_hull_finds_the_best_allocation_of_a_small_case() -> None:
@@ -63,7 +63,7 @@ def test_hull_finds_the_best_allocation_of_a_small_case() -> None:
         "tiny": Curve([0.1, 0.01, 0.01, 0.01, 0.01, 0.01], 12, 36),
     }
     limit = 36 + 24 + 12
-    ranks = allocate(found, limit, how="hull", max_share=1.0)
+    ranks = allocate(found, limit, how="hull", max_rank_fraction=1.0)
     assert ranks == {"tiny": 1, "steep": 2}
     options = itertools.product((1, 2, None), repeat=3)
     choices = [
@@ -78,14 +78,14 @@ def test_greedy_leaves_out_what_loses_least_of_its_own_layer_per_weight() -> Non
         "loud": Curve([50.0, 40.0, 10.0, 5.0], 8, 24),
         "quiet": Curve([0.97, 0.01, 0.01, 0.01], 8, 24),
     }
-    assert allocate(found, 32, how="greedy", max_share=1.0) == {"quiet": 1}
+    assert allocate(found, 32, how="greedy", max_rank_fraction=1.0) == {"quiet": 1}
 
 
 @given(curves(), st.floats(0.2, 0.9))
 def test_uniform_takes_the_same_share_of_every_layer(found: dict[str, Curve], share: float) -> None:
     limit = int(share * sum(curve.dense for curve in found.values()))
     assume(least(found, 1.0) <= limit)
-    ranks = allocate(found, limit, how="uniform", max_share=1.0)
+    ranks = allocate(found, limit, how="uniform", max_rank_fraction=1.0)
     assume(ranks)
     shares = [ranks[n] * found[n].step / found[n].dense for n in ranks if ranks[n] > 1]
     steps = [found[name].step / found[name].dense for name in ranks]
@@ -102,6 +102,6 @@ def test_the_least_is_rank_one_wherever_that_saves_something() -> None:
 
 def test_above_the_highest_share_goes_only_the_last_bit_of_a_budget() -> None:
     found = {name: Curve([8.0, 4.0, 2.0, 1.0] * 16, 128, 64 * 64) for name in "abcd"}
-    ranks = allocate(found, 3 * 64 * 64 + 25 * 128, how="hull", max_share=0.7)
+    ranks = allocate(found, 3 * 64 * 64 + 25 * 128, how="hull", max_rank_fraction=0.7)
     assert spent(found, ranks) > 3 * 64 * 64 + 24 * 128
     assert sum(rank > 0.7 * 31 for rank in ranks.values()) <= 1

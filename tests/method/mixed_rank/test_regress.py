@@ -16,7 +16,7 @@ from vitrim.network import stream
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.recipe import Recipe
 
-ALL = Sampling(images=48, tokens=None, readout=1.0)
+ALL = Sampling(images=48, tokens=None, class_token_weight=1.0)
 FULL = {"attn.qkv": 24, "attn.proj": 24, "mlp.fc1": 24, "mlp.fc2": 24}
 HALF = {"attn.qkv": 12, "attn.proj": 12, "mlp.fc1": 12, "mlp.fc2": 12}
 SPLIT = {"attn.qkv.q": 6, "attn.qkv.v": 12, "mlp.fc2": 12}
@@ -121,7 +121,7 @@ def test_the_residual_lowers_the_layers_errors_and_is_merged(
     last = phase.training_step((pictures(), None), 0).item()
     phase.on_fit_end()
     assert all(parameter.requires_grad for parameter in small.parameters())
-    for name in phase._layers:
+    for name in phase._twins:
         layer = small.get_submodule(name)
         assert torch.equal(layer.up.weight[:, :-3], first[f"{name}.up.weight"][:, :-3])
         assert not torch.equal(layer.up.weight[:, -3:], first[f"{name}.up.weight"][:, -3:])

@@ -1,134 +1,165 @@
-"""Images that a network dreams up, to judge other networks by when there are few real ones.
+"""Synthetic images of a network, to evaluate other networks on where there are few real images.
 
-DeepInversion's image prior on DeepDream, as DC-ViT uses it (arXiv 2403.18708, eqs. 4 and 5): from
-noise, pixels are optimised until the network is sure of given classes, held smooth and small.
+The image prior of DeepInversion on DeepDream, as DC-ViT uses it (arXiv 2403.18708, eqs. 4 and 5):
+starting from noise, pixels are optimised until the network classifies them with confidence, under
+penalties on their total variation and on their norm.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
-from vitrim.data import ImageSpec
 from vitrim.errors import is_count, is_positive, is_rate, require
-from vitrim.files import write
 
-METRIC_SET = "metric_set"
-"""Under which evidence has the images."""
+
+class PixelRange(NamedTuple):
+    """The least and the largest value of each channel, (C,) each."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor) -> PixelRange:
+        """Return the range of some images, (B, C, H, W)."""
+        return cls(images.amin((0, 2, 3)), images.amax((0, 2, 3)))
+
+    def union(self, other: PixelRange) -> PixelRange:
+        """Return the range of the images of both."""
+        return PixelRange(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dream:
-    """How images are made; the defaults of conf/method/dcvit.yaml are the paper's code's.
+class SyntheticImages:
+    """How images are optimised; the values of conf/method/dcvit.yaml are those of the paper's code.
 
-    `images` of as many distinct classes, `iterations` of Adam with peak rate `lr` (linear warm-up,
-    then cosine decay), shifted by up to `jitter` pixels and mirrored at random in each; `smooth`
-    weighs the total variation, each direction's to the power `power`, `small` the images' norms.
+    `images` images, of distinct classes as far as there are enough, are optimised by `iterations`
+    steps of Adam with `betas` and peak rate `lr` (linear warm-up over `warmup` iterations, then
+    cosine decay). In each iteration they are shifted by up to `jitter` pixels and mirrored at
+    random. `tv_weight` is the weight of the total variation, in which each direction's is raised to
+    the power `tv_exponent`; `l2_weight` that of the images' norms. `batch_size` of them are
+    evaluated at a time.
     """
 
     images: int
     iterations: int
     warmup: int
     lr: float
+    betas: Sequence[float]
     jitter: int
-    smooth: float
-    power: float
-    small: float
+    tv_weight: float
+    tv_exponent: float
+    l2_weight: float
+    batch_size: int
 
     def __post_init__(self) -> None:
-        whole, rate = "a whole number from 1 on", "a number from 0 on"
+        count, rate, natural = (
+            f"a {kind} from {least} on"
+            for kind, least in (("whole number", 1), ("number", 0), ("whole number", 0))
+        )
+        decays = len(self.betas) == 2 and all(is_rate(beta) and beta < 1 for beta in self.betas)
         require(
-            "method.dream",
+            "method.synthetic",
             self,
-            ("images", is_count(self.images), whole),
-            ("iterations", is_count(self.iterations), whole),
-            ("warmup", self.warmup == 0 or is_count(self.warmup), "a whole number from 0 on"),
-            ("jitter", self.jitter == 0 or is_count(self.jitter), "a whole number from 0 on"),
+            ("images", is_count(self.images), count),
+            ("iterations", is_count(self.iterations), count),
+            ("batch_size", is_count(self.batch_size), count),
+            ("warmup", self.warmup == 0 or is_count(self.warmup), natural),
+            ("jitter", self.jitter == 0 or is_count(self.jitter), natural),
             ("lr", is_positive(self.lr), "a number above 0"),
-            ("power", is_positive(self.power), "a number above 0"),
-            ("smooth", is_rate(self.smooth), rate),
-            ("small", is_rate(self.small), rate),
+            ("betas", decays, "two numbers from 0 to below 1"),
+            ("tv_exponent", is_positive(self.tv_exponent), "a number above 0"),
+            ("tv_weight", is_rate(self.tv_weight), rate),
+            ("l2_weight", is_rate(self.l2_weight), rate),
         )
 
+    @torch.enable_grad()
     def run(
-        self, net: nn.Module, *, n_classes: int, low: Tensor, high: Tensor, size: tuple[int, int]
+        self, net: nn.Module, *, n_classes: int, pixels: PixelRange, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return images (n, C, H, W) as `net` wants them and the classes (n,) they stand for.
+        """Return images (n, C, H, W), normalised for `net`, and their classes, (n,).
 
-        Of every image, the state with the least loss is kept.
+        Of every image, the state with the lowest loss is returned. The result depends on `net` and
+        the arguments only.
 
         Args:
-            net: in eval mode; its parameters are left alone.
+            net: in eval mode; its parameters are not changed.
             n_classes: of its logits.
-            low: the least value that a pixel may have, (C,).
-            high: the largest.
+            pixels: the range that pixel values are clamped to.
             size: height and width in pixels.
         """
+        low, high = pixels
         generator = torch.Generator().manual_seed(0)
         classes = torch.randperm(n_classes, generator=generator)
         labels = classes.repeat(-(-self.images // n_classes))[: self.images].to(low.device)
-        shape = (self.images, len(low), *size)
-        pixels = torch.randn(shape, generator=generator).to(low)
-        pixels.requires_grad_()
-        adam = torch.optim.Adam([pixels], lr=self.lr, betas=(0.5, 0.9))
-        floor, ceiling = low[:, None, None], high[:, None, None]
-        best = torch.full((self.images,), torch.inf, device=low.device)
-        kept = pixels.detach().clone()
-        wanted = [parameter.requires_grad for parameter in net.parameters()]
-        net.requires_grad_(False)
-        for step in range(self.iterations):
-            adam.param_groups[0]["lr"] = self.lr * self._pace(step)
-            shifts = [
-                int(torch.randint(-self.jitter, self.jitter + 1, (), generator=generator))
-                for _ in size
-            ]
-            seen = torch.roll(pixels, shifts, dims=(2, 3))
-            if torch.rand((), generator=generator) < 0.5:
-                seen = seen.flip(3)
-            losses = F.cross_entropy(net(seen), labels, reduction="none")
-            with torch.no_grad():
-                better = losses < best
-                best = torch.where(better, losses, best)
-                kept[better] = pixels[better]
-            adam.zero_grad()
-            (
-                losses.mean() + self.smooth * variation(pixels, self.power) + self._norm(pixels)
-            ).backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            with torch.no_grad():
-                pixels.copy_(torch.minimum(torch.maximum(pixels, floor), ceiling))
-        for parameter, trained in zip(net.parameters(), wanted, strict=True):
-            parameter.requires_grad_(trained)
-        return kept, labels
+        images = torch.randn((self.images, len(low), *size), generator=generator).to(low)
+        images.requires_grad_()
+        adam = torch.optim.Adam([images], lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        lowest = torch.full((self.images,), torch.inf, device=low.device)
+        best = images.detach().clone()
+        with _constant(net):
+            for step in range(self.iterations):
+                adam.param_groups[0]["lr"] = self.lr * self._lr_factor(step)
+                logits = net(self._augmented(images, generator))
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                with torch.no_grad():
+                    better = losses < lowest
+                    lowest = torch.where(better, losses, lowest)
+                    best[better] = images[better]
+                smoothness = self.tv_weight * total_variation(images, self.tv_exponent)
+                adam.zero_grad()
+                (losses.mean() + smoothness + self._norm(images)).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                with torch.no_grad():
+                    images.copy_(torch.clamp(images, low[:, None, None], high[:, None, None]))
+        return best, labels
 
-    def _pace(self, step: int) -> float:
+    def _lr_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate: linear warm-up, then cosine decay."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        through = (step - self.warmup) / max(self.iterations - self.warmup, 1)
-        return 0.5 + 0.5 * math.cos(math.pi * through)
+        progress = (step - self.warmup) / max(self.iterations - self.warmup, 1)
+        return 0.5 + 0.5 * math.cos(math.pi * progress)
 
-    def _norm(self, pixels: Tensor) -> Tensor:
-        norms: Tensor = pixels.flatten(1).norm(dim=1)
-        return self.small * norms.mean()
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the images shifted, all by the same random number of pixels, and mirrored."""
+        shifts = [
+            int(torch.randint(-self.jitter, self.jitter + 1, (), generator=generator))
+            for _ in range(2)
+        ]
+        shifted = torch.roll(images, shifts, dims=(2, 3))
+        mirrored = bool(torch.rand((), generator=generator) < 0.5)
+        return shifted.flip(3) if mirrored else shifted
+
+    def _norm(self, images: Tensor) -> Tensor:
+        """Return the penalty on the mean norm of the images."""
+        norms: Tensor = images.flatten(1).norm(dim=1)
+        return self.l2_weight * norms.mean()
 
 
-def sheet(images: Tensor, spec: ImageSpec, path: Path) -> None:
-    """Write images (n, C, H, W), prepared as `spec` says, side by side into one PNG."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-    pixels = (images.float().cpu() * std + mean).clamp(0, 1)
-    write(path, lambda at: save_image(pixels, at, nrow=10, format="png"))
+@contextmanager
+def _constant(net: nn.Module) -> Iterator[None]:
+    """Compute no gradients for the parameters of `net` inside the block."""
+    required = [parameter.requires_grad for parameter in net.parameters()]
+    net.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in zip(net.parameters(), required, strict=True):
+            parameter.requires_grad_(requires_grad)
 
 
-def variation(images: Tensor, power: float) -> Tensor:
+def total_variation(images: Tensor, exponent: float) -> Tensor:
     """Return the total variation of all images (n, C, H, W) together, eq. 5.
 
-    >>> variation(torch.ones(1, 1, 3, 3), 1.0).item()
+    >>> total_variation(torch.ones(1, 1, 3, 3), 1.0).item()
     0.0
     """
     right = images[..., :, 1:] - images[..., :, :-1]
@@ -138,6 +169,6 @@ def variation(images: Tensor, power: float) -> Tensor:
     total = images.new_zeros(())
     for difference in (right, down, falling, rising):
         length = difference.norm()
-        # where nothing varies, a power below 1 has no slope
-        total = total + torch.where(length > 0, length.clamp_min(1e-12) ** power, length)
+        # of constant images, a power below 1 has no finite gradient
+        total = total + torch.where(length > 0, length.clamp_min(1e-12) ** exponent, length)
     return total

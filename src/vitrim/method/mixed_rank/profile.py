@@ -1,50 +1,41 @@
-"""The scorer of low-rank methods: what enters each Linear, and how much its outputs matter."""
+"""The scorer of low-rank methods: statistics of each Linear's inputs and of its outputs' effect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, MomentsError, add_to, key_of
-from vitrim.method.mixed_rank.metric import Metric
+from vitrim.method.mixed_rank.metric import CENTRED, Decomposition
+from vitrim.method.mixed_rank.pieces import Piece
 from vitrim.network import stream, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, full_precision, take, watch
+from vitrim.trainer.calibrate import Sampling, capture, full_precision, gather_tokens
+from vitrim.trainer.phase import ResumePoint
 
-_MOMENTS = ("whitening", "normalised_output", "centred", "loss")
-
-
-class Piece(NamedTuple):
-    """A layer, or a piece of one: the layer's path and the piece's rows, and its columns."""
-
-    layer: str
-    start: int
-    rows: int
-    columns: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the piece's rows of what has the layer's."""
-        return tensor.detach()[self.start : self.start + self.rows]
+_MOMENTS: tuple[Decomposition, ...] = ("whitening", "normalised_output", "centred", "loss")
 
 
 class Profile(LightningModule):
-    """Pass proxy images through a network once and keep what the metric of its layers needs.
+    """Pass calibration images through a network once and keep what a decomposition needs.
 
     Evidence has no scores but `moments`, by layer: `weight`, `mean` and `cov` of its inputs (for
     normalised_output every token counts 1 / ||W x||^2), `abs` E|x| for asvd, `tokens` (N, in), the
-    mean over images, for mean_input. With `loss_images` above 0 also, of the derivatives of the
-    logits by its outputs, summed over logits and tokens and averaged over as many images, by random
-    signs: `slope` (out,), their squares, and by piece `products`, G (out, out), or W^T G W (in, in)
-    if that is smaller. All take the same memory whatever the number of images.
+    mean over images, for mean_input. With `gradient_images` above 0 there are statistics of the
+    gradients of the logits by the layer's outputs, summed over logits and tokens (by random signs)
+    and averaged over that many images: `gradient_squares` (out,) by layer, and by piece
+    `gradient_products`, G (out, out), or W^T G W (in, in) if that is smaller. The memory does not
+    grow with the number of images.
     """
 
-    resumes_at = "never"
+    resumes_at: ResumePoint = "never"
+    clip_norm = 0.0
+    trains = False
 
     images: Tensor
 
@@ -53,27 +44,27 @@ class Profile(LightningModule):
         net: nn.Module,
         *,
         pieces: Mapping[str, Piece],
-        metric: Metric,
+        decomposition: Decomposition,
         sampling: Sampling,
-        loss_images: int,
+        gradient_images: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net = net
         layers = [*dict.fromkeys(piece.layer for piece in pieces.values())]
         self.epochs = 1 if layers else 0
-        self.samples = sampling.images
+        self.calibration_images = sampling.images
         self.sampling = sampling
-        self.metric = metric
-        self.loss_images = loss_images
-        self.settings: dict[str, Any] = {
+        self.decomposition = decomposition
+        self.gradient_images = gradient_images
+        self.settings: dict[str, object] = {
             "pieces": {name: [*piece] for name, piece in pieces.items()},
-            "metric": metric,
+            "decomposition": decomposition,
             "sampling": asdict(sampling),
-            "loss_images": loss_images,
+            "gradient_images": gradient_images,
         }
         self._layers = layers
-        self._pieces = dict(pieces) if loss_images else {}
+        self._pieces = dict(pieces) if gradient_images else {}
         self._stream = stream(net)
         branches = {branch.name: branch for branch in self._stream.branches}
         self._tokens = {
@@ -81,131 +72,136 @@ class Profile(LightningModule):
         }
         self.moments = nn.ModuleDict()
         for name in layers:
-            if metric in _MOMENTS:
+            if decomposition in _MOMENTS:
                 width: int = net.get_submodule(name).in_features  # type: ignore[assignment]
                 self.moments[key_of(name)] = Moments(name, width)
-            for what in self._sums():
-                self.register_buffer(key_of(f"{name}.{what}"), torch.empty(0))
+            for statistic in self._sums():
+                self.register_buffer(key_of(f"{name}.{statistic}"), torch.empty(0))
         for name in self._pieces:
-            self.register_buffer(key_of(f"{name}.products"), torch.empty(0))
+            self.register_buffer(key_of(f"{name}.gradient_products"), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
-        self._seen = 0
+        self._n_seen = 0
 
     def _sums(self) -> list[str]:
-        """Return what is kept of a layer beside moments."""
-        own = {"asvd": ["abs"], "mean_input": ["tokens"]}.get(self.metric, [])
-        return [*own, "slope"] if self.loss_images else own
+        """Return the statistics of a layer that are summed, besides moments."""
+        own = {"asvd": ["abs"], "mean_input": ["tokens"]}.get(self.decomposition, [])
+        return [*own, "gradient_squares"] if self.gradient_images else own
 
     def on_train_start(self) -> None:
-        """Look at the network as it is used."""
+        """Run the network in evaluation mode."""
         self.net.eval()
 
     def configure_optimizers(self) -> None:
         """Return none: nothing is trained."""
 
-    def training_step(self, batch: Any, batch_index: int) -> None:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Take in one batch of images (B, C, H, W)."""
-        images, left = batch[0], max(0, self.loss_images - self._seen)
-        for part, differentiated in ((images[:left], True), (images[left:], False)):
+        images, n_differentiated = batch[0], max(0, self.gradient_images - self._n_seen)
+        parts = ((images[:n_differentiated], True), (images[n_differentiated:], False))
+        for part, differentiate in parts:
             if len(part):
-                self._look(part, differentiated=differentiated)
+                self._take_in(part, differentiate=differentiate)
 
-    def _look(self, images: Tensor, *, differentiated: bool) -> None:
+    def _take_in(self, images: Tensor, *, differentiate: bool) -> None:
         inputs, outputs = ([(name, after) for name in self._layers] for after in (False, True))
         with (
-            torch.set_grad_enabled(differentiated),
+            torch.set_grad_enabled(differentiate),
             full_precision(images),
-            watch(self.net, inputs) as flows,
-            watch(self.net, outputs if differentiated else []) as ends,
+            capture(self.net, inputs) as input_of,
+            capture(self.net, outputs if differentiate else []) as output_of,
         ):
             logits = self.net(images)
         with torch.no_grad():
-            self._take_in(flows)
-        if differentiated:
-            self._slopes(logits, ends)
-        self._seen += len(images)
+            self._add_inputs(input_of)
+        if differentiate:
+            self._add_gradients(logits, output_of)
+        self._n_seen += len(images)
 
-    def _take_in(self, flows: Mapping[str, Tensor]) -> None:
+    def _add_inputs(self, input_of: Mapping[str, Tensor]) -> None:
         for name in self._layers:
             linear = self.net.get_submodule(name)
-            x = self._tokens[name](flows[name])
-            index = self.sampling.index(x, self._stream.prefix, self._seen)
+            x = self._tokens[name](input_of[name])
+            index = self.sampling.index(x, self._stream.n_prefix_tokens, self._n_seen)
             if isinstance(linear, GatheredLinear):
                 x = x[..., linear.index]
-            if self.metric == "mean_input":
+            if self.decomposition == "mean_input":
                 self._add(f"{name}.tokens", x.sum(0))
-            patches = x.shape[1] - self._stream.prefix
-            x = take(x, index)
-            weights = self._weights(linear, x, patches)
-            if self.metric == "asvd":
-                share = weights / weights.sum(1, keepdim=True)
-                self._add(f"{name}.abs", (x.abs() * share.unsqueeze(-1)).sum((0, 1)))
-            if self.metric in _MOMENTS:
+            n_patches = x.shape[1] - self._stream.n_prefix_tokens
+            x = gather_tokens(x, index)
+            weights = self._weights(linear, x, n_patches)
+            if self.decomposition == "asvd":
+                normalised = weights / weights.sum(1, keepdim=True)
+                self._add(f"{name}.abs", (x.abs() * normalised.unsqueeze(-1)).sum((0, 1)))
+            if self.decomposition in _MOMENTS:
                 moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
                 moments.add(x.flatten(0, 1), weights.flatten())
 
-    def _weights(self, linear: nn.Module, x_BnC: Tensor, patches: int) -> Tensor:
-        """Return what each sampled token counts, (B, n).
+    def _weights(self, linear: nn.Module, x_BnC: Tensor, n_patches: int) -> Tensor:
+        """Return the weight of each sampled token, (B, n).
 
-        Of other people's metrics all tokens count alike, so a sampled patch stands for those left
-        out; of ours, a token that the classifier reads counts as many sampled patches as is said.
+        In the decompositions of others all tokens have the same weight, so a sampled patch also
+        counts for those left out. In ours, a token that the classifier reads has the weight that
+        the sampling gives it, relative to a sampled patch.
         """
-        prefix = self._stream.prefix
+        n_prefix = self._stream.n_prefix_tokens
         weights = torch.ones(x_BnC.shape[:2], device=x_BnC.device)
-        if self.metric in ("centred", "loss"):
-            weights[:, : self._stream.readout] = self.sampling.readout
+        if self.decomposition in CENTRED:
+            weights[:, : self._stream.n_readout_tokens] = self.sampling.class_token_weight
             return weights
-        weights[:, prefix:] = patches / max(1, weights.shape[1] - prefix)
-        if self.metric == "normalised_output":
+        weights[:, n_prefix:] = n_patches / max(1, weights.shape[1] - n_prefix)
+        if self.decomposition == "normalised_output":
             outputs = x_BnC @ linear.get_parameter("weight").mT
             weights = weights / outputs.square().sum(-1).clamp_min(1e-12)
         return weights
 
-    def _slopes(self, logits: Tensor, ends: Mapping[str, Tensor]) -> None:
-        """Add up products of the logits' derivatives, by random signs (Hutchinson's estimator)."""
-        generator = torch.Generator().manual_seed(self._seen)
+    def _add_gradients(self, logits: Tensor, output_of: Mapping[str, Tensor]) -> None:
+        """Add up products of the logits' gradients, by random signs (Hutchinson's estimator)."""
+        generator = torch.Generator().manual_seed(self._n_seen)
         signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
-        found = torch.autograd.grad((logits * signs).sum(), [ends[name] for name in self._layers])
-        slopes = {n: g.flatten(0, -2) for n, g in zip(self._layers, found, strict=True)}
-        for name, slope in slopes.items():
-            self._add(f"{name}.slope", slope.square().sum(0))
+        outputs = [output_of[name] for name in self._layers]
+        by_layer = zip(
+            self._layers, torch.autograd.grad((logits * signs).sum(), outputs), strict=True
+        )
+        gradients = {name: gradient.flatten(0, -2) for name, gradient in by_layer}
+        for name, gradient in gradients.items():
+            self._add(f"{name}.gradient_squares", gradient.square().sum(0))
         for name, piece in self._pieces.items():
-            rows = slopes[piece.layer][:, piece.start : piece.start + piece.rows]
+            rows = gradients[piece.layer][:, piece.start : piece.start + piece.rows]
             if piece.rows > piece.columns:
-                rows = rows @ piece.of(self.net.get_parameter(f"{piece.layer}.weight"))
-            self._add(f"{name}.products", rows.mT @ rows)
+                rows = rows @ piece.weight_in(self.net)
+            self._add(f"{name}.gradient_products", rows.mT @ rows)
 
     def _add(self, name: str, part: Tensor) -> None:
         if not bool(torch.isfinite(part).all()):
-            raise MomentsError(f"{name}: not finite on a batch; look at the images and the weights")
+            raise MomentsError(f"{name}: not finite on a batch; check the images and the weights")
         add_to(self, name, part)
 
     def on_train_end(self) -> None:
-        """Bring sums into their final form."""
+        """Finish the moments."""
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
             moments.finish()
-        self.images.fill_(self._seen)
+        self.images.fill_(self._n_seen)
 
     def evidence(self) -> Evidence:
         """Return what was gathered; empty where no image was seen."""
-        seen = int(self.images)
-        if not seen:
-            return Evidence(scores={})
-        differentiated = min(seen, self.loss_images)
-        found: dict[str, dict[str, Tensor]] = {}
+        n_images = int(self.images)
+        if not n_images:
+            return Evidence()
+        n_differentiated = min(n_images, self.gradient_images)
+        gathered: dict[str, dict[str, Tensor]] = {}
         for name in self._layers:
-            found[name] = {
-                what: self.get_buffer(key_of(f"{name}.{what}")).cpu()
-                / (differentiated if what == "slope" else seen)
-                for what in self._sums()
+            gathered[name] = {
+                statistic: self.get_buffer(key_of(f"{name}.{statistic}")).cpu()
+                / (n_differentiated if statistic == "gradient_squares" else n_images)
+                for statistic in self._sums()
             }
             if key_of(name) in self.moments:
                 moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
-                found[name] |= moments.tensors()
+                gathered[name] |= moments.tensors()
         for name in self._pieces:
-            products = self.get_buffer(key_of(f"{name}.products")).cpu() / differentiated
-            found.setdefault(name, {})["products"] = products
-        return Evidence(scores={}, moments=found)
+            products = self.get_buffer(key_of(f"{name}.gradient_products")).cpu()
+            gathered.setdefault(name, {})["gradient_products"] = products / n_differentiated
+        return Evidence(moments=gathered)

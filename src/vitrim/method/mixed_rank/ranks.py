@@ -1,12 +1,15 @@
-"""Which layers are factorised, and at which rank: error curves and a budget, and no network.
+"""Which layers are factorised, and at which rank: from loss curves and a limit, without a network.
 
-Every allocation ends with ranks one by one where they help most, until nothing fits any more.
+Every allocation ends by raising ranks one by one where that helps most, until nothing fits any
+more.
 
-    uniform   the same share of every layer's weights
-    greedy    from full ranks down, the component that loses least per weight saved goes; a layer
-              whose rank saves nothing in the end stays dense (mixed-rank paper, arXiv 2402.06004)
+    uniform   the same fraction of every layer's weights
+    greedy    from full ranks down, the component that loses least per weight saved is removed; a
+              layer whose rank saves nothing in the end stays dense (mixed-rank paper, arXiv
+              2402.06004)
     hull      ours: the same along the lower convex hull of each layer's error over its cost, which
-              sees that a layer's first component saves nothing and that a dense layer errs nothing
+              accounts for a layer's first components saving nothing and a dense layer having no
+              error
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 class Curve(NamedTuple):
     """One layer: what its components are worth, and what they cost.
 
-    `energy` holds the error that leaving out each component causes, in the order in which they are
-    taken; `step` what one rank costs, `dense` what the layer costs undivided, in the budget's unit.
+    `energy` holds the error that removing each component causes, in the order in which components
+    are used; `step` is the cost of one rank, `dense` that of the dense layer, in the target's unit.
     """
 
     energy: Sequence[float]
@@ -34,14 +37,14 @@ class Curve(NamedTuple):
 
     @property
     def break_even(self) -> int:
-        """The highest rank that costs less than the layer undivided."""
+        """The highest rank that costs less than the dense layer."""
         return max(0, min(len(self.energy), (self.dense - 1) // self.step))
 
 
-def least(curves: Mapping[str, Curve], max_share: float) -> int:
-    """Return what the layers cost at the lowest: rank 1 wherever that saves something."""
-    most = _most(curves, max_share)
-    return sum(min(c.step, c.dense) if most[name] else c.dense for name, c in curves.items())
+def least(curves: Mapping[str, Curve], max_rank_fraction: float) -> int:
+    """Return the lowest cost of all layers: rank 1 wherever that saves something."""
+    max_ranks = _max_ranks(curves, max_rank_fraction)
+    return sum(min(c.step, c.dense) if max_ranks[name] else c.dense for name, c in curves.items())
 
 
 def allocate(
@@ -49,37 +52,37 @@ def allocate(
     limit: int,
     *,
     how: Allocation,
-    max_share: float,
-    spread: float = 1.0,
+    max_rank_fraction: float,
+    error_exponent: float = 1.0,
 ) -> dict[str, int]:
-    """Return the rank of every layer that is factorised, the others stay dense.
+    """Return the rank of every layer that is factorised; the others stay dense.
 
-    What the layers cost together is at most `limit`, and less than one rank's cost of one of those
-    that are factorised below it.
+    The layers together cost at most `limit`, and the difference is below the cost of one more rank
+    of any factorised layer that could have one.
 
     Args:
         curves: of the layers, by name.
-        limit: what all of them may cost together, at least `least(curves, max_share)`.
+        limit: on the cost of all of them, at least `least(curves, max_rank_fraction)`.
         how: see above.
-        max_share: highest rank that a factorised layer may have, as a share of its break-even rank;
-            two small products are no faster than one large above about 0.7. What is left of the
-            budget in the end makes layers dense again, and only the rest of it goes above.
-        spread: with `hull`, the exponent of each layer's error in the sum: above 1, errors are kept
-            from piling up in few layers, where their effects no longer add up.
+        max_rank_fraction: highest rank of a factorised layer, as a fraction of its break-even rank;
+            above about 0.7 two small products are no faster than one large one. What the limit then
+            still allows makes layers dense again; only the rest of it goes to higher ranks.
+        error_exponent: with `hull`, the exponent of each layer's error in the sum: above 1, errors
+            are spread over more layers, because those of one layer do not simply add up.
     """
     if sum(curve.dense for curve in curves.values()) <= limit:
         return {}
-    most = _most(curves, max_share)
+    max_ranks = _max_ranks(curves, max_rank_fraction)
     match how:
         case "uniform":
-            ranks = _uniform(curves, most, limit)
+            ranks = _uniform(curves, max_ranks, limit)
             curves = {name: curve._replace(energy=_even(curve)) for name, curve in curves.items()}
         case "greedy":
-            ranks = _greedy(curves, most, limit)
+            ranks = _greedy(curves, max_ranks, limit)
             curves = {name: curve._replace(energy=_own(curve)) for name, curve in curves.items()}
-        case _:
-            ranks = _hull(curves, most, limit, spread)
-    for highest in (most, _most(curves, 1.0)):
+        case "hull":
+            ranks = _hull(curves, max_ranks, limit, error_exponent)
+    for highest in (max_ranks, _max_ranks(curves, 1.0)):
         _fill(curves, highest, ranks, limit)
         _restore(curves, ranks, limit)
         _fill(curves, highest, ranks, limit)
@@ -87,90 +90,97 @@ def allocate(
 
 
 def _even(curve: Curve) -> list[float]:
-    """Return energies by which the layer with the smallest share of its weights comes first."""
-    return [curve.dense / (place + 1) for place in range(len(curve.energy))]
+    """Return energies by which the layer with the smallest fraction of its weights comes first."""
+    return [curve.dense / (index + 1) for index in range(len(curve.energy))]
 
 
 def _own(curve: Curve) -> list[float]:
-    """Return energies as shares of the layer's own."""
+    """Return energies as fractions of the layer's total."""
     total = math.fsum(curve.energy) or 1.0
     return [energy / total for energy in curve.energy]
 
 
-def _most(curves: Mapping[str, Curve], max_share: float) -> dict[str, int]:
-    return {name: math.floor(max_share * curve.break_even) for name, curve in curves.items()}
+def _max_ranks(curves: Mapping[str, Curve], max_rank_fraction: float) -> dict[str, int]:
+    return {
+        name: math.floor(max_rank_fraction * curve.break_even) for name, curve in curves.items()
+    }
 
 
 def _total(curves: Mapping[str, Curve], ranks: Mapping[str, int]) -> int:
     return sum(c.step * ranks[name] if name in ranks else c.dense for name, c in curves.items())
 
 
-def _uniform(curves: Mapping[str, Curve], most: Mapping[str, int], limit: int) -> dict[str, int]:
-    def at(share: float) -> dict[str, int]:
+def _uniform(
+    curves: Mapping[str, Curve], max_ranks: Mapping[str, int], limit: int
+) -> dict[str, int]:
+    def ranks_at(fraction: float) -> dict[str, int]:
         return {
-            name: max(1, min(most[name], math.floor(share * curve.dense / curve.step)))
+            name: max(1, min(max_ranks[name], math.floor(fraction * curve.dense / curve.step)))
             for name, curve in curves.items()
-            if most[name]
+            if max_ranks[name]
         }
 
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if _total(curves, at(middle)) <= limit else (low, middle)
-    return at(low)
+        fits = _total(curves, ranks_at(middle)) <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    return ranks_at(low)
 
 
-def _greedy(curves: Mapping[str, Curve], most: Mapping[str, int], limit: int) -> dict[str, int]:
-    steps = sorted(
-        (energy / curve.step, -place, name)
+def _greedy(
+    curves: Mapping[str, Curve], max_ranks: Mapping[str, int], limit: int
+) -> dict[str, int]:
+    removals = sorted(
+        (energy / curve.step, -index, name)
         for name, curve in curves.items()
-        if most[name]
-        for place, energy in enumerate(_own(curve)[1:])
+        if max_ranks[name]
+        for index, energy in enumerate(_own(curve)[1:])
     )
-    left = {name: len(curve.energy) for name, curve in curves.items()}
-    over = sum(curve.dense for curve in curves.values()) - limit
-    for _, _, name in steps:
-        if over <= 0:
+    ranks = {name: len(curve.energy) for name, curve in curves.items()}
+    excess = sum(curve.dense for curve in curves.values()) - limit
+    for _, _, name in removals:
+        if excess <= 0:
             break
         curve = curves[name]
-        left[name] -= 1
-        if left[name] == most[name]:
-            over -= curve.dense - curve.step * left[name]
-        elif left[name] < most[name]:
-            over -= curve.step
-    return {name: rank for name, rank in left.items() if most[name] and rank <= most[name]}
+        ranks[name] -= 1
+        if ranks[name] == max_ranks[name]:
+            excess -= curve.dense - curve.step * ranks[name]
+        elif ranks[name] < max_ranks[name]:
+            excess -= curve.step
+    return {
+        name: rank for name, rank in ranks.items() if max_ranks[name] and rank <= max_ranks[name]
+    }
 
 
 def _hull(
-    curves: Mapping[str, Curve], most: Mapping[str, int], limit: int, spread: float
+    curves: Mapping[str, Curve], max_ranks: Mapping[str, int], limit: int, error_exponent: float
 ) -> dict[str, int]:
     moves = sorted(
         (slope, -corner, name)
         for name, curve in curves.items()
-        if most[name]
-        for slope, corner in _corners(curve, most[name], spread)
+        if max_ranks[name]
+        for slope, corner in _corners(curve, max_ranks[name], error_exponent)
     )
     ranks: dict[str, int] = {}
     total = _total(curves, ranks)
-    for _, corner, name in moves:
+    for _, negative_rank, name in moves:
         if total <= limit:
             break
-        curve = curves[name]
-        total += curve.step * (-corner) - (
-            curve.step * ranks[name] if name in ranks else curve.dense
-        )
-        ranks[name] = -corner
+        curve, rank = curves[name], -negative_rank
+        total += curve.step * rank - (curve.step * ranks[name] if name in ranks else curve.dense)
+        ranks[name] = rank
     return ranks
 
 
-def _corners(curve: Curve, most: int, spread: float) -> Iterator[tuple[float, int]]:
-    """Return the hull's corners below the dense layer: error per cost saved, and the rank there."""
+def _corners(curve: Curve, max_rank: int, error_exponent: float) -> Iterator[tuple[float, int]]:
+    """Iterate over the hull's corners below the dense layer: error per cost saved, and the rank."""
     tails = [0.0]
     for energy in reversed(curve.energy):
         tails.append(tails[-1] + max(energy, 0.0))
-    errors = [tail**spread for tail in reversed(tails)]  # errors[r]: of rank r
+    errors = [tail**error_exponent for tail in reversed(tails)]  # errors[r]: of rank r
     points = [(curve.dense, 0.0, len(curve.energy))]
-    points += [(curve.step * rank, errors[rank], rank) for rank in range(most, 0, -1)]
+    points += [(curve.step * rank, errors[rank], rank) for rank in range(max_rank, 0, -1)]
     hull: list[tuple[int, float, int]] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
@@ -185,14 +195,14 @@ def _slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
 
 
 def _restore(curves: Mapping[str, Curve], ranks: dict[str, int], limit: int) -> None:
-    """Make layers dense again, in place, those first where that mends most per cost, if it fits."""
+    """Make layers dense again, in place, if they fit: those first that gain most per cost."""
     room = limit - _total(curves, ranks)
 
-    def worth(name: str) -> float:
+    def gain(name: str) -> float:
         curve, rank = curves[name], ranks[name]
         return math.fsum(curve.energy[rank:]) / (curve.dense - curve.step * rank)
 
-    for name in sorted(ranks, key=lambda name: (-worth(name), name)):
+    for name in sorted(ranks, key=lambda name: (-gain(name), name)):
         extra = curves[name].dense - curves[name].step * ranks[name]
         if extra <= room:
             room -= extra
@@ -200,20 +210,20 @@ def _restore(curves: Mapping[str, Curve], ranks: dict[str, int], limit: int) -> 
 
 
 def _fill(
-    curves: Mapping[str, Curve], most: Mapping[str, int], ranks: dict[str, int], limit: int
+    curves: Mapping[str, Curve], max_ranks: Mapping[str, int], ranks: dict[str, int], limit: int
 ) -> None:
-    """Raise ranks, in place, where one more mends most per cost, while it fits the budget."""
+    """Raise ranks, in place, where one more gains most per cost, as long as the limit allows."""
     room = limit - _total(curves, ranks)
-    queue = [(-_next(curves[name], rank), name) for name, rank in ranks.items()]
+    queue = [(-_gain_of_next(curves[name], rank), name) for name, rank in ranks.items()]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        if ranks[name] >= most[name] or curves[name].step > room:
+        if ranks[name] >= max_ranks[name] or curves[name].step > room:
             continue
         ranks[name] += 1
         room -= curves[name].step
-        heapq.heappush(queue, (-_next(curves[name], ranks[name]), name))
+        heapq.heappush(queue, (-_gain_of_next(curves[name], ranks[name]), name))
 
 
-def _next(curve: Curve, rank: int) -> float:
+def _gain_of_next(curve: Curve, rank: int) -> float:
     return curve.energy[rank] / curve.step if rank < len(curve.energy) else 0.0

@@ -1,1 +1,5 @@
-"""PRACTISE and MiR: whole blocks dropped by how well the network recovers without them."""
+"""PRACTISE and MiR: whole blocks dropped; `recoverability` is the scorer that ranks them.
+
+May import: deploy, trainer, budget, closed_form, network, data and what is below them; no other
+method.
+"""

@@ -1,0 +1,203 @@
+"""How blocks are compressed: their attention is removed, and most units of their MLP.
+
+This module ranks units, makes the edits that remove them, and computes new weights in closed form:
+last layers by least squares, towards what the whole block added to the stream, or redrawn MLPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.budget.blocks import Group, hidden_of, whole_blocks
+from vitrim.closed_form.obs import obs_greedy
+from vitrim.closed_form.reconstruction import ridge_fit
+from vitrim.network import structure
+from vitrim.network.structure import Structure
+from vitrim.network.surgery import cut
+from vitrim.plan import Drop, Edit, Evidence, Keep, Plan
+
+UnitSelection = Literal["obs_greedy", "surgeon", "activation", "random", "none"]
+"""Which units of an MLP stay; `surgeon` is another name for obs_greedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compression:
+    """How a candidate is compressed for its trial.
+
+    Args:
+        width: the share of each MLP's units that is kept.
+        unit_selection: which units.
+        order_ridge: of their ranking by obs_greedy, relative to the mean variance.
+        reconstruct: whether last layers are solved by least squares.
+        fold_ridge: of that, relative to the mean variance.
+        seed: of random rankings.
+    """
+
+    width: float
+    unit_selection: UnitSelection
+    order_ridge: float
+    reconstruct: bool
+    fold_ridge: float
+    seed: int
+
+    def rank(self, statistics: Mapping[str, Tensor], weight: Tensor, position: int) -> Tensor:
+        """Return the importance of each unit of one MLP, (M,).
+
+        Args:
+            statistics: `mean` and `cov` of the units without the attention, (M + D,).
+            weight: of the MLP's last layer, (D, M).
+            position: of the MLP among those ranked, so that random rankings differ.
+        """
+        units = weight.shape[1]
+        match self.unit_selection:
+            case "obs_greedy" | "surgeon":
+                cov = statistics["cov"][:units, :units]
+                return obs_greedy(cov, weight.detach().T.cpu(), ridge=self.order_ridge)
+            case "activation":
+                return statistics["mean"][:units].clone()
+            case _:
+                generator = torch.Generator().manual_seed(self.seed + position)
+                return torch.rand(units, generator=generator)
+
+
+def edits_of(
+    described: Structure,
+    widths: Mapping[str, int],
+    removed: Collection[str],
+    scores: Mapping[str, Tensor],
+) -> tuple[Edit, ...]:
+    """Return the edits that compress some blocks.
+
+    Args:
+        described: the network.
+        widths: block -> how many hidden units stay.
+        removed: blocks that lose their attention; one that has none is removed altogether.
+        scores: hidden site -> importance of its units; without scores the first ones stay.
+    """
+    branches = whole_blocks(described)
+    edits: list[Edit] = [Drop(branch=block) for block in removed if block not in branches]
+    for block, width in widths.items():
+        attention, mlp = branches[block]
+        site = hidden_of(described, mlp)
+        size = described.sites[site].size
+        if block in removed:
+            edits.append(Drop(branch=attention))
+        if width < size:
+            index = top_units(scores.get(site, torch.zeros(size)), width)
+            edits.append(Keep(site=site, index=index))
+    return tuple(edits)
+
+
+def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float) -> Plan:
+    """Return the plan of one trial: no attention, and the share `width` of the units.
+
+    A block without an attention is removed altogether.
+    """
+    described = structure(net)
+    branches = whole_blocks(described)
+    sizes = {
+        block: described.sites[hidden_of(described, branches[block][1])].size
+        for block in group
+        if block in branches
+    }
+    widths = {block: max(1, round(width * size)) for block, size in sizes.items()}
+    return Plan(model={}, edits=edits_of(described, widths, group, evidence.scores))
+
+
+def compressed(
+    net: nn.Module,
+    group: Group,
+    evidence: Evidence,
+    compression: Compression,
+    ends: Mapping[str, str],
+) -> nn.Module:
+    """Return the network of a trial before its training, in eval mode.
+
+    Args:
+        net: the dense network.
+        group: the candidate.
+        evidence: of `Trials`.
+        compression: how much is cut, and whether last layers are solved.
+        ends: block -> path of its MLP's last layer.
+    """
+    plan = plan_of_trial(net, group, evidence, compression.width)
+    compact = cut(net, plan)
+    if compression.reconstruct:
+        values = reconstructed(compact, plan, evidence, ends, compression.fold_ridge)
+        with torch.no_grad():
+            for name, value in values.items():
+                compact.get_parameter(name).copy_(value)
+    return compact.eval()
+
+
+def top_units(scores: Tensor, n: int) -> tuple[int, ...]:
+    """Return the `n` units with the highest scores, ascending; ties go to the lower index."""
+    order = (-scores.double()).argsort(stable=True)[:n]
+    return tuple(order.sort().values.tolist())
+
+
+def last_layers(described: Structure) -> dict[str, str]:
+    """Return the last layer of the MLP of each block that has an attention and an MLP."""
+    ends = {branch.name: branch.ends[0] for branch in described.branches}
+    return {block: ends[mlp] for block, (_, mlp) in whole_blocks(described).items()}
+
+
+def reconstructed(
+    net: nn.Module, plan: Plan, evidence: Evidence, ends: Mapping[str, str], ridge: float
+) -> dict[str, Tensor]:
+    """Return weight and bias of the compressed blocks' last layers, by least squares.
+
+    The targets are what the whole blocks added to the stream. Each layer is solved as if the other
+    blocks were not compressed.
+
+    Args:
+        net: the compact network.
+        plan: what was cut.
+        evidence: of `Trials`.
+        ends: block -> path of its MLP's last layer.
+        ridge: relative to the mean variance of the kept units.
+    """
+    compressed = {edit.branch.rpartition(".")[0] for edit in plan.drops()}
+    kept = {edit.site.rpartition(".")[0]: edit.index for edit in plan.keeps()}
+    values = {}
+    for block, end in ends.items():
+        if block not in compressed:
+            continue
+        mean, cov = (evidence.moments[end][f"trial.{name}"] for name in ("mean", "cov"))
+        linear = net.get_submodule(end)
+        rows, columns = linear.get_parameter("weight").shape
+        units = len(mean) - rows
+        index = torch.tensor(kept.get(end.rpartition(".")[0], range(units)))
+        both = torch.cat([index, torch.arange(units, units + rows)])
+        statistics = {"mean": mean[both], "cov": cov[both][:, both]}
+        weight, offset = ridge_fit(statistics, columns, ridge, biased=linear.bias is not None)
+        values[f"{end}.weight"] = weight
+        if linear.bias is not None:
+            values[f"{end}.bias"] = offset
+    return values
+
+
+def redrawn(net: nn.Module, plan: Plan, *, std: float, seed: int) -> dict[str, Tensor]:
+    """Return new parameters of the MLPs that were cut: weights drawn at random, biases 0.
+
+    Args:
+        net: the compact network.
+        plan: what was cut.
+        std: of the truncated normal distribution of weights.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for keep in plan.keeps():
+        mlp = keep.site.rpartition(".")[0]
+        for name, tensor in net.get_submodule(mlp).named_parameters():
+            value = torch.zeros(tensor.shape)
+            if tensor.ndim > 1:
+                nn.init.trunc_normal_(value, std=std, generator=generator)
+            values[f"{mlp}.{name}"] = value
+    return values

@@ -16,7 +16,7 @@ def run(command: Command) -> Path:
     return done.report.parent
 
 
-def test_a_finished_run_is_judged_as_its_report_says(
+def test_a_finished_run_is_evaluated_as_its_report_says(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -29,8 +29,8 @@ def test_a_finished_run_is_judged_as_its_report_says(
     assert result["data"]["batch_size"] == 90
     assert {"network", "versions", "commit", "choices", "trainer"} <= result.keys()
     path = run / "eval" / "again.json"
-    said = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on 360 images of digits"
-    assert capsys.readouterr().out == f"{said}: {path}\n"
+    accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on 360 images of digits"
+    assert capsys.readouterr().out == f"{accuracy}: {path}\n"
     for arguments, message in (
         (["data=none"], "data=none has no images"),
         ([], "You must specify 'data'"),
@@ -53,3 +53,11 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path), "data=digits"])
     assert "no recipe.yaml: expected the folder of a run" in str(stop.value)
+
+
+@pytest.mark.parametrize("words", [[], ["run", "--nonsense"]])
+def test_a_bad_flag_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "vitrim-eval: error: " in capsys.readouterr().err

@@ -12,8 +12,9 @@ from conftest import images, plan_of, relative_error, small_net
 from vitrim.cli.bench import main
 from vitrim.deploy import engine
 from vitrim.deploy.bench import advice
-from vitrim.deploy.engine import Setting, prepared
-from vitrim.measure import in_turns
+from vitrim.deploy.engine import Setting, prepare
+from vitrim.errors import ConfigError
+from vitrim.measure import interleaved_times
 
 KEPT = {"blocks.0.mlp.hidden": range(13), "blocks.1.attn.qk": [0, 1, 2, 8, 9, 10, 16, 17]}
 
@@ -28,19 +29,19 @@ def run(tmp_path: Path) -> Path:
 def test_dense_and_compact_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--batch", "1,2", "--precision", "fp32,bf16", "--repeats", "3", "--threads", "1"]
     main([str(run), *options])
-    found = json.loads((run / "bench.json").read_text())
-    rows = [(row["engine"], row["precision"], row["batch"]) for row in found["rows"]]
+    result = json.loads((run / "bench.json").read_text())
+    rows = [(row["engine"], row["precision"], row["batch"]) for row in result["rows"]]
     assert rows == [("eager", p, b) for p in ("fp32", "bf16") for b in (1, 2)]
     dense, compact = small_net(), vitrim.load(run)[0]
     macs = [vitrim.count(net, 32).macs for net in (compact, dense)]
-    assert found["macs_ratio"] == macs[0] / macs[1] < 1
-    for row in found["rows"]:
+    assert result["macs_ratio"] == macs[0] / macs[1] < 1
+    for row in result["rows"]:
         for side in (row["dense"], row["compact"]):
             assert 0 < side["low_ms"] <= side["median_ms"] <= side["high_ms"]
             assert side["memory_mb"] is None or side["memory_mb"] > 0.01
         assert row["latency_ratio"] > 0
     printed = capsys.readouterr().out
-    assert printed.count(" eager ") == 4
+    assert printed.count("eager ") == 4
     assert printed.count("advice: ") == 3
 
 
@@ -54,7 +55,7 @@ def test_advice_names_what_hurts(run: Path) -> None:
 
 def test_calls_take_turns_after_an_untimed_round() -> None:
     seen: list[str] = []
-    times = in_turns([lambda: seen.append("a"), lambda: seen.append("b")], 3)
+    times = interleaved_times([lambda: seen.append("a"), lambda: seen.append("b")], 3)
     assert "".join(seen) == "abababab"
     assert [len(part) for part in times] == [3, 3]
 
@@ -66,35 +67,66 @@ def test_engines_of_onnx_files_compute_what_the_network_does(tmp_path: Path, nam
     net, x = small_net(dtype=torch.float32, depth=1), images(dtype=torch.float32)
     setting = Setting(engine=name, precision="fp32", batch=2, device="cpu")
     with torch.inference_mode():
-        call, memory = prepared(net, x, setting, tmp_path / "net")
+        call, memory = prepare(net, x, setting, tmp_path / "net")
         expected = net(x)
-    found: Any = call()
-    assert relative_error(torch.from_numpy(found[0]), expected) < 1e-5
+    logits: Any = call()
+    assert relative_error(torch.from_numpy(logits[0]), expected) < 1e-5
     assert memory is None or memory >= 0
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--engine", "compile"], "no C++ compiler (absent-c++), which torch.compile needs on CPU"),
         (["--engine", "onnxruntime"], "onnxruntime is not installed: pip install 'vitrim[export]'"),
         (["--engine", "openvino"], "openvino is not installed: pip install 'vitrim[export]'"),
-        (["--engine", "tflite"], "--engine tflite: expected some of eager,compile"),
-        (["--precision", "fp8"], "--precision fp8: expected some of fp32,bf16"),
-        (["--batch", "0"], "--batch 0: expected whole numbers from 1 on"),
-        (["--batch", "1,x"], "--batch 1,x: expected whole numbers from 1 on"),
-        (["--device", "tpu"], "--device tpu: expected cpu, or cuda"),
     ],
 )
-def test_what_cannot_be_run_is_said(
-    run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+def test_an_engine_that_cannot_run_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.setenv("CXX", "absent-c++")
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         main([str(run), *options])
-    assert said in str(stop.value)
+    assert message in str(stop.value)
     assert not (run / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "tflite"], "--engine: tflite: expected some of eager,compile"),
+        (["--precision", "fp8"], "--precision: fp8: expected some of fp32,bf16"),
+        (["--batch", "0"], "--batch: 0: expected whole numbers from 1 on"),
+        (["--batch", "1,x"], "--batch: 1,x: expected whole numbers from 1 on"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu' (choose from"),
+        (["--threads", "0"], "--threads: 0: expected a whole number from 1 on"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_bad_flag_ends_with_2(
+    run: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"engine": "tflite"}, "--engine tflite: expected some of eager,compile"),
+        ({"precision": "fp8"}, "--precision fp8: expected some of fp32,bf16"),
+        ({"batch": 0}, "--batch 0: expected whole numbers from 1 on"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(changed: dict[str, Any], message: str) -> None:
+    values = {"engine": "eager", "precision": "fp32", "batch": 1, "device": "cpu", **changed}
+    with pytest.raises(ConfigError, match=message):
+        Setting(**values)
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

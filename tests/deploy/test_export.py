@@ -27,13 +27,13 @@ from vitrim import Drop, LowRank, Plan, cut, save
 from vitrim.cli.export import main
 from vitrim.deploy import formats
 from vitrim.deploy.export import FILES
-from vitrim.deploy.runfolder import Source
+from vitrim.deploy.runfolder import SavedNetwork
 from vitrim.plan import Keep
 
 SWIN = {
     "name": "swin_tiny_patch4_window7_224",
     "args": {
-        "img_size": 40,  # filled up to whole windows, half of them shifted
+        "img_size": 40,  # padded to full windows, half of them shifted
         "window_size": 4,
         "embed_dim": 12,
         "depths": [2],
@@ -132,24 +132,24 @@ session = onnxruntime.InferenceSession(onnx)
 compiled = openvino.Core().compile_model(xml, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 module = torch.export.load(pt2).module()
 for batch in (1, 2, 5):
-    x, said = expected["images"][:batch], expected["logits"][:batch]
-    onnx_said = session.run(["logits"], {"images": x.numpy()})[0]
-    for found in (onnx_said, compiled([x.numpy()])[0], module(x)):
-        assert (torch.as_tensor(found) - said).abs().max() <= 1e-5 * expected["logits"].abs().max()
+    x, ours = expected["images"][:batch], expected["logits"][:batch]
+    onnx_logits = session.run(["logits"], {"images": x.numpy()})[0]
+    for logits in (onnx_logits, compiled([x.numpy()])[0], module(x)):
+        assert (torch.as_tensor(logits) - ours).abs().max() <= 1e-5 * expected["logits"].abs().max()
 print("read")
 """
 BUILD = """
 import sys
 import vitrim
 assert "torch" not in sys.modules
-import timm, torch
+import timm, torch, vitrim.deploy.compact
 from safetensors.torch import load_file
 folder, given = sys.argv[1:]
 torch.set_num_threads(1)
 expected = load_file(given)
 with torch.no_grad():
-    found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(expected["images"])
-assert torch.equal(found, expected["logits"])
+    logits = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(expected["images"])
+assert torch.equal(logits, expected["logits"])
 print("built")
 """
 PROGRAMS: dict[str, ExportedProgram] = {}
@@ -202,7 +202,7 @@ class Export:
         code: object = 0
         self.capture.readouterr()
         try:
-            main([str(run), "--to", to, *words])
+            main([str(run), "--format", to, *words])
         except SystemExit as stop:
             code = stop.code
         printed = self.capture.readouterr()
@@ -242,8 +242,8 @@ def test_every_kind_computes_the_same_in_every_format(
     run = saved(tmp_path, kind)
     done = export(run, to, "--image-size", str(KINDS[kind][1]))
     assert done.code == 0, done.message
-    *_, said, last = done.output.splitlines()
-    assert said.startswith(f"{to}: max abs error ")
+    *_, error, last = done.output.splitlines()
+    assert error.startswith(f"{to}: max abs error ")
     assert Path(last) == run / "export" / to / FILES[to]
     assert not [name for name in files(run) if name.rpartition("/")[2].startswith(".")]
 
@@ -254,7 +254,9 @@ def test_graphs_are_read_without_vitrim(tmp_path: Path, export: Export) -> None:
     assert script(READ, sample(tmp_path / "sample", made("vit")), *paths) == "read"
 
 
-def test_timm_builds_the_folder_once_vitrim_is_imported(tmp_path: Path, export: Export) -> None:
+def test_timm_builds_the_folder_once_its_architecture_is_imported(
+    tmp_path: Path, export: Export
+) -> None:
     folder = export(saved(tmp_path), "timm").output.splitlines()[-1]
     assert script(BUILD, folder, sample(tmp_path / "sample", made("vit"))) == "built"
 
@@ -278,8 +280,8 @@ def test_openvino_stores_smaller_weights(tmp_path: Path, export: Export, precisi
     done = export(run, "openvino", "--precision", precision, "--out", str(tmp_path / precision))
     assert done.code == 0, done.message
     assert export(run, "openvino").code == 0
-    small, whole = tmp_path / precision / "model.bin", run / "export" / "openvino" / "model.bin"
-    assert small.stat().st_size < whole.stat().st_size
+    small, full = tmp_path / precision / "model.bin", run / "export" / "openvino" / "model.bin"
+    assert small.stat().st_size < full.stat().st_size
     assert {path.name for path in small.parent.iterdir()} == {"model.bin", "model.xml"}
 
 
@@ -298,7 +300,7 @@ def test_a_failure_leaves_what_was_there(
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(formats, "compared", full)  # when everything is written
+    monkeypatch.setattr(formats, "max_error", full)  # when everything is written
     done = export(run, to)
     assert done.code == 1
     assert "No space left" in done.message
@@ -318,7 +320,7 @@ def test_what_an_exporter_cannot_do_is_said(
     done = export(run, "torch")
     assert done.code == 1
     assert done.message.count("\n") == 1
-    assert "--to torch cannot write or read the network: Constraints violated" in done.message
+    assert "--format torch cannot write or read the network: Constraints violated" in done.message
 
 
 @pytest.mark.parametrize("to", TO_GRAPH)
@@ -330,11 +332,11 @@ def test_what_computes_something_else_is_not_written(
     with torch.no_grad():
         other.get_parameter("head.bias")[0] += 1e-3
 
-    def wrong(source: Source, answer: Any, **limits: Any) -> str:
-        return compared(replace(source, net=other), answer, **limits)
+    def wrong(run: SavedNetwork, exported: Any, **limits: Any) -> str:
+        return max_error(replace(run, net=other), exported, **limits)
 
-    compared = formats.compared
-    monkeypatch.setattr(formats, "compared", wrong)
+    max_error = formats.max_error
+    monkeypatch.setattr(formats, "max_error", wrong)
     done = export(run, to)
     assert done.code == 1
     assert "max abs error 1.0" in done.message
@@ -344,11 +346,9 @@ def test_what_computes_something_else_is_not_written(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--to", "tflite"], ["tflite", "onnx", "openvino", "hf"]),
-        (["--to", "onnx", "--precision", "int8"], ["int8", "openvino"]),
-        (["--to", "torch", "--image-size", "33"], ["3 x 33 x 33", "--image-size"]),
-        (["--to", "torch", "--image-size", "0"], ["0", "--image-size"]),
-        ([], ["--to"]),
+        (["--format", "onnx", "--precision", "int8"], ["int8", "openvino"]),
+        (["--format", "torch", "--image-size", "33"], ["3 x 33 x 33", "--image-size"]),
+        (["--to", "torch", "--image-size", "0"], ["0", "--image-size"]),  # the former name
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -360,6 +360,25 @@ def test_what_cannot_be_is_said_in_one_line(
     message = capsys.readouterr().err
     assert stop.value.code == 1
     assert message.count("\n") == 1
+    assert all(word in message for word in expected), message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--format", "tflite"], ["tflite", "onnx", "openvino", "hf"]),
+        (["--format", "onnx", "--precision", "fp8"], ["fp8", "bf16"]),
+        (["--format", "onnx", "--image-size", "x"], ["x", "--image-size"]),
+        ([], ["--format"]),
+    ],
+)
+def test_a_bad_flag_ends_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), *words])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
     assert all(word in message for word in expected), message
 
 
@@ -403,7 +422,7 @@ def test_help_and_refusals_do_not_wait_for_torch() -> None:
     text = """
 import sys
 from vitrim.cli.export import main
-for words in (["--help"], ["run", "--to", "onnx", "--precision", "bf16"]):
+for words in (["--help"], ["run", "--format", "onnx", "--precision", "bf16"]):
     try:
         main(words)
     except SystemExit:
@@ -414,8 +433,8 @@ assert "torch" not in sys.modules
 
 
 def front_matter(readme: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(readme.split("---")[1])
-    return found
+    parsed: dict[str, Any] = yaml.safe_load(readme.split("---")[1])
+    return parsed
 
 
 def test_the_card_of_a_run_says_what_it_cost_and_how_it_was_made(

@@ -16,7 +16,14 @@ from conftest import MODEL, images, plan_of, relative_error, small_net
 from refusals import TINY, assert_refused
 from vitrim import LowRank, Plan, cut, load
 from vitrim.cli.report import main
-from vitrim.deploy.quantize import SCHEMES, check, is_exact, megabytes, quantized, record
+from vitrim.deploy.quantize import (
+    SCHEMES,
+    check,
+    evaluate_schemes,
+    is_exact,
+    megabytes,
+    quantized,
+)
 from vitrim.errors import ConfigError
 from vitrim.network.attention import GatheredLinear, SlicedAttention
 
@@ -79,10 +86,10 @@ def test_weight_only_is_the_product_with_rounded_weights(
 ) -> None:
     layer, x = linear(*widths, bias=bias), inputs(*shape, widths[0])
     weight, scale = rounded(layer.weight.detach())
-    found = logits(quantized(layer, "int8_weight_only"), x)
+    output = logits(quantized(layer, "int8_weight_only"), x)
     expected = logits(lambda x: F.linear(x, weight * scale, layer.bias), x)  # type: ignore[arg-type]
-    assert found.shape == expected.shape
-    assert relative_error(found, expected) < 1e-5
+    assert output.shape == expected.shape
+    assert relative_error(output, expected) < 1e-5
 
 
 @needs_exact
@@ -95,15 +102,15 @@ def test_dynamic_is_the_product_of_rounded_weights_and_tokens(
     layer, x = linear(*widths, bias=bias), inputs(*shape, widths[0])
     weight, scale = rounded(layer.weight.detach())
     tokens, scale_of_token = rounded(x)
-    found = logits(quantized(layer, "int8_dynamic"), x)
+    output = logits(quantized(layer, "int8_dynamic"), x)
     with torch.no_grad():
         expected = F.linear((tokens * scale_of_token).double(), (weight * scale).double())
         expected = expected + (layer.bias if layer.bias is not None else 0)
         half_x, half_w = scale_of_token / 2, scale.flatten() / 2  # the most that rounding moves
         sum_x, sum_w = x.abs().sum(-1, keepdim=True), layer.weight.abs().sum(-1)
         bound = half_x * sum_w + half_w * sum_x + widths[0] * half_x * half_w
-        gap = (found - layer(x)).abs()
-    assert relative_error(found, expected) < 1e-5
+        gap = (output - layer(x)).abs()
+    assert relative_error(output, expected) < 1e-5
     assert (gap <= bound + 1e-5).all()
     assert gap.max() > 0
 
@@ -113,8 +120,8 @@ def test_dynamic_products_do_not_overflow() -> None:
     layer = nn.Linear(3072, 8, bias=False)
     nn.init.ones_(layer.weight)
     for sign in (1.0, -1.0):
-        found = logits(quantized(layer, "int8_dynamic"), torch.full((2, 3072), sign))
-        assert relative_error(found, torch.full((2, 8), 3072 * sign)) < 0.01
+        output = logits(quantized(layer, "int8_dynamic"), torch.full((2, 3072), sign))
+        assert relative_error(output, torch.full((2, 8), 3072 * sign)) < 0.01
 
 
 @pytest.mark.parametrize("scheme", EVALUATED)
@@ -172,14 +179,14 @@ def test_the_input_is_left_alone(scheme: str) -> None:
     net = cut(small_net(dtype=torch.float32), CUT)
     kept = {name: (id(p), p.clone()) for name, p in net.named_parameters()}
     state, rng = [*net.modules()], torch.get_rng_state()
-    twin = quantized(net, scheme)
+    int8 = quantized(net, scheme)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [*net.modules()] == state
     for name, parameter in net.named_parameters():
         assert id(parameter) == kept[name][0]
         assert torch.equal(parameter, kept[name][1])
     shared = {p.data_ptr() for p in net.parameters()}
-    for tensor in chain(twin.parameters(), twin.buffers()):
+    for tensor in chain(int8.parameters(), int8.buffers()):
         assert type(tensor.data).__name__ == "Int8Tensor" or tensor.data_ptr() not in shared
 
 
@@ -191,24 +198,24 @@ def test_megabytes_are_the_bytes_held() -> None:
     net = vit()
     weights = sum(m.weight.nbytes for m in net.modules() if isinstance(m, nn.Linear)) / 1e6
     for scheme in SCHEMES:
-        left = megabytes(quantized(net, scheme)) - (megabytes(net) - weights)
-        assert 0.25 * weights < left < 0.29 * weights
+        linears = megabytes(quantized(net, scheme)) - (megabytes(net) - weights)
+        assert 0.25 * weights < linears < 0.29 * weights
 
 
 @needs_exact
-def test_a_record_has_a_row_per_scheme() -> None:
+def test_every_scheme_has_accuracy_and_megabytes() -> None:
     net, seen = vit(), []
 
-    def evaluate(twin: nn.Module) -> dict[str, float]:
-        seen.append(twin)
+    def evaluate(int8: nn.Module) -> dict[str, float]:
+        seen.append(int8)
         return {"top1": 50.0, "top5": 90.0}
 
-    found = record(net, SCHEMES, evaluate)
-    assert found["float_mb"] == megabytes(net)
-    assert [*found["quantized"]] == [*SCHEMES]
-    for twin, row in zip(seen, found["quantized"].values(), strict=True):
-        assert row == {"top1": 50.0, "top5": 90.0, "mb": megabytes(twin)}
-    blind = record(net, SCHEMES[:1], None)["quantized"]["int8_weight_only"]
+    evaluated = evaluate_schemes(net, SCHEMES, evaluate)
+    assert evaluated["float_mb"] == megabytes(net)
+    assert [*evaluated["quantized"]] == [*SCHEMES]
+    for int8, row in zip(seen, evaluated["quantized"].values(), strict=True):
+        assert row == {"top1": 50.0, "top5": 90.0, "mb": megabytes(int8)}
+    blind = evaluate_schemes(net, SCHEMES[:1], None)["quantized"]["int8_weight_only"]
     assert blind == {"top1": None, "top5": None, "mb": megabytes(seen[0])}
 
 
@@ -264,7 +271,7 @@ def test_importing_torchao_says_nothing_and_leaves_the_loggers() -> None:
 
 
 @needs_exact
-def test_a_run_reports_the_quantised_net_beside_the_compact_one(
+def test_a_run_reports_the_quantised_net_and_the_compact_one(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schemes = f"quantize=[{','.join(SCHEMES)}]"

@@ -10,9 +10,8 @@ import pytest
 
 from vitrim.cli.compose import CONF
 from vitrim.cli.report import main
-from vitrim.errors import ReportError
-from vitrim.paper import of_run, published
-from vitrim.paper.results import FOLDERS, results
+from vitrim.paper import match, published
+from vitrim.paper.results import ABSENT, FOLDER, ResultError, results
 from vitrim.report.papers import SOURCES, commands, sections
 
 
@@ -37,7 +36,7 @@ def test_every_row_says_where_it_was_read_and_whether_that_was_checked() -> None
     assert not any(row.verified for row in doubtful)
     unverified = ("summary", "memory", "none")
     assert all(row.verified == (row.evidence not in unverified) for row in rows)
-    assert {row.standing for row in rows if row.evidence == "quoted"} == {"quoted"}
+    assert {row.evidence_level for row in rows if row.evidence == "quoted"} == {"quoted"}
     assert all(row.top1 is None for row in rows if row.evidence == "none")
 
 
@@ -49,15 +48,15 @@ def test_rows_name_experiments_that_exist() -> None:
 
 @pytest.mark.parametrize("experiment", ["aiminify/deit_base", None])
 def test_a_run_finds_its_row_by_experiment_or_by_method_and_model(experiment: str | None) -> None:
-    row = of_run(record(experiment, "aiminify", "deit_base", 3.0))
+    row = match(record(experiment, "aiminify", "deit_base", 3.0))
     assert row is not None
     assert (row.params, row.flops, row.top1) == (67_218_363, 27_508_995_072, 76.23)
-    assert of_run(record(experiment, "aiminify", "deit_base", 2.0)) is None
-    assert of_run(record(None, "oneshot", "deit_base", 3.0)) is None
+    assert match(record(experiment, "aiminify", "deit_base", 2.0)) is None
+    assert match(record(None, "oneshot", "deit_base", 3.0)) is None
 
 
 def test_macs_are_half_of_the_flops() -> None:
-    row = of_run(record("vtp/imagenet", "vtp", "deit_base", 4.0))
+    row = match(record("vtp/imagenet", "vtp", "deit_base", 4.0))
     assert row is not None
     assert (row.params, row.flops, row.top1) == (48_000_000, 20_000_000_000, 80.7)
 
@@ -66,7 +65,7 @@ BUDGET = {"target.metric": "blocks", "target.keep": 2, "samples": 50}
 
 
 @pytest.mark.parametrize(
-    ("experiment", "more", "found"),
+    ("experiment", "more", "expected"),
     [
         (
             "dcvit/table3",
@@ -82,42 +81,44 @@ BUDGET = {"target.metric": "blocks", "target.keep": 2, "samples": 50}
     ],
 )
 def test_a_few_shot_run_finds_the_row_of_its_budget_images_and_method(
-    experiment: str, more: dict[str, Any], found: str | None
+    experiment: str, more: dict[str, Any], expected: str | None
 ) -> None:
-    row = of_run(record(experiment, "dcvit", "vit_base", None, **more))
-    assert (row.setting if row else None) == found or (found and row and found in row.setting)
+    row = match(record(experiment, "dcvit", "vit_base", None, **more))
+    assert (row.setting if row else None) == expected or (
+        expected and row and expected in row.setting
+    )
     if "6000" in str(more.get("variant")):
         assert row is not None
         assert row.method == "PRACTISE, longer"
 
 
 def test_a_transferred_network_finds_the_row_of_its_origin_and_data() -> None:
-    said = {"choices.data": "pets", "samples": None}
+    more = {"choices.data": "pets", "samples": None}
     for origin, method in (("of dcvit", "DC-ViT"), ("of dense", "original")):
-        row = of_run(record("dcvit/table7", "transfer", "vit_base", 0.0, variant=origin, **said))
+        row = match(record("dcvit/table7", "transfer", "vit_base", 0.0, variant=origin, **more))
         assert row is not None
         assert (row.method, row.dataset) == (method, "Pets")
 
 
 def test_another_network_is_not_the_row_of_an_experiment() -> None:
-    assert of_run(record("aiminify/deit_base", "aiminify", "vit_tiny", 3.0)) is None
+    assert match(record("aiminify/deit_base", "aiminify", "vit_tiny", 3.0)) is None
 
 
 def test_every_row_of_the_four_sources_has_a_command_or_says_that_it_has_none() -> None:
-    found = [row for row in published() if row.paper in SOURCES]
-    without = [row for row in found if not row.experiment]
-    said = ("no command of ours", "from its own paper", "of Table 8's rows")
-    assert all(any(word in row.setting for word in said) for row in without)
-    assert len(commands()) == len(found) - len(without)
+    rows = [row for row in published() if row.paper in SOURCES]
+    without = [row for row in rows if not row.experiment]
+    reasons = ("no command of ours", "from its own paper", "of Table 8's rows")
+    assert all(any(reason in row.setting for reason in reasons) for row in without)
+    assert len(commands()) == len(rows) - len(without)
 
 
-def test_results_that_come_with_vitrim_are_whole() -> None:
-    found = results()
-    assert {path.is_dir() for path in FOLDERS} == {True, False}
+def test_results_in_the_repository_are_complete() -> None:
+    kept = results()
+    assert FOLDER.is_dir()
     assert {"oneshot_vit_tiny", "mixed_rank_vit_tiny", "dcvit_vit_tiny", "vtp_cifar10_tiny"} <= {
-        result.name for result in found
+        result.name for result in kept
     }
-    for result in found:
+    for result in kept:
         assert result.versions["torch"]
         assert result.setting == "own" or all(line["experiment"] for line in result.figures)
 
@@ -147,7 +148,7 @@ RESULT = {
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("{", "no valid JSON"),
         ('{"format": 2}', "expected format 1"),
@@ -158,14 +159,14 @@ RESULT = {
         (json.dumps({**RESULT, "setting": "ours"}), "setting"),
     ],
 )
-def test_a_malformed_result_is_refused_by_name(tmp_path: Path, content: str, said: str) -> None:
+def test_a_malformed_result_is_refused_by_name(tmp_path: Path, content: str, expected: str) -> None:
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ReportError, match=r"bad\.json") as error:
+    with pytest.raises(ResultError, match=r"bad\.json") as error:
         results(tmp_path)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_a_result_in_a_papers_setting_stands_beside_its_row(tmp_path: Path) -> None:
+def test_a_result_in_a_papers_setting_is_compared_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(RESULT))
     vtp = sections([], results(tmp_path))[0]
     line = next(line for line in vtp.lines if "20%" in line[2])
@@ -189,7 +190,8 @@ def test_the_paper_report_shows_every_row_and_what_was_not_run(
     main(["--paper"])
     printed = capsys.readouterr().out
     assert all(f"{source}: published and ours" in printed for source in SOURCES)
-    assert "no paper's" in printed
+    assert "Our own setting: " in printed
+    assert ABSENT not in printed
     assert "not run" in printed
     assert not list(tmp_path.iterdir())
     (tmp_path / "outputs").mkdir()
@@ -199,3 +201,23 @@ def test_the_paper_report_shows_every_row_and_what_was_not_run(
     assert "`vitrim experiment=vtp/imagenet strength=2 model=deit_base`" in text
     with pytest.raises(SystemExit):
         main(["--paper", "elsewhere"])
+
+
+def test_without_results_a_sentence_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert results(tmp_path / "absent") == []
+    monkeypatch.setattr("vitrim.report.tables.results", lambda: results(tmp_path / "absent"))
+    (tmp_path / "runs").mkdir()
+    main(["--paper", str(tmp_path / "runs")])
+    assert ABSENT in capsys.readouterr().out
+    assert ABSENT in (tmp_path / "runs" / "report" / "paper.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["only", "allowed_blocks"])
+def test_options_of_an_earlier_version_find_their_row(option: str) -> None:
+    target = {"target.metric": "blocks", "target.keep": 0.67}
+    variant = f"{option}=[blocks.3]"
+    row = match(record("dcvit/table8", "dcvit", "vit_base", None, variant=variant, **target))
+    assert row is not None
+    assert "method.allowed_blocks=[blocks.3]" in row.overrides

@@ -15,7 +15,7 @@ from reports import NO_WANDB, save
 from vitrim import Drop, Keep, LowRank, Plan
 from vitrim.cli.report import main
 from vitrim.plan import dumps
-from vitrim.report.heatmap import Left, left
+from vitrim.report.heatmap import Cell, heatmap
 
 EVIL = "<script>document.title='owned'</script>\"&'"
 PLAN = Plan(
@@ -70,10 +70,10 @@ def publish(root: Path) -> Path:
 
 def test_the_page_needs_no_other_file_and_its_links_lead_to_the_runs(tmp_path: Path) -> None:
     page = publish(tmp_path)
-    found = Page(page.read_text())
-    assert {"script", "style"} & {*found.tags} == {"style"}
-    data = [address for address in found.addresses if address.startswith("data:")]
-    links = [address for address in found.addresses if not address.startswith("data:")]
+    parsed = Page(page.read_text())
+    assert {"script", "style"} & {*parsed.tags} == {"style"}
+    data = [address for address in parsed.addresses if address.startswith("data:")]
+    links = [address for address in parsed.addresses if not address.startswith("data:")]
     assert sum(address.startswith("data:image/png;base64,") for address in data) == 1
     assert len(links) == 3 + 2 * 4
     assert all((page.parent / unquote(link)).exists() for link in links)
@@ -94,15 +94,15 @@ def test_unfinished_runs_are_listed_with_what_is_known_of_them(tmp_path: Path) -
     assert "status.json cannot be read" in text
 
 
-def test_what_a_plan_leaves() -> None:
-    found = left(PLAN)
-    assert found.blocks == ["blocks.0", "blocks.1"]
-    assert found.kinds == {
-        "attn branch": [Left(1, 1), Left(0, 1)],
-        "mlp.hidden": [Left(12, 48), Left(48, 48)],
-        "attn.proj rank": [Left(6, 24), None],
+def test_what_a_plan_keeps() -> None:
+    kept = heatmap(PLAN)
+    assert kept.blocks == ["blocks.0", "blocks.1"]
+    assert kept.kinds == {
+        "attn branch": [Cell(1, 1), Cell(0, 1)],
+        "mlp.hidden": [Cell(12, 48), Cell(48, 48)],
+        "attn.proj rank": [Cell(6, 24), None],
     }
-    assert left(Plan(model=MODEL, edits=())).kinds == {}
+    assert heatmap(Plan(model=MODEL, edits=())).kinds == {}
 
 
 def test_without_the_option_there_is_no_page(tmp_path: Path) -> None:

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from reports import NO_WANDB, document, failure, save
 from vitrim.cli.report import main
+from vitrim.deploy.runfolder import Run, read_run
 from vitrim.plan import Plan, dumps
 from vitrim.report.compare import comparison
-from vitrim.report.figure import draw, labelled, panels, window
-from vitrim.report.summary import Row, Run, Spread, per_seed, read, spread, summarise
-from vitrim.report.tables import numbers, quantized
+from vitrim.report.figure import draw, labelled, panels
+from vitrim.report.summary import Row, Spread, per_seed, spread_of, summarise
+from vitrim.report.tables import int8_table, numbers
 
 
 def rows_of(*choices: dict[str, Any], tmp_path: Path) -> list[Row]:
     folders = [save(tmp_path / f"run{i}", **chosen) for i, chosen in enumerate(choices)]
-    return summarise([read(folder) for folder in folders])
+    return summarise([read_run(folder) for folder in folders])
 
 
 def markdown_table(root: Path) -> list[dict[str, str]]:
@@ -54,15 +56,15 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_spread_of_known_numbers() -> None:
-    assert spread([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == Spread(5.0, math.sqrt(32 / 7), 8)
+    assert spread_of([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]) == Spread(5.0, math.sqrt(32 / 7), 8)
 
 
 def test_spread_of_one_value_has_no_deviation() -> None:
-    assert spread([90.0, None]) == Spread(90.0, None, 1)
+    assert spread_of([90.0, None]) == Spread(90.0, None, 1)
 
 
 def test_spread_of_nothing() -> None:
-    assert spread([None, None]) is None
+    assert spread_of([None, None]) is None
 
 
 def test_a_seed_that_ran_twice_counts_once() -> None:
@@ -85,20 +87,22 @@ def in_int8(folder: Path, **measured: object) -> None:
     path.write_text(json.dumps({**report, "float_mb": 1.0, "quantized": quantized}))
 
 
-def test_int8_rows_stand_in_a_table_of_their_own(
+def test_int8_rows_are_in_a_table_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed, (top1, int8) in enumerate(((90.0, 89.0), (94.0, 92.0))):
         in_int8(save(tmp_path / str(seed), seed=seed, top1=top1), top1=int8)
     save(tmp_path / "float", method="aiminify")
-    rows = summarise([read(tmp_path / name) for name in ("0", "1", "float")])
+    rows = summarise([read_run(tmp_path / name) for name in ("0", "1", "float")])
     cells = ["vtp", "vit_digits", "digits", "3", "int8_dynamic", "1.000", "0.2500", "92.00"]
     cells += ["90.50 ± 2.12", "2", "-1.50", "99.00"]
-    assert quantized(rows)[1:] == [cells]
-    assert quantized([row for row in rows if row.record["label"] == "aiminify"]) == []
+    assert int8_table(rows)[1:] == [cells]
+    assert int8_table([row for row in rows if row.record["label"] == "aiminify"]) == []
     head, *values = numbers(rows)
-    found = [dict(zip(head, line, strict=True))["quantized.int8_dynamic.top1"] for line in values]
-    assert found == [None, 90.5]
+    accuracies = [
+        dict(zip(head, line, strict=True))["quantized.int8_dynamic.top1"] for line in values
+    ]
+    assert accuracies == [None, 90.5]
     main([str(tmp_path), *NO_WANDB])
     assert capsys.readouterr().out.count("int8_dynamic") == 1
     assert f"| {' | '.join(cells)} |" in (tmp_path / "report" / "report.md").read_text()
@@ -107,7 +111,7 @@ def test_int8_rows_stand_in_a_table_of_their_own(
 def test_int8_rows_without_images(tmp_path: Path) -> None:
     run = save(tmp_path / "run", top1=None, cut=None, dense=None)
     in_int8(run, top1=None, top5=None)
-    (line,) = quantized(summarise([read(run)]))[1:]
+    (line,) = int8_table(summarise([read_run(run)]))[1:]
     assert line[-5:] == ["-", "-", "1", "-", "-"]
 
 
@@ -117,7 +121,7 @@ def test_malformed_int8_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_latency_is_not_averaged_over_machines(tmp_path: Path) -> None:
-    runs = [read(save(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    runs = [read_run(save(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     other = Run(runs[1].folder, {**runs[1].record, "latency.device": "cuda"})
     assert summarise(runs)[0].mean("compact.latency_ms") == 2.0
     assert summarise([runs[0], other])[0].mean("compact.latency_ms") is None
@@ -128,8 +132,8 @@ def test_rows_are_sorted_by_series_then_strength_then_target(tmp_path: Path) -> 
     strengths = [{"strength": strength} for strength in (10 / 4, 0, 1)]
     first = {"method": "apart", "strength": 5}
     rows = rows_of(*by_macs, *strengths, first, tmp_path=tmp_path)
-    found = [(row.record["strength"], row.record["target.keep"]) for row in rows]
-    assert found == [(5, 0.7), (0, 0.7), (1, 0.7), (2.5, 0.7), (None, 0.6), (None, 0.3)]
+    budgets = [(row.record["strength"], row.record["target.keep"]) for row in rows]
+    assert budgets == [(5, 0.7), (0, 0.7), (1, 0.7), (2.5, 0.7), (None, 0.6), (None, 0.3)]
 
 
 def test_markdown_table(sweep: Path) -> None:
@@ -191,7 +195,7 @@ def test_csv_has_every_number_in_full(sweep: Path) -> None:
     assert len(lines) == 12
     assert list(lines[0]) == ["folder", *sorted(set(lines[0]) - {"folder"})]
     for line in lines:
-        record = read(Path(line["folder"])).record
+        record = read_run(Path(line["folder"])).record
         for key, value in record.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 assert type(value)(line[key]) == value
@@ -226,7 +230,7 @@ def test_null_accuracies_become_dashes(tmp_path: Path) -> None:
         columns = ("top-1 dense", "top-1 cut", "top-1 final", "delta", "top-5")
         assert {row[column] for column in columns} == {"-"}
         assert row["n"] == "1"
-    rows = summarise([read(tmp_path / "s0.0"), read(tmp_path / "s5.0")])
+    rows = summarise([read_run(tmp_path / "s0.0"), read_run(tmp_path / "s5.0")])
     assert [(panel.x, panel.y) for panel in panels(rows)] == [
         ("strength", "kept_macs"),
         ("strength", "kept_params"),
@@ -267,12 +271,32 @@ def test_labels_tell_series_apart(tmp_path: Path) -> None:
     assert list(labelled([rows[0], large])) == ["mixed_rank, vit_digits", "mixed_rank, vit_b"]
 
 
-def test_window_squeezes_only_what_would_flatten_the_curves(tmp_path: Path) -> None:
-    near = rows_of({"top1": 90.0, "cut": 85.0}, tmp_path=tmp_path / "near")
-    far = rows_of({"top1": 90.0, "cut": 10.0}, tmp_path=tmp_path / "far")
-    assert window(near).low == window(near).knee < 85.0
-    assert window(far).low < 10.0 < window(far).knee < 90.0
-    assert window(far).high > 98.0
+@pytest.mark.parametrize("cut", [None, 10.0, 85.0])
+def test_no_point_leaves_the_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float | None
+) -> None:
+    seen: list[Figure] = []
+    save_figure = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (seen.append(self), save_figure(self, *a, **k))
+    )
+    seeds = [{"seed": i, "top1": top1, "cut": cut} for i, top1 in enumerate((90.0, 80.0))]
+    strong = {"strength": 5.0, "top1": 60.0, "cut": cut and cut / 2, "macs": 1_000_000}
+    draw(rows_of(*seeds, strong, tmp_path=tmp_path))
+    (figure,) = seen
+    assert len(figure.axes) == (2 if cut is None else 4)
+    for axes in figure.axes:
+        (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+        assert axes.get_yscale() == "linear"
+        bars = [bar for container in axes.containers for bar in container.lines[2]]
+        ends = [segment for bar in bars for segment in bar.get_segments() if len(segment)]
+        lines = [line.get_xydata() for line in axes.get_lines() if line.get_linestyle() != "--"]
+        dense = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+        points = [[x, y] for part in (*ends, *lines) for x, y in part if y == y]
+        assert len(points) > 1
+        assert dense
+        assert all(left < x < right and low < y < high for x, y in points)
+        assert all(low < line.get_ydata()[0] < high for line in dense)
 
 
 def test_values_for_wandb_are_not_rounded(tmp_path: Path) -> None:
@@ -293,7 +317,7 @@ def test_reports_in_phases_are_not_read(tmp_path: Path) -> None:
 
 def test_overlapping_roots_count_a_run_once(tmp_path: Path) -> None:
     save(tmp_path / "a" / "run")
-    main([str(tmp_path), str(tmp_path / "a"), "--to", str(tmp_path / "there"), *NO_WANDB])
+    main([str(tmp_path), str(tmp_path / "a"), "--out", str(tmp_path / "there"), *NO_WANDB])
     assert len(markdown_table(tmp_path / "there")) == 1
     assert len((tmp_path / "there" / "report" / "report.csv").read_text().splitlines()) == 2
     assert not (tmp_path / "report").exists()
@@ -337,19 +361,19 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("content", "said"), BAD, ids=range(len(BAD)))
+@pytest.mark.parametrize(("content", "problem"), BAD, ids=range(len(BAD)))
 def test_a_malformed_report_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, problem: str
 ) -> None:
     save(tmp_path / "bad")
     (tmp_path / "bad" / "report.json").write_text(content)
     message = failure(capsys, str(tmp_path))
     assert str(tmp_path / "bad" / "report.json") in message
-    assert said in message
+    assert problem in message
     assert not (tmp_path / "report").exists()
 
 
-def test_what_is_malformed_is_left_out_by_name(
+def test_what_is_malformed_is_omitted_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("bad", "good", "worse"):
@@ -359,10 +383,10 @@ def test_what_is_malformed_is_left_out_by_name(
     (tmp_path / "worse" / "plan.json").write_text(curves)
     main([str(tmp_path), *NO_WANDB])
     out, err = capsys.readouterr()
-    said = [line.partition(": ")[2] for line in err.splitlines()]
-    assert said[0].startswith(f"left out: {tmp_path / 'bad' / 'report.json'}: format=None")
-    assert said[1].startswith(f"left out: {tmp_path / 'worse' / 'plan.json'}: provenance.curves")
-    assert len(said) == 2
+    problems = [line.partition(": ")[2] for line in err.splitlines()]
+    assert problems[0].startswith(f"omitted: {tmp_path / 'bad' / 'report.json'}: format=None")
+    assert problems[1].startswith(f"omitted: {tmp_path / 'worse' / 'plan.json'}: provenance.curves")
+    assert len(problems) == 2
     assert out.count("strength=3 seed=0") == 1
     assert len(markdown_table(tmp_path)) == 1
 
@@ -394,7 +418,7 @@ def test_a_failing_wandb_does_not_hurt(
 
 def test_offline_wandb_run_is_silent_and_complete(sweep: Path) -> None:
     code = "import sys; from vitrim.cli.report import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(sweep), "--to", str(sweep / "to")]
+    command = [sys.executable, "-c", code, str(sweep), "--to", str(sweep / "to")]  # the former name
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1].endswith("strength=5 seed=1")
@@ -407,18 +431,49 @@ def test_offline_wandb_run_is_silent_and_complete(sweep: Path) -> None:
     assert len(json.loads(lines.read_text())["data"]) == 6
 
 
+HEAVY = """
+import pkgutil, sys
+from importlib import import_module
+import vitrim.report
+names = [module.name for module in pkgutil.iter_modules(vitrim.report.__path__)]
+assert len(names) > 8
+for name in names:
+    import_module(f"vitrim.report.{name}")
+import vitrim.cli.report
+heavy = ("torch", "timm", "hydra", "omegaconf", "lightning", "matplotlib", "wandb", "rich", "scipy")
+print(*[name for name in heavy if name in sys.modules])
+"""
+
+
 def test_import_is_light() -> None:
-    heavy = "('torch', 'hydra', 'lightning', 'matplotlib', 'wandb', 'rich')"
-    code = f"import sys, vitrim.report.tables; print(*[m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
-def test_a_published_row_without_a_strength_stands_beside_ours(tmp_path: Path) -> None:
-    target = {"metric": "params", "keep": 22050664}
-    found = document(method="mixed_rank", model="deit_base", strength=None, target=target)
-    found["choices"]["experiment"] = "mixed_rank/deit_base_at_small"
+@pytest.mark.parametrize("words", [["--nonsense"], ["--wandb", "maybe"], ["--out"]])
+def test_a_bad_flag_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "vitrim-report: error: " in capsys.readouterr().err
+
+
+def test_the_prediction_of_an_earlier_version_has_its_present_name(tmp_path: Path) -> None:
     folder = save(tmp_path / "run")
-    (folder / "report.json").write_text(json.dumps(found))
-    (line,) = comparison(summarise([read(folder)]))
+    predicted = {"latency_ratio": 0.5, "dense_ms": 4.0}
+    report = json.loads((folder / "report.json").read_text())
+    for key in ("foretold", "predicted_latency"):
+        (folder / "report.json").write_text(json.dumps({**report, key: predicted}))
+        record = read_run(folder).record
+        assert record["predicted_latency.latency_ratio"] == 0.5
+        assert not any(name.startswith("foretold") for name in record)
+
+
+def test_a_published_row_without_a_strength_is_compared_with_ours(tmp_path: Path) -> None:
+    target = {"metric": "params", "keep": 22050664}
+    report = document(method="mixed_rank", model="deit_base", strength=None, target=target)
+    report["choices"]["experiment"] = "mixed_rank/deit_base_at_small"
+    folder = save(tmp_path / "run")
+    (folder / "report.json").write_text(json.dumps(report))
+    (line,) = comparison(summarise([read_run(folder)]))
     assert line[:2] == ["mixed_rank/deit_base_at_small", "-"]

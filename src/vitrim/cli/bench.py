@@ -1,21 +1,21 @@
-"""The command `vitrim-bench`: latency of saved networks."""
+"""The command `vitrim-bench`: latency and memory of a run's dense and compact network."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from vitrim.deploy.bench import bench, show
-from vitrim.deploy.engine import ENGINES, Setting
+from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; what a user can mend ends in one message and exit code 1."""
+    """Run the command; an error ends with one message and exit code 1, a bad flag with 2."""
     options = _parser().parse_args(argv)
     try:
         if options.threads is not None:
@@ -28,38 +28,62 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("vitrim-bench", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    parser = argparse.ArgumentParser("vitrim-bench", description=__doc__)
+    add, engines, precisions = parser.add_argument, ",".join(ENGINES), ",".join(PRECISIONS)
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    add("--batch", default="1", help="images in a pass: 1,16 (default: 1)")
-    add("--precision", default="fp32", help="fp32, bf16 (default: fp32; onnxruntime: fp32 only)")
-    add("--engine", default="eager", help=f"any of {','.join(ENGINES)} (default: eager)")
-    add("--threads", type=_positive, help="of PyTorch and the other engines (default: PyTorch's)")
-    add("--repeats", type=_positive, default=20, help="timed passes of each network (default: 20)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--batch", type=_counts, default=[1], help="images in a pass: 1,16 (default: 1)")
+    add(
+        "--precision",
+        type=_some_of(PRECISIONS),
+        default=["fp32"],
+        help=f"some of {precisions} (default: fp32; onnxruntime: fp32 only)",
+    )
+    add(
+        "--engine",
+        type=_some_of(ENGINES),
+        default=["eager"],
+        help=f"some of {engines} (default: eager)",
+    )
+    add("--threads", type=_count, help="of PyTorch and the other engines (default: PyTorch's)")
+    add("--repeats", type=_count, default=20, help="timed passes of each network (default: 20)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: cpu)")
     return parser
 
 
-def _positive(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 1 on, as in 1,16")
+    return [int(word) for word in words]
+
+
+def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return the type of a flag that takes some of these words, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        words = text.split(",")
+        if not {*words} <= {*known}:
+            raise argparse.ArgumentTypeError(f"{text}: expected some of {','.join(known)}")
+        return words
+
+    return parse
+
+
 def _settings(options: argparse.Namespace) -> list[Setting]:
-    """Return every combination asked for, those left out that an engine cannot run."""
-    if options.device not in ("cpu", "cuda") or (
-        options.device == "cuda" and not torch.cuda.is_available()
-    ):
-        raise ConfigError(f"--device {options.device}: expected cpu, or cuda where there is a GPU")
-    batches = options.batch.split(",")
-    if not all(batch.isdecimal() for batch in batches):
-        raise ConfigError(f"--batch {options.batch}: expected whole numbers from 1 on, as in 1,16")
+    """Return every combination that was asked for, without those that an engine cannot run."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU: choose --device cpu")
     settings = [
-        Setting(engine=engine, precision=precision, batch=int(batch), device=options.device)
-        for engine in options.engine.split(",")
-        for precision in options.precision.split(",")
-        for batch in batches
+        Setting(engine=engine, precision=precision, batch=batch, device=options.device)
+        for engine in options.engine
+        for precision in options.precision
+        for batch in options.batch
     ]
     possible = [one for one in settings if (one.engine, one.precision) != ("onnxruntime", "bf16")]
     if not possible:

@@ -1,7 +1,7 @@
 """The command `vitrim-eval`: top-1 and top-5 of a finished run's network on any labelled images.
 
 The data and trainer groups and their overrides are those of `vitrim`; images are prepared as the
-run's own model wants them.
+run's own model expects them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitrim.deploy.runfolder import RECIPE
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.files import write
+from vitrim.files import digest, write
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; what a user can mend ends in one message and exit code 1."""
+    """Run the command; an error ends with one message and exit code 1, a bad flag with 2."""
     parser = argparse.ArgumentParser("vitrim-eval", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("choices", nargs="*", help="as for vitrim: data=NAME data.root=DIR ...")
@@ -28,63 +29,74 @@ def main(argv: Sequence[str] | None = None) -> None:
         path, result = evaluate(options.run, options.choices)
     except (VitrimError, OSError) as error:
         sys.exit(f"vitrim-eval: {error}")
-    said = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-    sys.stdout.write(
-        f"{said} on {result['images']} images of {result['choices']['data']}: {path}\n"
-    )
+    accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+    images = f"{result['images']} images of {result['choices']['data']}"
+    sys.stdout.write(f"{accuracy} on {images}: {path}\n")
 
 
 def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """Judge the network saved in `folder` and return the file with the result, and what it says.
+    """Evaluate the network saved in `folder`; return the file with the result, and the result.
 
     Raises:
         VitrimError: no finished run, damaged files, or choices that do not fit its network.
     """
     from vitrim.cli import checks
-    from vitrim.cli.compose import chosen
-    from vitrim.files import digest
+    from vitrim.cli.compose import compose_for_run
     from vitrim.store import load
-    from vitrim.trainer.classify import judge
+    from vitrim.trainer.classify import validate
     from vitrim.versions import versions
 
-    if not (folder / "recipe.yaml").is_file():
+    recipe = folder / RECIPE
+    if not recipe.is_file():
         raise ConfigError(
-            f"{folder}: no recipe.yaml: expected the folder of a run, in which report.json is"
+            f"{folder}: no {RECIPE}: expected the folder of a run, in which report.json is"
         )
     net, _ = load(folder)
-    said, built = chosen("eval", arguments, folder / "recipe.yaml")
-    data, model, where = built["data"], built["model"], f"data={said['choices']['data']}"
-    if data is None:
-        raise ConfigError(f"{where} has no images to judge by")
-    if data.n_classes != model.n_classes:
-        raise ConfigError(
-            f"{where} has {data.n_classes} classes, the network in {folder} has {model.n_classes}"
-        )
-    share = said["trainer"]["limit_val_batches"]
-    if type(share) is not float or share != 1:  # a whole 1 is one batch
-        raise ConfigError(f"trainer.limit_val_batches={share}: every image counts: leave it at 1.0")
-    loaders = data.module(model.spec())
-    judged = {key: said[key] for key in ("data", "trainer", "seed")}
-    name = said["name"] or f"{said['choices']['data']}-{digest(judged)}"
-    if not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise ConfigError(f"name={name}: expected letters, digits, dots and dashes, of a file name")
+    config, built = compose_for_run("eval", arguments, recipe)
+    _check(folder, config, built)
+    settings = {key: config[key] for key in ("data", "trainer", "seed")}
+    path = folder / "eval" / f"{_name(config, settings)}.json"
+    data, loaders = built["data"], built["data"].module(built["model"].spec())
     trainer = built["trainer"](
         logger=False,
         default_root_dir=folder,
         enable_checkpointing=False,
-        enable_progress_bar=said["progress"],
+        enable_progress_bar=config["progress"],
     )
     result = {
         "format": 1,
-        **judge(net, trainer, loaders, n_classes=data.n_classes),
+        **validate(net, trainer, loaders, n_classes=data.n_classes),
         "images": len(loaders.val_dataloader().dataset),
-        "network": checks.identity(str(folder)),
-        "choices": said["choices"],
-        **judged,
+        "network": checks.network_digest(str(folder)),
+        "choices": config["choices"],
+        **settings,
         **versions(),
     }
-    (folder / "eval").mkdir(exist_ok=True)
-    path = folder / "eval" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     write(path, lambda file: file.write_text(text))
     return path, result
+
+
+def _check(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) -> None:
+    """Refuse data that cannot be used, and an evaluation on a part of the images."""
+    data, model, where = built["data"], built["model"], f"data={config['choices']['data']}"
+    if data is None:
+        raise ConfigError(f"{where} has no images to evaluate on")
+    if data.n_classes != model.n_classes:
+        raise ConfigError(
+            f"{where} has {data.n_classes} classes, the network in {folder} has {model.n_classes}"
+        )
+    share = config["trainer"]["limit_val_batches"]
+    if type(share) is not float or share != 1:  # the integer 1 is one batch
+        raise ConfigError(
+            f"trainer.limit_val_batches={share}: every image counts: it must stay 1.0"
+        )
+
+
+def _name(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the name of the file with the result."""
+    name: str = config["name"] or f"{config['choices']['data']}-{digest(settings)}"
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ConfigError(f"name={name}: expected letters, digits, dots and dashes, of a file name")
+    return name

@@ -6,54 +6,52 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from vitrim.deploy import export as module
 from vitrim.deploy.export import FILES, PRECISIONS, export
 from vitrim.errors import VitrimError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with 1 and one line."""
-        self.exit(1, f"{self.prog}: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the `vitrim-export` command; exit with 1 and one line on stderr where it cannot."""
+    """Run the command; an error ends with one line on stderr and exit code 1, a bad flag with 2."""
     options = _parser().parse_args(argv)
     try:
-        path, said = export(
+        path, error = export(
             options.run,
-            options.to,
+            options.format,
             out=options.out,
             precision=options.precision,
             image_size=options.image_size,
         )
-    except (VitrimError, OSError) as error:
-        print(f"vitrim-export: {_explain(error, options.out or options.run)}", file=sys.stderr)
+    except (VitrimError, OSError) as failure:
+        print(f"vitrim-export: {_explain(failure, options.out or options.run)}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(f"{options.to}: {said}")
+    print(f"{options.format}: {error}")
     print(path, flush=True)
 
 
 def _explain(error: Exception, folder: Path) -> str:
-    """Return the message of an error, with the way out."""
+    """Return the message of an error in one line, with the way out."""
     if isinstance(error, VitrimError):
         return " ".join(str(error).split())
     return f"cannot write below {folder} ({error}): --out DIR writes elsewhere"
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, layout = (__doc__ or "").partition("\n\n")
-    layout = layout.partition("\n\n")[0]
-    parser = _Parser(
+    _, formats, _ = (module.__doc__ or "").split("\n\n", 2)
+    parser = argparse.ArgumentParser(
         "vitrim-export",
-        description=f"{summary}\n\n{layout}",
+        description=f"{__doc__}\n\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the folder of a finished run (plan.json is in it)")
-    add("--to", required=True, choices=FILES, help="the format")
+    add(
+        *("--format", "--to"),
+        required=True,
+        choices=FILES,
+        help="what to write; --to is the former name",
+    )
     add("--out", type=Path, metavar="DIR", help="the folder to write (default: RUN/export/FORMAT)")
     add("--precision", choices=PRECISIONS, default="f32", help="of openvino (default: f32)")
     add(

@@ -1,4 +1,4 @@
-"""The command `vitrim-report`: runs of folders as tables, figures and a page."""
+"""The command `vitrim-report`: tables, figures and a page of finished runs."""
 
 from __future__ import annotations
 
@@ -7,60 +7,61 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrim.errors import ReportError
-from vitrim.jobs.status import missing
+from vitrim.deploy.runfolder import Run, RunFolderError, find_runs, read_run
+from vitrim.errors import VitrimError
+from vitrim.jobs.status import unfinished_lines
 from vitrim.report import trial_figure
 from vitrim.report.rank_figures import read_curves
-from vitrim.report.summary import Run, find, order, read, summarise
-from vitrim.report.tables import OUTPUTS, _aim, beside_papers, log_wandb, show, write
+from vitrim.report.summary import budget_of, order, summarise
+from vitrim.report.tables import OUTPUTS, log_wandb, show, show_papers, write
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the `vitrim-report` command; exit with 1 and one line on stderr where it cannot."""
+    """Run the command; an error ends with one line on stderr and exit code 1, a bad flag with 2."""
     options = _parser().parse_args(argv)
     try:
         if options.paper:
-            beside_papers(options.roots, options.to)
+            show_papers(options.roots, options.out)
             return
-        finished, unfinished = find(options.roots)
-        runs = _sound(finished)
+        finished, unfinished = find_runs(options.roots)
+        runs = _readable(finished)
         rows = summarise(runs)
-        folder = (options.to or options.roots[0]) / "report"
-        absent = missing(unfinished, options.roots)
-        paths = write(folder, runs, rows, unfinished, page=options.html, absent=absent)
-    except (ReportError, OSError) as error:
+        folder = (options.out or options.roots[0]) / "report"
+        notes = unfinished_lines(unfinished, options.roots)
+        paths = write(folder, runs, rows, unfinished, page=options.html, notes=notes)
+    except (VitrimError, OSError) as error:
         print(f"vitrim-report: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     show(rows)
     for line in trial_figure.lines(runs):
         print(line)
-    print(f"unfinished: {len(absent)}", *absent, sep="\n  ")
+    print(f"unfinished: {len(notes)}", *notes, sep="\n  ")
     print(*paths, sep="\n")
     for run in runs:
-        print(f"{run.folder}  {_aim(run.record)} seed={run.record['seed']}", flush=True)
+        print(f"{run.folder}  {budget_of(run.record)} seed={run.record['seed']}", flush=True)
     if options.wandb != "disabled":
         log_wandb(rows, paths[0], mode=options.wandb)
 
 
-def _sound(folders: Sequence[Path]) -> list[Run]:
-    """Read what can be read, in order; say what cannot.
+def _readable(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs that can be read, in order; print what is wrong with the others.
 
     Raises:
-        ReportError: that is all of it.
+        RunFolderError: none can be read.
     """
     runs, problems = [], []
     for folder in folders:
         try:
-            run = read(folder)
+            run = read_run(folder)
             read_curves(run)
             trial_figure.trials_of(run)
             runs.append(run)
-        except ReportError as error:
+        except RunFolderError as error:
             problems.append(str(error))
     if not runs:
-        raise ReportError("; ".join(problems))
+        raise RunFolderError("; ".join(problems))
     for problem in problems:
-        print(f"vitrim-report: left out: {problem}", file=sys.stderr)
+        print(f"vitrim-report: omitted: {problem}", file=sys.stderr)
     return sorted(runs, key=order)
 
 
@@ -68,8 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vitrim-report", description=__doc__)
     add, modes = parser.add_argument, ("offline", "online", "disabled")
     add("roots", nargs="*", type=Path, default=OUTPUTS, help="folders of runs (default: outputs)")
-    add("--paper", action="store_true", help="every published row, ours beside it where it was run")
-    add("--to", type=Path, metavar="DIR", help="write DIR/report/ (default: below the first root)")
-    add("--html", action="store_true", help="write report.html, too: one page, with heat maps")
-    add("--wandb", choices=modes, default="offline", help="log it there, too (default: offline)")
+    add("--paper", action="store_true", help="every published row, with ours where it was run")
+    add(
+        *("--out", "--to"),
+        type=Path,
+        metavar="DIR",
+        help="write DIR/report/ (default: below the first folder of runs); --to is the former name",
+    )
+    add("--html", action="store_true", help="also write report.html: one page, with heat maps")
+    add("--wandb", choices=modes, default="offline", help="also log a W&B run (default: offline)")
     return parser

@@ -1,9 +1,9 @@
-"""The command `vitrim-bench`: the dense and the compact network of a run side by side.
+"""Latency and memory of the dense and the compact network of a run, in the engines of `engine`.
 
-Both are in one process and take turns, so that drift of the machine's speed hits both alike. The
-dense one is rebuilt from the plan, with random weights: they do not matter for time. Times are
-medians with the quartiles around them; a ratio is the median over the turns' own ratios.
-Memory is what `vitrim.deploy.engine` says.
+Both networks are in one process and their passes are interleaved, so that a drift of the machine's
+speed affects both alike. The dense one is rebuilt from the plan with random weights: they do not
+change its latency. Times are medians with their quartiles; a ratio is the median of the ratios of
+pairs of passes. `vitrim.deploy.engine` says how memory is measured.
 """
 
 from __future__ import annotations
@@ -13,27 +13,62 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import timm
 import torch
-import yaml
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from vitrim.deploy.engine import Setting, prepared
+from vitrim.deploy.engine import Setting, prepare
+from vitrim.deploy.runfolder import read_recipe
+from vitrim.deploy.table import terminal_table
 from vitrim.files import write
-from vitrim.measure import InputSize, count, image_shape, in_turns
+from vitrim.measure import InputSize, count, image_shape, interleaved_times
 from vitrim.network import structure
 from vitrim.plan import Plan
 from vitrim.store import load
 from vitrim.versions import versions
 
 
-def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> dict[str, Any]:
+class Side(TypedDict):
+    """What was measured of one network; memory is None where it cannot be measured."""
+
+    low_ms: float
+    median_ms: float
+    high_ms: float
+    memory_mb: float | None
+
+
+class BenchRow(TypedDict):
+    """Both networks in one setting."""
+
+    engine: str
+    precision: str
+    batch: int
+    device: str
+    dense: Side
+    compact: Side
+    latency_ratio: float
+
+
+class Benchmark(TypedDict):
+    """The content of bench.json, but for the versions."""
+
+    format: int
+    run: str
+    machine: str
+    threads: int
+    repeats: int
+    macs_ratio: float
+    advice: list[str]
+    rows: list[BenchRow]
+
+
+def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> Benchmark:
     """Time both networks of a run in every setting, write bench.json into `folder`, return it.
 
     Raises:
@@ -41,9 +76,9 @@ def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> dict[st
     """
     compact, plan = load(folder)
     dense: nn.Module = timm.create_model(plan.model["name"], **plan.model["args"]).eval()
-    size = _size(folder, plan, dense)
+    size = _image_size(folder, plan, dense)
     counts = [count(net, size) for net in (dense, compact)]
-    found: dict[str, Any] = {
+    result: Benchmark = {
         "format": 1,
         "run": str(folder),
         "machine": platform.processor() or platform.machine(),
@@ -52,78 +87,71 @@ def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> dict[st
         "macs_ratio": counts[1].macs / counts[0].macs,
         "advice": advice(compact),
         "rows": [_row(setting, (dense, compact), size, repeats) for setting in settings],
-        **versions(),
     }
-    text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps({**result, **versions()}, indent=1, sort_keys=True, allow_nan=False)
     write(folder / "bench.json", lambda path: path.write_text(text))
-    return found
+    return result
 
 
-def _size(folder: Path, plan: Plan, net: nn.Module) -> InputSize:
+def _image_size(folder: Path, plan: Plan, net: nn.Module) -> InputSize:
     """Return the size of a run's images: its recipe's, its plan's, or the one that timm knows."""
-    recipe = folder / "recipe.yaml"
-    said = yaml.safe_load(recipe.read_text())["model"] if recipe.is_file() else {}
-    side: InputSize | None = said.get("image_size") or plan.model["args"].get("img_size")
+    model = read_recipe(folder).get("model", {})
+    side: InputSize | None = model.get("image_size") or plan.model["args"].get("img_size")
     known: Sequence[int] = resolve_model_data_config(net)["input_size"][1:]
     return known if side is None else side
 
 
 def advice(net: nn.Module) -> list[str]:
-    """Return what about the widths of a compact network costs time, one sentence each."""
+    """Return which widths of a compact network cost latency, one sentence a reason."""
     described = structure(net)
     odd = [s.name for s in described.sites.values() if any(dim % 2 for dim in s.head_dims)]
     uneven = [s.name for s in described.sites.values() if len(set(s.head_dims)) > 1]
-    ragged = [s.name for s in described.sites.values() if s.name.endswith(".hidden") and s.size % 8]
-    said = (
+    ragged = [s.name for s in described.sites.values() if s.kind == "hidden" and s.size % 8]
+    reasons = (
         (odd, "head widths that are odd: cut with method.round_to=8"),
         (uneven, "heads of unequal width: cut with method.even_heads=true"),
         (ragged, "hidden widths that are no multiples of 8: cut with method.round_to=8"),
     )
-    return [f"{len(names)} sites ({names[0]}, ...) have {text}" for names, text in said if names]
+    return [f"{len(names)} sites ({names[0]}, ...) have {text}" for names, text in reasons if names]
 
 
-def _row(
-    setting: Setting, nets: Sequence[nn.Module], size: InputSize, repeats: int
-) -> dict[str, Any]:
-    """Return the line of the table for one setting: both networks' times, memory and ratio."""
+def _row(setting: Setting, nets: Sequence[nn.Module], size: InputSize, repeats: int) -> BenchRow:
+    """Return times, memory and ratio of both networks in one setting."""
     shape = image_shape(nets[0], size)
     x = torch.randn(setting.batch, *shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        built = [prepared(net, x, setting, Path(scratch) / str(i)) for i, net in enumerate(nets)]
-        times = in_turns([call for call, _ in built], repeats)
+        passes = [prepare(net, x, setting, Path(scratch) / str(i)) for i, net in enumerate(nets)]
+        times = interleaved_times([call for call, _ in passes], repeats)
     ratios = [after / before for before, after in zip(*times, strict=True)]
-    sides = [
-        {**_quartiles(seen), "memory_mb": memory}
-        for seen, (_, memory) in zip(times, built, strict=True)
-    ]
+    dense, compact = (
+        _side(milliseconds, memory) for milliseconds, (_, memory) in zip(times, passes, strict=True)
+    )
     return {
-        **{name: getattr(setting, name) for name in ("engine", "precision", "batch", "device")},
-        **dict(zip(("dense", "compact"), sides, strict=True)),
+        "engine": setting.engine,
+        "precision": setting.precision,
+        "batch": setting.batch,
+        "device": setting.device,
+        "dense": dense,
+        "compact": compact,
         "latency_ratio": statistics.median(ratios),
     }
 
 
-def _quartiles(seen: Sequence[float]) -> dict[str, float]:
-    low, median, high = np.quantile(seen, [0.25, 0.5, 0.75]).tolist()
-    return {"low_ms": low, "median_ms": median, "high_ms": high}
+def _side(milliseconds: Sequence[float], memory_mb: float | None) -> Side:
+    low, median, high = np.quantile(milliseconds, [0.25, 0.5, 0.75]).tolist()
+    return {"low_ms": low, "median_ms": median, "high_ms": high, "memory_mb": memory_mb}
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Benchmark) -> None:
     """Print the table of a run's bench.json."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     width = None if sys.stdout.isatty() else 140
     console = Console(width=width, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{found['run']}: {found['threads']} threads, {found['repeats']} repeats")
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for name in _HEAD:
-        grid.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
-    for row in found["rows"]:
-        grid.add_row(*_cells(row, found["macs_ratio"]))
-    console.print(grid)
-    for line in found["advice"]:
+    console.print(f"{result['run']}: {result['threads']} threads, {result['repeats']} repeats")
+    rows = [_cells(row, result["macs_ratio"]) for row in result["rows"]]
+    console.print(terminal_table([_HEAD, *rows], left=1))
+    for line in result["advice"]:
         console.print(f"advice: {line}")
 
 
@@ -133,12 +161,12 @@ _HEAD = (
 )
 
 
-def _cells(row: Mapping[str, Any], macs_ratio: float) -> list[str]:
+def _cells(row: BenchRow, macs_ratio: float) -> list[str]:
     sides = [row["dense"], row["compact"]]
     times = [f"{s['median_ms']:.2f} [{s['low_ms']:.2f}, {s['high_ms']:.2f}]" for s in sides]
     ratio = row["latency_ratio"]
     return [
-        *(str(row[name]) for name in ("engine", "precision", "batch")),
+        *(row["engine"], row["precision"], str(row["batch"])),
         *times,
         *(f"{value:.3f}" for value in (ratio, macs_ratio, ratio / macs_ratio)),
         *("-" if s["memory_mb"] is None else f"{s['memory_mb']:.1f}" for s in sides),

@@ -1,17 +1,17 @@
-"""The model card of an exported network: Markdown with a hub's YAML above it."""
+"""The model card of an exported network: Markdown below the YAML that model hubs read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from timm import __version__ as timm_version
 
-from vitrim.deploy.runfolder import Source
+from vitrim.deploy.runfolder import SavedNetwork
+from vitrim.deploy.table import markdown_table
 from vitrim.network import structure
-from vitrim.network.skeleton import dense_skeleton
+from vitrim.network.skeleton import shared_skeleton
 from vitrim.plan import Plan
 
 UNKNOWN = "unknown"
@@ -25,68 +25,70 @@ _ROWS = {
 }
 
 
-def model_card(source: Source) -> str:
-    """Return README.md: licence, use, what it cost, what was removed, how it was made."""
-    name = source.plan.model["name"]
+def model_card(saved: SavedNetwork) -> str:
+    """Return README.md: licence, usage, measurements, what was removed, how it was made."""
+    name = saved.plan.model["name"]
     data = ModelCardData(
-        license=licence(source),
+        license=licence(saved),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "vitrim", "pruning", "compression"],
     )
     title = f"# {name}, compressed by vitrim"
-    parts = chain(_use(source), _cost(source), _plan(source.plan), _making(source))
-    return "\n".join(["---", data.to_yaml(), "---", "", title, "", *parts])
+    sections = chain(_usage(saved), _measurements(saved), _edits(saved.plan), _origin(saved))
+    return "\n".join(["---", data.to_yaml(), "---", "", title, "", *sections])
 
 
-def licence(source: Source) -> str:
-    """Return that of timm's weights of the network, where the run may have begun with them."""
-    known: dict[str, Any] = source.net.pretrained_cfg  # type: ignore[assignment]
-    if _origin(source).startswith("trained"):
+def licence(saved: SavedNetwork) -> str:
+    """Return the licence of timm's weights; unknown where the run trained its own."""
+    if _dense_weights(saved).startswith("trained"):
         return UNKNOWN
-    return known.get("license") or UNKNOWN
+    return _timm_licence(saved)
 
 
-def _origin(source: Source) -> str:
+def _timm_licence(saved: SavedNetwork) -> str:
+    return saved.timm_config.get("license") or UNKNOWN
+
+
+def _dense_weights(saved: SavedNetwork) -> str:
     """Return where the dense weights came from, as far as the run's folder says."""
-    model, data = source.recipe.get("model"), source.recipe.get("data", {})
+    model, data = saved.recipe.get("model"), saved.recipe.get("data", {})
     if model is None:
         return "not recorded"
     if model.get("checkpoint"):
         return "loaded from a checkpoint"
     if data.get("_target_") == "vitrim.data.none":
-        return "drawn at random: the network shows a structure and knows nothing"
+        return "random: the network has the structure only and predicts nothing"
     return "timm's pretrained ones" if model.get("pretrained") else "trained by the run"
 
 
-def _use(source: Source) -> Iterator[str]:
-    images = source.images
+def _usage(saved: SavedNetwork) -> Iterator[str]:
+    images = saved.images
     yield "```python"
     yield "import timm"
-    yield "import vitrim  # registers the architecture"
+    yield "import vitrim.deploy.compact  # registers the architecture"
     yield ""
     yield 'net = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:USER/NAME'
     yield "```"
     yield ""
     yield (
         f"Images: {images.channels} x {images.size[0]} x {images.size[1]}, mean "
-        f"{tuple(images.mean)}, std {tuple(images.std)}. Outputs: {source.net.num_classes} logits."
+        f"{tuple(images.mean)}, std {tuple(images.std)}. Outputs: {saved.net.num_classes} logits."
     )
     yield ""
 
 
-def _cost(source: Source) -> Iterator[str]:
+def _measurements(saved: SavedNetwork) -> Iterator[str]:
     """Iterate over the table of the dense and the compact network, if there is a report."""
-    dense, compact = source.report.get("dense"), source.report.get("compact")
+    dense, compact = saved.report.get("dense"), saved.report.get("compact")
     if not isinstance(dense, dict) or not isinstance(compact, dict):
         return
-    yield from ("## What it cost", "", "| | dense | compact |", "|:---|---:|---:|")
-    for key, label in _ROWS.items():
-        yield f"| {label} | {_number(dense.get(key))} | {_number(compact.get(key))} |"
-    yield ""
+    rows = [[label, _number(dense.get(k)), _number(compact.get(k))] for k, label in _ROWS.items()]
+    table = markdown_table([["", "dense", "compact"], *rows], left=1)
+    yield from ("## What it cost", "", *table, "")
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     match value:
         case int():
             return f"{value:,}"
@@ -96,18 +98,17 @@ def _number(value: Any) -> str:
             return "-"
 
 
-def _plan(plan: Plan) -> Iterator[str]:
+def _edits(plan: Plan) -> Iterator[str]:
     """Iterate over what was removed, summed over the blocks."""
-    sites = structure(dense_skeleton(plan.model)).sites
-    kept: dict[str, list[int]] = {}
+    sites = structure(shared_skeleton(plan.model)).sites
+    sums: dict[str, tuple[int, int, int]] = {}
     for keep in plan.keeps():
-        parts = keep.site.split(".")
-        sums = kept.setdefault(".".join(part for part in parts if not part.isdigit()), [0, 0, 0])
-        for at, value in enumerate((1, len(keep.index), sites[keep.site].size)):
-            sums[at] += value
-    yield from ("## What was removed", "", "All of it is in `plan.json`.", "")
-    for kind, (places, left, size) in kept.items():
-        yield f"* `{kind}`: {left:,} of {size:,} units kept, in {places} places"
+        path = ".".join(part for part in keep.site.split(".") if not part.isdigit())
+        n_sites, kept, size = sums.get(path, (0, 0, 0))
+        sums[path] = (n_sites + 1, kept + len(keep.index), size + sites[keep.site].size)
+    yield from ("## What was removed", "", "The complete list is in `plan.json`.", "")
+    for path, (n_sites, kept, size) in sums.items():
+        yield f"* `{path}`: {kept:,} of {size:,} units kept, in {n_sites} sites"
     ranks = [edit.rank for edit in plan.low_ranks()]
     if ranks:
         yield f"* {len(ranks)} layers in two factors, of ranks {min(ranks)} to {max(ranks)}"
@@ -119,38 +120,32 @@ def _plan(plan: Plan) -> Iterator[str]:
     yield ""
 
 
-def _making(source: Source) -> Iterator[str]:
-    """Iterate over how to make it again, as far as the run's folder says."""
-    report = source.report
-    yield from ("## How it was made", "", f"Dense weights: {_origin(source)}.", "")
+def _origin(saved: SavedNetwork) -> Iterator[str]:
+    """Iterate over how to reproduce the network, as far as the run's folder says."""
+    report = saved.report
+    yield from ("## How it was made", "", f"Dense weights: {_dense_weights(saved)}.", "")
     if "choices" in report:
-        yield from ("```", _command(source), "```", "")
+        yield from ("```", _command(saved), "```", "")
         yield "Paths and other settings of the model and the data are not repeated here."
         yield ""
     for key in ("vitrim", "commit", "recipe_hash"):
         if report.get(key):
             yield f"* {key}: {report[key]}"
     versions = report.get("versions") or {"timm": timm_version}
-    yield f"* versions: {', '.join(f'{name} {said}' for name, said in versions.items())}"
-    yield f"* licence of timm's weights of this name: {_of_timm(source)}"
+    yield f"* versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
+    yield f"* licence of timm's weights of this name: {_timm_licence(saved)}"
     yield ""
 
 
-def _of_timm(source: Source) -> str:
-    known: dict[str, Any] = source.net.pretrained_cfg  # type: ignore[assignment]
-    return known.get("license") or UNKNOWN
-
-
-def _command(source: Source) -> str:
-    """Return the command of the run, by its choices."""
-    report = source.report
-    chosen = [f"{group}={name}" for group, name in report["choices"].items() if name is not None]
+def _command(saved: SavedNetwork) -> str:
+    """Return the command of the run, from the choices in its report."""
+    report = saved.report
+    words = [f"{group}={name}" for group, name in report["choices"].items() if name is not None]
     if report.get("strength") is None:
         target = report.get("target", {})
-        chosen.append(f"target.{target.get('metric')}={target.get('keep')}")
+        words.append(f"target.{target.get('metric')}={target.get('keep')}")
     else:
-        chosen.append(f"strength={report['strength']:g}")
-    variant = report.get("variant") or ""
-    if report["choices"]["method"] != "transfer":  # else it says what was transferred
-        chosen += [f"method.{word}" for word in variant.split()]
-    return " ".join(["vitrim", *chosen, f"seed={report.get('seed')}"])
+        words.append(f"strength={report['strength']:g}")
+    if report["choices"]["method"] != "transfer":  # its variant names the run that it began with
+        words += [f"method.{word}" for word in (report.get("variant") or "").split()]
+    return " ".join(["vitrim", *words, f"seed={report.get('seed')}"])

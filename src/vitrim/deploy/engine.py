@@ -1,9 +1,9 @@
-"""How a network is run: by PyTorch, compiled, by onnxruntime or by OpenVINO; and its peak memory.
+"""The engines that run a network: PyTorch, torch.compile, onnxruntime, OpenVINO; peak memory.
 
-Memory is in 1e6 bytes. In PyTorch (eager, compile) it is the weights and buffers, and by how much
-the peak of memory rises in one pass: on a GPU of what torch allocates, on CPU of what is resident,
-freed memory given back to the system before. In onnxruntime and OpenVINO, whose memory is their
-own, it is that rise from before the model is read until after the first pass. On CPU it is known on
+Memory is in 1e6 bytes. In PyTorch (eager, compile) it is the weights and buffers plus the rise of
+the memory peak in one pass: of what torch allocates on a GPU, of what is resident on CPU, after
+freed memory was returned to the system. onnxruntime and OpenVINO allocate for themselves: there it
+is that rise from before the model is read until after the first pass. On CPU it is measured on
 Linux only.
 """
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One line of the table: how both networks are run."""
+    """How both networks of a benchmark are run: one line of its table."""
 
     engine: str
     precision: str
@@ -56,7 +56,7 @@ class Setting:
             if shutil.which(compiler) is None:
                 raise ConfigError(
                     f"--engine compile: there is no C++ compiler ({compiler}), which torch.compile "
-                    "needs on CPU: install g++, or leave this engine out"
+                    "needs on CPU: install g++, or omit this engine"
                 )
         if self.engine in ("onnxruntime", "openvino"):
             if self.device != "cpu":
@@ -73,15 +73,18 @@ def _require(engine: str, *packages: str) -> None:
         )
 
 
-def prepared(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Call, float | None]:
-    """Return the pass to be timed, warm, and the memory it needs; `path` is free for a file."""
+def prepare(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Call, float | None]:
+    """Return the forward pass to be timed, after a first pass, and the memory that it needs.
+
+    `path` is where a file may be written.
+    """
     if setting.engine in ("onnxruntime", "openvino"):
         write_onnx(net, (x.shape[1], x.shape[2], x.shape[3]), path)
-        _session(path, x, setting)  # the first one brings libraries and threads along
+        _session(path, x, setting)  # the first one loads libraries and starts threads
         return _peak(lambda: _session(path, x, setting), x.device)
-    twin = copy.deepcopy(net).to(setting.device, PRECISIONS[setting.precision])
+    moved = copy.deepcopy(net).to(setting.device, PRECISIONS[setting.precision])
     images = x.to(setting.device, PRECISIONS[setting.precision])
-    forward = torch.compile(twin) if setting.engine == "compile" else twin
+    forward = torch.compile(moved) if setting.engine == "compile" else moved
 
     def call() -> None:
         forward(images)
@@ -90,12 +93,12 @@ def prepared(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[C
 
     call()
     _, rise = _peak(call, images.device)
-    weights = sum(tensor.nbytes for tensor in (*twin.parameters(), *twin.buffers())) / 1e6
+    weights = sum(tensor.nbytes for tensor in (*moved.parameters(), *moved.buffers())) / 1e6
     return call, None if rise is None else weights + rise
 
 
 def _session(path: Path, x: Tensor, setting: Setting) -> Call:
-    """Return a pass of the network in an ONNX file, after the first one."""
+    """Return a forward pass of the network in an ONNX file, after a first pass."""
     threads, images = torch.get_num_threads(), x.numpy()
     if setting.engine == "onnxruntime":
         import onnxruntime
@@ -104,10 +107,10 @@ def _session(path: Path, x: Tensor, setting: Setting) -> Call:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        named = {session.get_inputs()[0].name: images}
+        inputs = {session.get_inputs()[0].name: images}
 
         def call() -> object:
-            return session.run(None, named)
+            return session.run(None, inputs)
     else:
         import openvino
 
@@ -122,25 +125,25 @@ def _session(path: Path, x: Tensor, setting: Setting) -> Call:
     return call
 
 
-def _peak(do: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
-    """Return what `do` returns, and by how many 1e6 bytes the peak of memory rose meanwhile."""
+def _peak(action: Callable[[], T], device: torch.device) -> tuple[T, float | None]:
+    """Return what `action` returns, and the rise of the memory peak meanwhile in 1e6 bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return do(), (torch.cuda.max_memory_allocated() - before) / 1e6
+        return action(), (torch.cuda.max_memory_allocated() - before) / 1e6
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
-        return do(), None
+        return action(), None
     gc.collect()
     with contextlib.suppress(AttributeError):  # not every libc has it
         ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")
     before = _resident("VmRSS")
-    result = do()
+    result = action()
     return result, (_resident("VmHWM") - before) / 1e3
 
 
 def _resident(name: str) -> int:
-    """Return an entry of this process's memory status, in kB."""
+    """Return an entry of the memory status of this process, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 // 1000

@@ -1,14 +1,14 @@
-"""The command `vitrim-export`: the compact network of a run in the formats of other programs.
+"""Export the compact network of a run for other programs; what is written is compared first.
 
     onnx      model.onnx          any number of images at once; compared in onnxruntime
     openvino  model.xml and .bin  the same, compared in OpenVINO; weights in f32, bf16 or int8
     torch     model.pt2           what torch.export.load reads
-    timm      a folder            import vitrim, timm;
+    timm      a folder            import timm, vitrim.deploy.compact;
                                   timm.create_model("local-dir:FOLDER", pretrained=True)
     hf        the same folder     with a model card, ready for a hub
 
-What is written is first compared with the network, then put in the place of an earlier export.
-torch is imported when an export starts, not before.
+The logits of what was written are compared with those of the network; then it replaces an earlier
+export. torch is imported when an export starts, not before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from vitrim.errors import VitrimError
 
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "", "hf": ""}
-"""What each format's path leads to, in its folder; nothing: the folder itself."""
+"""The file of each format, in its folder; empty where it is the folder itself."""
 
 PRECISIONS = ("f32", "bf16", "int8")
 _PACKAGES = {
@@ -34,61 +34,66 @@ _PACKAGES = {
 
 
 class ExportError(VitrimError):
-    """What cannot be exported, or came out wrong."""
+    """A network that cannot be exported, or whose export computes something else."""
 
 
 def export(
     run: Path,
-    to: str,
+    format_name: str,
     *,
     out: Path | None = None,
     precision: str = "f32",
     image_size: int | None = None,
 ) -> tuple[Path, str]:
-    """Write the network saved in `run` in the format `to`.
+    """Write the network saved in `run` in the format `format_name`, one of FILES.
 
-    Files of an earlier export are replaced only once all of the new ones are there.
+    Files of an earlier export are replaced only once all of the new ones are complete.
 
     Returns:
-        The absolute path of what was written, and what its comparison with the network found.
+        The absolute path of what was written, and how far its logits are from the network's.
 
     Raises:
         VitrimError: `run` is no folder that vitrim saved, a package is missing, the format cannot
-            hold the network, or what came out computes something else.
+            hold the network, or the exported network computes something else.
     """
-    _check(to, precision)
+    _check(format_name, precision)
     from vitrim.deploy import formats
-    from vitrim.deploy.runfolder import read
+    from vitrim.deploy.runfolder import read_network
 
-    source = read(run, image_size=image_size)
-    formats.check_images(source)
-    folder = run / "export" / to if out is None else out
-    with _staged(folder.absolute()) as part:
+    saved = read_network(run, image_size=image_size)
+    formats.check_images(saved)
+    folder = run / "export" / format_name if out is None else out
+    with _staged(folder.absolute()) as stage:
         try:
-            match to:
+            match format_name:
                 case "onnx":
-                    said = formats.onnx(source, part / FILES[to])
+                    error = formats.onnx(saved, stage / FILES[format_name])
                 case "openvino":
-                    said = formats.openvino(source, part / FILES[to], precision=precision)
+                    error = formats.openvino(saved, stage / FILES[format_name], precision=precision)
                 case "torch":
-                    said = formats.torch_export(source, part / FILES[to])
+                    error = formats.torch_export(saved, stage / FILES[format_name])
                 case _:
-                    said = formats.timm_folder(source, part, card=to == "hf")
-        except RuntimeError as error:  # what torch.export, torch.onnx and OpenVINO raise
-            raise ExportError(f"--to {to} cannot write or read the network: {error}") from error
-    return (folder / FILES[to]).absolute(), said
+                    error = formats.timm_folder(saved, stage, card=format_name == "hf")
+        except RuntimeError as failure:  # what torch.export, torch.onnx and OpenVINO raise
+            raise ExportError(
+                f"--format {format_name} cannot write or read the network: {failure}"
+            ) from failure
+    return (folder / FILES[format_name]).absolute(), error
 
 
-def _check(to: str, precision: str) -> None:
+def _check(format_name: str, precision: str) -> None:
     """Refuse what cannot work before the network is read."""
-    if precision != "f32" and to != "openvino":
-        raise ExportError(f"--precision {precision}: only --to openvino has it, {to} is in f32")
-    needed = [*_PACKAGES.get(to, ()), *(["nncf"] if precision == "int8" else [])]
+    if precision != "f32" and format_name != "openvino":
+        raise ExportError(
+            f"--precision {precision}: only --format openvino has it, {format_name} is in f32"
+        )
+    needed = [*_PACKAGES.get(format_name, ()), *(["nncf"] if precision == "int8" else [])]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
+        options = f" --precision {precision}" if precision != "f32" else ""
         raise ExportError(
-            f"--to {to}{f' --precision {precision}' if precision != 'f32' else ''} needs "
-            f"{', '.join(missing)}: pip install 'vitrim[export]'"
+            f"--format {format_name}{options} needs {', '.join(missing)}: pip install "
+            "'vitrim[export]'"
         )
 
 
@@ -98,10 +103,10 @@ def _staged(folder: Path) -> Iterator[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+        stage = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
         try:
-            yield part
-            files = sorted(part.iterdir())
+            yield stage
+            files = sorted(stage.iterdir())
             for path in files:
                 path.chmod(0o644)
                 with path.open("rb") as written:
@@ -109,7 +114,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             for path in files:
                 path.replace(folder / path.name)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(stage, ignore_errors=True)
     except BaseException:
         for path in missing:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Writers of exported networks; each reads back what it wrote and compares it with the network."""
+"""Writers of exported networks; each reads its file back and compares it with the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import timm
@@ -19,32 +19,36 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vitrim.deploy.card import model_card
-from vitrim.deploy.runfolder import Source
+from vitrim.deploy.compact import ARCHITECTURE
+from vitrim.deploy.runfolder import Document, SavedNetwork
 from vitrim.errors import VitrimError
 from vitrim.files import PLAN, WEIGHTS
-from vitrim.network import settle
+from vitrim.network import fix_input_size
 from vitrim.plan import dumps
 
+if TYPE_CHECKING:
+    from openvino import Model
+
 LIMIT = 1e-5  # largest error of a logit in float32, relative to the largest logit
-BATCHES = (1, 3)  # compared; the graph is traced with another one
+BATCHES = (1, 3)  # batch sizes that are compared; the graph is traced with another one
 _TRACED = 2
-_ONE_FILE = 2**31 - 2**24  # bytes of weights; a protobuf ends at 2 GiB
+_ONE_FILE = 2**31 - 2**24  # bytes of weights; a protobuf has at most 2 GiB
 
 
 class FormatError(VitrimError):
-    """A network that a format cannot hold, or that came out computing something else."""
+    """A network that a format cannot hold, or whose export computes something else."""
 
 
-def check_images(source: Source) -> None:
+def check_images(saved: SavedNetwork) -> None:
     """Refuse images that the network does not take.
 
     Raises:
-        FormatError: naming their size.
+        FormatError: naming the size of the images.
     """
-    images = source.images
+    images = saved.images
     try:
         with torch.no_grad():
-            source.net(_pictures(_shape(source), 1))
+            saved.net(_noise(_shape(saved), 1))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise FormatError(
             f"the network takes no images of {images.channels} x {images.size[0]} x "
@@ -52,90 +56,90 @@ def check_images(source: Source) -> None:
         ) from None
 
 
-def onnx(source: Source, path: Path) -> str:
-    """Write model.onnx, inputs `images` and outputs `logits`, and return what was found of it.
+def onnx(saved: SavedNetwork, path: Path) -> str:
+    """Write model.onnx, inputs `images` and outputs `logits`, and return its largest error.
 
-    Beyond 2 GiB the weights are in a second file, model.onnx.data.
+    Weights of more than 2 GiB are in a second file, model.onnx.data.
     """
     import onnxruntime
 
-    write_onnx(source.net, _shape(source), path)
+    write_onnx(saved.net, _shape(saved), path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return compared(source, lambda x: session.run(None, {"images": x.numpy()})[0])
+    return max_error(saved, lambda x: session.run(None, {"images": x.numpy()})[0])
 
 
-def openvino(source: Source, path: Path, *, precision: str) -> str:
-    """Write model.xml and model.bin and return what was found of them.
+def openvino(saved: SavedNetwork, path: Path, *, precision: str) -> str:
+    """Write model.xml and model.bin and return their largest error.
 
-    Weights are stored in float32, for bf16 in 16 bits, for int8 in 8 with a scale for each row.
-    What is computed in is chosen when the file is compiled, by INFERENCE_PRECISION_HINT.
+    Weights are stored in float32; for bf16 in 16 bits; for int8 in 8 bits with a scale per row. The
+    precision of the computation is chosen when the file is compiled (INFERENCE_PRECISION_HINT).
     """
     import openvino
 
     core = openvino.Core()
-    between = path.with_name("between.onnx")
-    write_onnx(source.net, _shape(source), between)
-    graph = core.read_model(between)
+    intermediate = path.with_name("between.onnx")
+    write_onnx(saved.net, _shape(saved), intermediate)
+    graph = core.read_model(intermediate)
     if precision == "int8":
         graph = _in_int8(graph)
     openvino.save_model(graph, path, compress_to_fp16=precision == "bf16")
     hint = "bf16" if precision == "bf16" else "f32"
     net = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
-    for rest in path.parent.glob(f"{between.name}*"):
-        rest.unlink()
+    for part in path.parent.glob(f"{intermediate.name}*"):
+        part.unlink()
     limit = LIMIT if precision == "f32" else None
-    return compared(source, lambda x: net([x.numpy()])[0], limit=limit)
+    return max_error(saved, lambda x: net([x.numpy()])[0], limit=limit)
 
 
-def _in_int8(graph: Any) -> Any:
+def _in_int8(graph: Model) -> Model:
     """Return an OpenVINO model with the weights of its matrix products in int8."""
-    os.environ.setdefault("NNCF_CI", "1")  # or it reports its use over the network
-    with _hushed(), redirect_stdout(StringIO()):
+    os.environ.setdefault("NNCF_CI", "1")  # without it nncf reports its use over the network
+    with _quiet(), redirect_stdout(StringIO()):
         import nncf
 
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
 
 
-def torch_export(source: Source, path: Path) -> str:
-    """Write model.pt2, which torch.export.load reads, and return what was found of it."""
-    held = BytesIO()
-    with _hushed():
-        torch.export.save(_program(source.net, _shape(source)), held)
-    path.write_bytes(held.getbuffer())
-    with _hushed():
+def torch_export(saved: SavedNetwork, path: Path) -> str:
+    """Write model.pt2, which torch.export.load reads, and return its largest error."""
+    buffer = BytesIO()
+    with _quiet():
+        torch.export.save(_program(saved.net, _shape(saved)), buffer)
+    path.write_bytes(buffer.getbuffer())
+    with _quiet():
         net = torch.export.load(path).module()
-    return compared(source, net)
+    return max_error(saved, net)
 
 
-def timm_folder(source: Source, folder: Path, *, card: bool) -> str:
-    """Write config.json and model.safetensors, which timm loads, and return what was found.
+def timm_folder(saved: SavedNetwork, folder: Path, *, card: bool) -> str:
+    """Write config.json and model.safetensors, which timm loads, and return the largest error.
 
-    With `card` README.md and plan.json beside them: a folder for a hub of models.
+    `card` adds README.md and plan.json: a folder for a model hub.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in source.net.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in saved.net.state_dict().items()}
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-    (folder / "config.json").write_text(json.dumps(_config(source)))
+    (folder / "config.json").write_text(json.dumps(_config(saved)))
     if card:
-        (folder / PLAN).write_text(dumps(source.plan))
-        (folder / "README.md").write_text(model_card(source))
+        (folder / PLAN).write_text(dumps(saved.plan))
+        (folder / "README.md").write_text(model_card(saved))
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return compared(source, net, limit=0.0)
+    return max_error(saved, net, limit=0.0)
 
 
-def _config(source: Source) -> dict[str, Any]:
-    """Return timm's description of the network: its entrypoint, its arguments, its images."""
-    net, images, args = source.net, source.images, source.plan.model["args"]
-    known: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
-    kept = ("crop_mode", "fixed_input_size", "first_conv", "classifier", "license")
-    described = {key: known[key] for key in kept if known.get(key) is not None}
+def _config(saved: SavedNetwork) -> Document:
+    """Return timm's description of the network: its entrypoint, arguments and images."""
+    net, images, args = saved.net, saved.images, saved.plan.model["args"]
+    known = saved.timm_config
+    copied = ("crop_mode", "fixed_input_size", "first_conv", "classifier", "license")
+    described = {key: known[key] for key in copied if known.get(key) is not None}
     if args.get("dynamic_img_size") or not args.get("strict_img_size", True):
         described["fixed_input_size"] = False
-    plan = json.loads(dumps(source.plan))
+    plan = json.loads(dumps(saved.plan))
     return {
-        "architecture": "vitrim_compact",
+        "architecture": ARCHITECTURE,
         "num_classes": net.num_classes,
         "model_args": {"plan": plan},
         "pretrained_cfg": {
@@ -153,68 +157,68 @@ def _config(source: Source) -> dict[str, Any]:
 def write_onnx(net: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
     """Write `net` as ONNX, for any number of images (C, H, W)."""
     large = sum(tensor.nbytes for tensor in net.state_dict().values()) > _ONE_FILE
-    with _hushed(), redirect_stdout(StringIO()):
-        made = torch.onnx.export(
+    with _quiet(), redirect_stdout(StringIO()):
+        program = torch.onnx.export(
             _program(net, shape),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
             verbose=False,
         )
-        assert made is not None
-        made.save(path, external_data=large)
+        assert program is not None
+        program.save(path, external_data=large)
 
 
 def _program(net: nn.Module, shape: tuple[int, int, int]) -> ExportedProgram:
     """Return the graph of the network for any number of images of one size."""
     net = copy.deepcopy(net)
-    settle(net, shape[1:])
-    x = _pictures(shape, _TRACED)
+    fix_input_size(net, shape[1:])
+    x = _noise(shape, _TRACED)
     batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad(), _hushed():
+    with torch.no_grad(), _quiet():
         return torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
 
 
-def _shape(source: Source) -> tuple[int, int, int]:
-    return (source.images.channels, *source.images.size)
+def _shape(saved: SavedNetwork) -> tuple[int, int, int]:
+    return (saved.images.channels, *saved.images.size)
 
 
-def _pictures(shape: tuple[int, int, int], batch: int) -> Tensor:
-    """Return images (batch, C, H, W) of noise, the same every time."""
+def _noise(shape: tuple[int, int, int], batch: int) -> Tensor:
+    """Return images of noise, (batch, C, H, W), the same at every call."""
     return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(batch))
 
 
-def compared(
-    source: Source, answer: Callable[[Tensor], Any], *, limit: float | None = LIMIT
+def max_error(
+    saved: SavedNetwork, exported: Callable[[Tensor], object], *, limit: float | None = LIMIT
 ) -> str:
-    """Return a sentence on how far `answer`, images to logits, is from the network.
+    """Return a sentence with the largest error of a logit of the exported network.
 
     Args:
-        source: the network.
-        answer: the exported one.
+        saved: the network.
+        exported: computes logits from images.
         limit: of the largest error, relative to the largest logit; None only reports it.
 
     Raises:
-        FormatError: it is further away.
+        FormatError: the error is larger.
     """
     with torch.no_grad():
         pairs = [
-            (torch.as_tensor(answer(x)), source.net(x))
-            for x in (_pictures(_shape(source), batch) for batch in BATCHES)
+            (torch.as_tensor(exported(x)), saved.net(x))
+            for x in (_noise(_shape(saved), batch) for batch in BATCHES)
         ]
-    error = float(torch.stack([(found - said).abs().max() for found, said in pairs]).max())
-    scale = float(torch.stack([said.abs().max() for _, said in pairs]).max())
+    error = float(torch.stack([(logits - ours).abs().max() for logits, ours in pairs]).max())
+    scale = float(torch.stack([ours.abs().max() for _, ours in pairs]).max())
     within = error < float("inf") if limit is None else error <= limit * scale
     sentence = f"max abs error {error:.2e}, logits up to {scale:.3g}"
     if not within:
-        allowed = "a number" if limit is None else f"at most {limit:g} of the latter"
+        allowed = "a number" if limit is None else f"at most {limit:g} of the largest logit"
         raise FormatError(f"{sentence}: expected {allowed}; nothing was written")
     return sentence
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Hold back warnings of exporters, which are about their own insides."""
+def _quiet() -> Iterator[None]:
+    """Suppress the warnings of exporters, which concern their own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

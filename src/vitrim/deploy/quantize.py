@@ -1,11 +1,11 @@
 """Post-training quantisation of a network's Linears to int8, by torchao, without calibration.
 
     int8_weight_only   int8 weights, one scale per output channel; activations stay in float
-    int8_dynamic       the same weights; activations int8 too, one scale per token as it comes by
+    int8_dynamic       the same weights; int8 activations, one scale per token, at run time
 
 Both are symmetric: scale = max |row| / 127.5, values rounded to the nearest and clamped to
--128..127, zero stays zero. Every Linear is quantised, the classifier as well; the patch embedding's
-convolution, norms, biases, tokens and position embeddings stay in float.
+-128..127, zero stays zero. Every Linear is quantised, the classifier included; the patch
+embedding's convolution, norms, biases, tokens and position embeddings stay in float.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,38 +27,39 @@ from vitrim.network.attention import GatheredLinear
 SCHEMES = ("int8_weight_only", "int8_dynamic")
 
 
-def check(schemes: Any, *, accelerator: str) -> None:
+def check(schemes: object, *, accelerator: str) -> None:
     """Refuse what could not be quantised or evaluated on Lightning's `accelerator`.
 
     Raises:
         ConfigError: no list of different schemes, no torchao, or a processor that cannot do it.
     """
     if not isinstance(schemes, list) or any(scheme not in SCHEMES for scheme in schemes):
-        raise ConfigError(f"quantize={_said(schemes)}: expected a list out of {_said(SCHEMES)}")
+        known = _format_schemes(SCHEMES)
+        raise ConfigError(f"quantize={_format_schemes(schemes)}: expected a list out of {known}")
     if len({*schemes}) < len(schemes):
-        raise ConfigError(f"quantize={_said(schemes)}: expected each scheme at most once")
-    _torchao(_said(schemes))
+        raise ConfigError(f"quantize={_format_schemes(schemes)}: expected each scheme at most once")
+    _torchao(_format_schemes(schemes))
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     if "int8_dynamic" in schemes and on_cpu and not is_exact():
         raise ConfigError(
-            f"quantize={_said(schemes)}: the int8 products of this processor overflow, and "
-            "int8_dynamic would be judged by wrong numbers: leave it out, or choose trainer=gpu or "
-            "a processor with VNNI or AMX instructions"
+            f"quantize={_format_schemes(schemes)}: the int8 products of this processor overflow, "
+            "and the accuracy of int8_dynamic would be wrong: omit it, or choose trainer=gpu or a "
+            "processor with VNNI or AMX instructions"
         )
 
 
 def quantized(net: nn.Module, scheme: str) -> nn.Module:
     """Return a copy of `net` whose Linears are int8, for evaluation; `net` is not modified.
 
-    Linears of any width, subclasses included, as long as F.linear reads their weight. Where
-    `is_exact` says no, do not run int8_dynamic on CPU.
+    Linears may have any width and be of a subclass, as long as F.linear reads their weight. Where
+    `is_exact` returns False, do not run int8_dynamic on CPU.
 
     Raises:
         ConfigError: an unknown scheme, or torchao is missing.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme={scheme}: expected one of {', '.join(SCHEMES)}")
-    torchao = _torchao(_said([scheme]))
+    torchao = _torchao(_format_schemes([scheme]))
     configs = {
         "int8_weight_only": torchao.Int8WeightOnlyConfig,
         "int8_dynamic": torchao.Int8DynamicActivationInt8WeightConfig,
@@ -67,35 +68,34 @@ def quantized(net: nn.Module, scheme: str) -> nn.Module:
     _pad_single_inputs(root)
     torchao.quantize_(
         root,
-        configs[scheme](set_inductor_config=False),  # it is the process's, not this net's
+        configs[scheme](set_inductor_config=False),  # a setting of the whole process
         filter_fn=lambda module, name: isinstance(module, nn.Linear),
     )
     return root[0]
 
 
 def megabytes(net: nn.Module) -> float:
-    """Return what the parameters and buffers of `net` hold, in 1e6 bytes.
+    """Return the size of the parameters and buffers of `net` in 1e6 bytes.
 
-    Of an int8 weight that is the integers, a float32 scale and an int8 zero point per output
-    channel.
+    An int8 weight has its integers, and a float32 scale and an int8 zero point per output channel.
     """
     return sum(_bytes(tensor) for tensor in (*net.parameters(), *net.buffers())) / 1e6
 
 
-def record(
+def evaluate_schemes(
     net: nn.Module,
     schemes: Sequence[str],
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
-) -> dict[str, Any]:
-    """Return what a report says of `net` quantised by each scheme: accuracy and megabytes.
+) -> dict[str, object]:
+    """Return the entries of a report about `net` quantised by each scheme: accuracy and megabytes.
 
-    `evaluate` gives top1 and top5 in percent; None where there are no images.
+    `evaluate` returns top1 and top5 in percent; it is None where there are no images.
     """
-    rows = {}
+    rows: dict[str, dict[str, float | None]] = {}
     for scheme in schemes:
-        twin = quantized(net, scheme)
-        accuracy = {"top1": None, "top5": None} if evaluate is None else evaluate(twin)
-        rows[scheme] = {**accuracy, "mb": megabytes(twin)}
+        int8 = quantized(net, scheme)
+        accuracy = {"top1": None, "top5": None} if evaluate is None else evaluate(int8)
+        rows[scheme] = {**accuracy, "mb": megabytes(int8)}
     return {"float_mb": megabytes(net), "quantized": rows}
 
 
@@ -107,31 +107,32 @@ def is_exact() -> bool:
     probe = nn.Linear(64, 64, bias=False, device="meta").to_empty(device="cpu")
     nn.init.ones_(probe.weight)
     with torch.no_grad():
-        found: Tensor = quantized(probe, "int8_dynamic")(torch.ones(2, 64))
-    return bool(found.sub(64).abs().max() < 1)
+        product: Tensor = quantized(probe, "int8_dynamic")(torch.ones(2, 64))
+    return bool(product.sub(64).abs().max() < 1)
 
 
-def _said(schemes: Any) -> str:
-    """Return `schemes` as they stand on the command line."""
+def _format_schemes(schemes: object) -> str:
+    """Return `schemes` as one writes them on the command line."""
     return f"[{','.join(map(str, schemes))}]" if isinstance(schemes, list | tuple) else str(schemes)
 
 
-def _torchao(said: str) -> Any:
-    """Return torchao's quantisation, imported when `said` first needs it."""
+def _torchao(schemes: str) -> ModuleType:
+    """Return torchao's quantisation module, imported when `schemes` first need it."""
     try:
-        with _hushed("torch.utils._pytree", "torchao"):
+        with _quiet("torch.utils._pytree", "torchao"):
             from torchao import quantization
     except ImportError as error:
         raise ConfigError(
-            f"quantize={said}: torchao cannot be imported ({error}): pip install torchao, or "
+            f"quantize={schemes}: torchao cannot be imported ({error}): pip install torchao, or "
             "quantize=[]"
         ) from None
-    return quantization
+    module: ModuleType = quantization
+    return module
 
 
 @contextmanager
-def _hushed(*names: str) -> Iterator[None]:
-    """Hold back these loggers' warnings: of torchao's enums, and of kernels not used here."""
+def _quiet(*names: str) -> Iterator[None]:
+    """Suppress the warnings of these loggers: about torchao's enums and kernels not used here."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -146,8 +147,8 @@ def _hushed(*names: str) -> Iterator[None]:
 def _pad_single_inputs(root: nn.Module) -> None:
     """Let the Linears below `root` that have one input read it twice, with zero weights.
 
-    torchao cannot find the scales of a matrix with one column, and on CPU torch multiplies such
-    int8 matrices wrongly.
+    torchao cannot compute the scales of a matrix with one column, and torch multiplies such int8
+    matrices wrongly on CPU.
     """
     for parent in [*root.modules()]:
         for name, child in [*parent.named_children()]:

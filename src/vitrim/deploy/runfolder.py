@@ -1,41 +1,297 @@
-"""What a run's folder says of its network: the net itself, its images, and how it was made."""
+"""The reader of run folders: report.json, plan.json, diagnostics.json and recipe.yaml.
+
+Every command that reads a run does it here, with one set of checks. Folders of version 0.1.0 are
+read as well. Importing this module imports no torch; `read_network` does, when it is called.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from timm.data import resolve_model_data_config
-from torch import nn
-from yaml import YAMLError
+import yaml
 
-from vitrim.data import ImageSpec
-from vitrim.files import StoreError
-from vitrim.plan import Plan
-from vitrim.store import load
+from vitrim.files import PHASES, PLAN, StoreError
+from vitrim.plan import MAX_BYTES, Plan, loads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitrim.data import ImageSpec
+
+REPORT, RECIPE, DIAGNOSTICS = "report.json", "recipe.yaml", "diagnostics.json"
+FORMAT = 1
+"""Version of report.json."""
+
+Document = dict[str, Any]
+"""A JSON or YAML file with nested keys."""
+Record = Mapping[str, Any]
+"""A report with nested keys joined by dots; `read_run` checks the types of the values."""
+
+SETTINGS = ("latency.batch", "latency.device", "latency.precision", "latency.threads")
+QUANTIZED = ("float_mb", "quantized.")
+"""What the keys of int8 measurements begin with; only runs with `quantize` have them."""
+
+_TEXT, _COUNT, _NUMBER, _MAYBE = (str,), (int,), (int, float), (int, float, type(None))
+_SIDE = {"params": _COUNT, "macs": _COUNT, "top1": _MAYBE, "top5": _MAYBE, "latency_ms": _MAYBE}
+_SIDES = {f"{side}.{name}": kinds for side in ("dense", "compact") for name, kinds in _SIDE.items()}
+MEASURED = (*_SIDES, "cut.top1", "strength")
+"""Keys of a record that are averaged over seeds."""
+_REQUIRED: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("choices.method", "choices.model", "choices.data"), _TEXT),
+    **dict.fromkeys(("series", "target.metric"), _TEXT),
+    **dict.fromkeys(("target.keep", "kept.params", "kept.macs"), _NUMBER),
+    **{"seed": _COUNT, "compact.flops": _COUNT},
+    **{**_SIDES, "cut.top1": _MAYBE, "strength": _MAYBE},
+}
+_OPTIONAL: Mapping[str, tuple[type, ...]] = {
+    **{"choices.experiment": (str, type(None)), "compact.flops_blog": _COUNT},
+    **dict.fromkeys(SETTINGS, (*_MAYBE, str)),
+}
+_RENAMED = {"foretold": "predicted_latency"}
+"""Keys of reports of version 0.1.0, and their names today."""
+_MAX_REPORT, _MAX_RECIPE = 2**22, 2**20  # bytes
+_MAX_KEYS, _MAX_TEXT, _MAX_NUMBER = 10_000, 500, 2.0**63
+_LARGEST = {"top1": 100.0, "top5": 100.0, "strength": 5.0}
+
+
+class RunFolderError(StoreError):
+    """A folder without runs, or a file in a run folder that no run of vitrim wrote."""
+
+
+class Run(NamedTuple):
+    """A finished run: its folder and its report."""
+
+    folder: Path
+    record: Record
+
+
+class Diagnostic(NamedTuple):
+    """What a method saved for figures under one key.
+
+    Args:
+        where: the file and the key, for messages.
+        value: unchecked JSON.
+        notes: the provenance of the step that saved it.
+        is_composed: whether the plan has several steps, one method after another.
+    """
+
+    where: str
+    value: object
+    notes: Mapping[str, object]
+    is_composed: bool
+
+
+def find_runs(roots: Sequence[Path], *, empty: bool = False) -> tuple[list[Path], list[Path]]:
+    """Return the folders of the finished and of the unfinished runs below `roots`.
+
+    Raises:
+        RunFolderError: a root is no folder, or no root holds a finished run and not `empty`.
+    """
+    finished: dict[Path, Path] = {}
+    unfinished: dict[Path, Path] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise RunFolderError(f"{root}: no such folder; a run makes it: vitrim out={root}")
+        for name, children, names in os.walk(root):
+            children[:] = sorted(set(children) - {PHASES})
+            if REPORT in names or RECIPE in names:
+                runs = finished if REPORT in names else unfinished
+                runs.setdefault(Path(name).resolve(), Path(name))
+    if not finished and not empty:
+        raise RunFolderError(
+            f"{', '.join(map(str, roots))}: no {REPORT} below ({len(unfinished)} unfinished runs); "
+            "`vitrim` writes one at the end of each run, for example: vitrim strength=3"
+        )
+    return list(finished.values()), list(unfinished.values())
+
+
+def read_run(folder: Path) -> Run:
+    """Read and check the report of one run.
+
+    The record has one key more: `label`, the method with the options that were given to it.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    path = folder / REPORT
+    record = _flat(read_report(folder))
+    names = (record.get("choices.method"), record.get("variant"))
+    record["label"] = " ".join(name for name in names if isinstance(name, str) and name)
+    schema = {**_REQUIRED, **{key: _MAYBE for key in record if key.startswith(QUANTIZED)}}
+    schema |= {key: kinds for key, kinds in _OPTIONAL.items() if key in record}
+    wrong = [key for key, kinds in schema.items() if type(record.get(key, ...)) not in kinds]
+    if wrong:
+        raise RunFolderError(f"{path}: missing or of a wrong type: {', '.join(wrong)}")
+    absurd = [ascii(key)[1:-1] for key, value in record.items() if not _is_sound(key, value)]
+    if absurd or len(record) > _MAX_KEYS:
+        raise RunFolderError(f"{path}: out of range, or no plain text: {', '.join(absurd[:5])}")
+    return Run(folder, record)
+
+
+def read_report(folder: Path) -> Document:
+    """Return report.json with the keys of today.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    path = folder / REPORT
+    report = _read_json(path, _MAX_REPORT)
+    version = report.get("format") if isinstance(report, dict) else None
+    if not isinstance(report, dict) or version != FORMAT:
+        raise RunFolderError(
+            f"{path}: format={reprlib.repr(version)}: expected {FORMAT}, from a `vitrim` run"
+        )
+    for old, new in _RENAMED.items():
+        if old in report:
+            report.setdefault(new, report.pop(old))
+    return report
+
+
+def read_recipe(folder: Path) -> Document:
+    """Return recipe.yaml, empty where there is none.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(_read_bytes(path, _MAX_RECIPE))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from None
+    groups = ("model", "data")
+    if not isinstance(recipe, dict) or any(type(recipe.get(g, {})) is not dict for g in groups):
+        raise RunFolderError(f"{path} cannot be read: expected keys and values")
+    return recipe
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return plan.json, or None where there is none.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    path = folder / PLAN
+    if not path.is_file():
+        return None
+    try:
+        return loads(_read_bytes(path, MAX_BYTES).decode(errors="replace"))
+    except ValueError as error:
+        raise RunFolderError(f"{path}: {error}; restore it or run again") from None
+
+
+def read_diagnostic(folder: Path, key: str) -> Diagnostic | None:
+    """Return what the method of a run saved under `key`, or None where it saved nothing.
+
+    It is in diagnostics.json; version 0.1.0 wrote it to the provenance in plan.json.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    path, in_plan = folder / DIAGNOSTICS, folder / PLAN
+    diagnostics = _read_json(path, MAX_BYTES) if path.is_file() else {}
+    if not isinstance(diagnostics, dict):
+        raise RunFolderError(f"{path}: expected an object")
+    if key in diagnostics:
+        steps, is_composed = _steps(read_plan(folder))
+        return Diagnostic(f"{path}: {key}", diagnostics[key], steps[-1], is_composed)
+    if not _mentions(in_plan, key):
+        return None
+    steps, is_composed = _steps(read_plan(folder))
+    for step in reversed(steps):
+        if key in step:
+            return Diagnostic(f"{in_plan}: provenance.{key}", step[key], step, is_composed)
+    return None
+
+
+def _mentions(path: Path, key: str) -> bool:
+    """Whether a JSON file may have this key: most plans do not, and need not be parsed."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return f'"{key}"'.encode() in file.read(MAX_BYTES)
+
+
+def _steps(plan: Plan | None) -> tuple[Sequence[Mapping[str, object]], bool]:
+    """Return the provenance of each method that made a plan, and whether one followed another."""
+    provenance = {} if plan is None else plan.provenance
+    steps = provenance.get("steps")
+    if not isinstance(steps, list):
+        return [provenance], False
+    return [step for step in steps if isinstance(step, dict)] or [{}], True
+
+
+def _read_json(path: Path, limit: int) -> object:
+    try:
+        return json.loads(_read_bytes(path, limit).decode(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path}: no valid JSON ({error}); delete it and run again") from None
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"expected at most {limit:,} bytes")
+    return content
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _flat(report: Document) -> Document:
+    """Return the values in `report`, nested keys joined by dots, in their order."""
+    flat: Document = {}
+    pending = [*reversed(report.items())]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}", inner) for name, inner in reversed(value.items())]
+        else:
+            flat[key] = value
+    return flat
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Whether an entry is one that a table can show."""
+    if len(key) > _MAX_TEXT or not key.isprintable():
+        return False
+    match value:
+        case str():
+            return len(value) <= _MAX_TEXT and value.isprintable()
+        case int() | float():
+            return 0 <= value <= _LARGEST.get(key.rpartition(".")[2], _MAX_NUMBER)
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """A network that a run left, in float32, and what is known of it.
+class SavedNetwork:
+    """The compact network of a run, in float32, and what its folder says about it.
 
-    `recipe` and `report` are recipe.yaml and report.json, empty where the folder has none.
+    `recipe` and `report` are recipe.yaml and report.json, empty where the folder has none;
+    `timm_config` is timm's description of the dense weights.
     """
 
     net: nn.Module
     plan: Plan
     images: ImageSpec
-    recipe: Mapping[str, Any]
-    report: Mapping[str, Any]
+    recipe: Document
+    report: Document
+    timm_config: Document
 
 
-def read(folder: Path, *, image_size: int | None = None) -> Source:
-    """Return what is in the folder of a run, or in one that `vitrim.save` wrote.
+def read_network(folder: Path, *, image_size: int | None = None) -> SavedNetwork:
+    """Load the network in the folder of a run, or in one that `vitrim.save` wrote.
 
     Args:
         folder: where plan.json, model.safetensors and manifest.json are.
@@ -45,47 +301,41 @@ def read(folder: Path, *, image_size: int | None = None) -> Source:
         StoreError: a file is missing, damaged or malformed.
         PlanError: the plan is malformed.
     """
+    from vitrim.store import load
+
     net, plan = load(folder)
-    recipe = _document(
-        folder / "recipe.yaml", lambda path: OmegaConf.to_container(OmegaConf.load(path))
-    )
-    report = _document(folder / "report.json", lambda path: json.loads(path.read_text()))
-    said = {key: value for key, value in recipe.get("model", {}).items() if value is not None}
+    recipe = read_recipe(folder)
+    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    preparation = {
+        key: value for key, value in recipe.get("model", {}).items() if value is not None
+    }
     if image_size is not None:
-        said["image_size"] = image_size
-    return Source(
+        preparation["image_size"] = image_size
+    return SavedNetwork(
         net=net.float(),
         plan=plan,
-        images=_images(net, plan, said),
+        images=_image_spec(net, plan, preparation),
         recipe=recipe,
         report=report,
+        timm_config=cast(Document, net.pretrained_cfg),
     )
 
 
-def _document(path: Path, parse: Callable[[Path], Any]) -> dict[str, Any]:
-    """Return the mapping in a file, empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        found = parse(path)
-    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise StoreError(f"{path} cannot be read: expected keys and values")
-    return found
+def _image_spec(net: nn.Module, plan: Plan, preparation: Document) -> ImageSpec:
+    """Return what images the network takes: as timm says, but for what the run set."""
+    from timm.data import resolve_model_data_config
 
+    from vitrim.data import ImageSpec
 
-def _images(net: nn.Module, plan: Plan, said: Mapping[str, Any]) -> ImageSpec:
-    """Return what images the network wants: as timm says, but for what the run set."""
     config = resolve_model_data_config(net)
     args = plan.model["args"]
     channels, height, width = config["input_size"]
-    size = said.get("image_size", args.get("img_size", (height, width)))
+    size = preparation.get("image_size", args.get("img_size", (height, width)))
     return ImageSpec(
         channels=args.get("in_chans", channels),
         size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-        mean=said.get("mean", config["mean"]),
-        std=said.get("std", config["std"]),
+        mean=preparation.get("mean", config["mean"]),
+        std=preparation.get("std", config["std"]),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
     )

@@ -1,10 +1,12 @@
-"""Published numbers, with where they were read and whether that was checked.
+"""Published numbers, with the source of each and whether it was verified.
 
 `published.csv` has one line per row of a paper's table. `evidence` says how its numbers are known:
-`primary` (read in the paper, or in its authors' own page or code), `derived` (computed by their
-code's rules), `quoted` (read in another publication's table), `summary` (second-hand), `memory` or
+`primary` (read in the paper, or in its authors' own page or code), `derived` (computed by the rules
+of their code), `quoted` (read in another publication's table), `summary` (second-hand), `memory` or
 `none` (not recovered). `verified` is no for the last three. `experiment`, `strength` and
 `overrides` say which of our runs is that row; a row without an experiment has no command of ours.
+
+May import: deploy, trainer, budget and what is below them; imports no torch itself.
 """
 
 from __future__ import annotations
@@ -13,11 +15,23 @@ import csv
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vitrim.deploy.runfolder import Record
 from vitrim.paper.aiminify import flops_blog
 
-__all__ = ["Published", "flops_blog", "of_run", "published"]
+__all__ = ["Published", "flops_blog", "match", "published"]
+
+_RENAMED = {
+    "only": "allowed_blocks",
+    "spare": "protected",
+    "reuse": "unit_selection",
+    "dream.power": "synthetic.tv_exponent",
+    "tuning.front": "tuning.freeze_tail",
+    "extra": "extra_blocks",
+    "together": "group_size",
+}
+"""Keys of methods in reports of version 0.1.0, and their names today, where rows have them."""
 
 
 class Published(NamedTuple):
@@ -44,15 +58,15 @@ class Published(NamedTuple):
     overrides: str
 
     @property
-    def standing(self) -> str:
-        """How far the numbers can be relied on: yes, quoted (read elsewhere than there) or no."""
+    def evidence_level(self) -> str:
+        """How reliable the numbers are: yes, quoted (read in another publication) or no."""
         if not self.verified:
             return "no"
         return "quoted" if self.evidence == "quoted" else "yes"
 
     @property
     def command(self) -> str:
-        """What runs this row, but for the folders of images and runs; empty where nothing does."""
+        """What runs this row, without the folders of images and runs; empty where nothing does."""
         if not self.experiment:
             return ""
         strength = "" if self.strength is None else f"strength={self.strength:g}"
@@ -68,11 +82,12 @@ def published() -> tuple[Published, ...]:
     return tuple(_row(line) for line in csv.DictReader(text.splitlines()))
 
 
-def of_run(record: Mapping[str, Any]) -> Published | None:
-    """Return the row that a run reproduces, by its report's flat record, or None.
+def match(record: Record) -> Published | None:
+    """Return the row that a run reproduces, or None.
 
     That is the row of its experiment (or of its method and model of that name), strength and
-    overrides; of several, the one that says most. A run whose method was changed otherwise is none.
+    overrides; of several, the one with the most overrides. A run with other options of the method
+    matches none.
     """
     names = {
         record.get("choices.experiment"),
@@ -83,24 +98,25 @@ def of_run(record: Mapping[str, Any]) -> Published | None:
         for row in published()
         if row.experiment in names
         and row.strength == record["strength"]
-        and _method(row.overrides) == _method(_variant(record))
-        and all(_agrees(word, record) for word in row.overrides.split())
+        and _method_options(row.overrides) == _options_of(record)
+        and all(_agrees(override, record) for override in row.overrides.split())
     ]
     return max(rows, key=lambda row: len(row.overrides), default=None)
 
 
-def _variant(record: Mapping[str, Any]) -> str:
-    words = str(record.get("variant") or "").split()
-    return " ".join(f"method.{word}" for word in words if "=" in word)
+def _options_of(record: Record) -> set[str]:
+    """Return the options of the method that a run was given, as overrides."""
+    options = [word.partition("=") for word in str(record.get("variant") or "").split()]
+    return {f"method.{_RENAMED.get(key, key)}={value}" for key, equals, value in options if equals}
 
 
-def _method(overrides: str) -> set[str]:
+def _method_options(overrides: str) -> set[str]:
     return {word for word in overrides.split() if word.startswith("method.")}
 
 
-def _agrees(word: str, record: Mapping[str, Any]) -> bool:
-    """Whether a run is what an override says; of overrides that no report tells of, True."""
-    key, _, value = word.partition("=")
+def _agrees(override: str, record: Record) -> bool:
+    """Whether a run fits an override; True for overrides that no report records."""
+    key, _, value = override.partition("=")
     match key.split("."):
         case ["model" | "data" | "method"]:
             return bool(record.get(f"choices.{key}") == value)
@@ -108,8 +124,8 @@ def _agrees(word: str, record: Mapping[str, Any]) -> bool:
             images = record.get("choices.data") != "none"
             return bool(images and record.get("samples") == int(value))
         case ["target", metric] if value != "null":
-            found = (record.get("target.metric"), record.get("target.keep"))
-            return found == (metric, float(value))
+            target = (record.get("target.metric"), record.get("target.keep"))
+            return target == (metric, float(value))
         case ["from_run"]:
             return bool(record.get("variant") == f"of {value.removesuffix('_RUN').lower()}")
         case _:
@@ -120,16 +136,16 @@ def _row(line: Mapping[str, str]) -> Published:
     def number(name: str) -> float | None:
         return float(line[name]) if line[name] else None
 
-    def whole(name: str, unit: float) -> int | None:
+    def count(name: str, unit: float) -> int | None:
         value = number(name)
         return None if value is None else round(value * unit)
 
-    macs = whole("macs_G", 1e9)
+    macs = count("macs_G", 1e9)
     return Published(
         **{name: line[name] for name in ("paper", "table", "dataset", "model", "method")},
         setting=line["setting"],
-        params=whole("params_M", 1e6),
-        flops=whole("flops_G", 1e9) or (None if macs is None else 2 * macs),
+        params=count("params_M", 1e6),
+        flops=count("flops_G", 1e9) or (None if macs is None else 2 * macs),
         top1=number("top1"),
         top5=number("top5"),
         source=line["source"],

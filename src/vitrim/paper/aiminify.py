@@ -1,8 +1,8 @@
-"""How AIminify's blog counts, where that is not how it is.
+"""The FLOPs of AIminify's blog, where its count is not the true one.
 
 Its ViT-B and DeiT-B rows are true FLOPs. Its DINOv2 rows count the attention of the hub's xformers
-kernel with tokens and heads mistaken for each other: 4 N H^2 d per block instead of 4 N^2 H d, for
-N tokens and H heads of d dims, which misses 82.4 of 173.5 GFLOPs at 644 pixels.
+kernel with tokens and heads exchanged: 4 N H^2 d per block instead of 4 N^2 H d, for N tokens and H
+heads of d dims. This misses 82.4 of 173.5 GFLOPs at 644 pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vitrim.plan import Plan
 
 XFORMERS = ("dinov2_vits14_lc",)
-"""Networks whose attention the blog ran by xformers."""
+"""Networks whose attention the blog ran with xformers."""
 
 
 def flops_blog(name: str, cost: Cost, plan: Plan) -> int | None:

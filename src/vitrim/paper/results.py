@@ -1,7 +1,8 @@
-"""What we measured and committed: results/*.json, each with its command and provenance.
+"""The measured results in the repository: results/*.json, each with command and provenance.
 
 results/README.md has the format. `setting` is `paper` where a published row was run as its paper
-says; `own` is everything else, which no paper's number stands beside.
+says; `own` is everything else, which is comparable with no paper's number. The installed package
+has no results.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from vitrim.errors import ReportError
+from vitrim.errors import VitrimError
 
-_PACKAGE = Path(__file__).parents[1]
-FOLDERS = (_PACKAGE / "results", _PACKAGE.parents[1] / "results")
-"""Where results are in the wheel, and in the repository."""
+FOLDER = Path(__file__).parents[3] / "results"
+"""Where the repository has its results."""
+
+ABSENT = "Measured results are in vitrim's repository (results/*.json) only; none are shown here."
 
 Figure = Mapping[str, str | int | float | None]
-"""One line of a result: names and numbers, of which `experiment`, `strength` and `overrides` name a
+"""One line of a result: names and numbers; `experiment`, `strength` and `overrides` name a
 published row."""
 
 _SCHEMA: Mapping[str, tuple[type, ...]] = {
@@ -26,6 +28,10 @@ _SCHEMA: Mapping[str, tuple[type, ...]] = {
     **{"commit": (str, type(None)), "note": (str,), "versions": (dict,)},
     **{"seed": (int,), "figures": (list,)},
 }
+
+
+class ResultError(VitrimError):
+    """A file of results/ that is not of the format."""
 
 
 class Result(NamedTuple):
@@ -57,31 +63,30 @@ class Result(NamedTuple):
         return f"{where}; commit {commit}; {versions}. {self.note}".rstrip()
 
 
-def results(folder: Path | None = None) -> list[Result]:
-    """Return the results of `folder`, or those that come with vitrim, by name.
+def results(folder: Path = FOLDER) -> list[Result]:
+    """Return the results in `folder` by name; none where there is no such folder.
 
     Raises:
-        ReportError: a file is not of the format; naming it and what is wrong.
+        ResultError: a file is not of the format; naming it and what is wrong.
     """
-    found = folder or next((path for path in FOLDERS if path.is_dir()), None)
-    return [] if found is None else [_read(path) for path in sorted(found.glob("*.json"))]
+    return [_read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def _read(path: Path) -> Result:
     try:
-        content: Any = json.loads(path.read_text("utf-8"))
+        content: object = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ReportError(f"{path}: no valid JSON ({error})") from None
+        raise ResultError(f"{path}: no valid JSON ({error})") from None
     if not isinstance(content, dict) or content.pop("format", None) != 1:
-        raise ReportError(f"{path}: expected format 1 (results/README.md)")
+        raise ResultError(f"{path}: expected format 1 (results/README.md)")
     content = {"note": "", **content}
     wrong = [key for key in _SCHEMA if type(content.get(key, ...)) not in _SCHEMA[key]]
     wrong += sorted(set(content) - set(_SCHEMA))
-    wrong = wrong or [f"figures.{at}" for at, line in enumerate(content["figures"]) if _bad(line)]
+    wrong = wrong or [f"figures.{i}" for i, line in enumerate(content["figures"]) if _bad(line)]
     if wrong or not content["figures"] or content["setting"] not in ("paper", "own"):
-        said = ", ".join(wrong) or "no figures, or a setting other than paper and own"
-        raise ReportError(
-            f"{path}: missing, unknown or of a wrong type: {said} (results/README.md)"
+        what = ", ".join(wrong) or "no figures, or a setting other than paper and own"
+        raise ResultError(
+            f"{path}: missing, unknown or of a wrong type: {what} (results/README.md)"
         )
     return Result(name=path.stem, **content)
 

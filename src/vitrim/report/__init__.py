@@ -1,4 +1,5 @@
-"""What runs have found, for people: tables, figures, the page, published numbers beside ours.
+"""Reports on finished runs: tables, figures, the HTML page, comparison with published numbers.
 
-May import: method, paper, deploy, trainer, budget and what is below them; imports no torch itself.
+May import: method, paper, deploy, trainer, budget and what is below them. Importing it imports no
+torch, matplotlib or wandb: `vitrim-report --help` and its tables need none of them.
 """

@@ -1,20 +1,20 @@
-"""Our runs beside the published rows that they reproduce."""
+"""Compare our runs with the published rows that they reproduce."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from vitrim.paper import Published, of_run, published
+from vitrim.deploy.table import Lines, markdown_table
+from vitrim.paper import Published, match, published
 from vitrim.report.summary import Row, fixed
 
 HEAD = [
     "row",
     "strength",
     "params",
-    "differs by",
+    "delta",
     "FLOPs as published",
-    "differs by",
+    "delta",
     "true FLOPs",
     "MB",
     "top-1",
@@ -23,16 +23,18 @@ HEAD = [
     "published",
     "verified",
 ]
+TITLE = "Comparison with published numbers"
 NOTE = (
-    "FLOPs as published are by the paper's own count where that is another one; MB are params / "
-    "2^20, one byte each. *lost* is the part of the dense accuracy that is gone, in percent: "
-    "evaluations differ between papers, so compare it before the accuracies."
+    "*delta* is ours minus the published number. FLOPs as published are counted as in the paper "
+    "where its count differs from the true one; MB are params / 2^20, one byte each. *lost* is the "
+    "loss of accuracy in percent of the dense accuracy: evaluations differ between papers, so "
+    "compare it before the accuracies."
 )
 
 
 def comparison(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line per row that a paper published, ours first; a dash stands for unknown."""
-    pairs = [(row, of_run(row.record)) for row in rows]
+    """Return a line per row that a paper published, ours first; a dash means unknown."""
+    pairs = [(row, match(row.record)) for row in rows]
     return [_line(row, paper) for row, paper in pairs if paper is not None]
 
 
@@ -60,7 +62,7 @@ def _line(row: Row, paper: Published) -> list[str]:
         fixed(paper.top1),
         _lost(row.mean("compact.top1"), row.mean("dense.top1")),
         _lost(paper.top1, dense),
-        paper.standing,
+        paper.evidence_level,
     ]
 
 
@@ -74,10 +76,8 @@ def _lost(accuracy: float | None, dense: float | None) -> str:
     return f"{100 * (dense - accuracy) / dense:.2f}"
 
 
-def markdown(lines: Sequence[Sequence[Any]]) -> list[str]:
-    """Return the comparison as lines of Markdown; none if there is nothing to compare."""
+def markdown(lines: Lines) -> list[str]:
+    """Return the comparison as a section of Markdown; none if there is nothing to compare."""
     if not lines:
         return []
-    align = [":---", "---:", *("---:" for _ in HEAD[2:])]
-    grid = [f"| {' | '.join(line)} |" for line in (HEAD, align, *lines)]
-    return ["## Beside the published numbers", "", *grid, "", NOTE, ""]
+    return [f"## {TITLE}", "", *markdown_table([HEAD, *lines], left=1), "", NOTE, ""]

@@ -1,4 +1,4 @@
-"""Draw the figure of a report: accuracy against strength and against MACs."""
+"""Draw the figure of a report: accuracy after and before recovery, by strength and by MACs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitrim.report.summary import NAMES, Row, macs_unit, sections
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+Look = dict[str, Any]
+"""Keyword arguments of matplotlib for one line."""
 
 _COLOURS = (
     "#0072B2",
@@ -26,24 +29,32 @@ _COLOURS = (
     "#000000",
 )  # Okabe-Ito
 _MARKERS = "osD^vPX*"
-_BY_TARGET: dict[str, Any] = {"markerfacecolor": "white", "linestyle": ":"}
-_FAINT: dict[str, Any] = {"linewidth": 0.8, "markersize": 2.5, "alpha": 0.5}
-_DENSE: dict[str, Any] = {"color": "0.5", "linestyle": "--", "linewidth": 1.0}
+_BY_TARGET: Look = {"markerfacecolor": "white", "linestyle": ":"}
+_DENSE: Look = {"color": "0.5", "linestyle": "--", "linewidth": 1.0}
 STYLE = {
     **{"font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
 }
+ACCURACY = ("compact.top1", "top-1 accuracy (%)")
+_BEFORE_RECOVERY = ("cut.top1", "top-1 before recovery (%)")
 
 
 class Panel(NamedTuple):
-    """One panel of the figure: a measure on each axis, and a fainter one on y."""
+    """One panel of the figure: a measure and its label on each axis."""
 
     x: str
     x_label: str
     y: str
     y_label: str
-    faint: str | None = None
     x_size: float = 1.0
+
+
+class Points(NamedTuple):
+    """A line of the figure from left to right; a spread that is not known is nan."""
+
+    x: list[float]
+    y: list[float]
+    std: list[float]
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
@@ -54,13 +65,12 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         both = [Panel("strength", "strength", *macs), Panel("strength", "strength", *params)]
         return both if strength else [Panel(*macs, *params)]
     size, unit = macs_unit(rows)
-    accuracy = ("compact.top1", "top-1 accuracy (%)", "cut.top1")
-    by_macs = Panel("compact.macs", f"kept MACs per image ({unit})", *accuracy, x_size=size)
-    return [Panel("strength", "strength", *accuracy), by_macs] if strength else [by_macs]
+    by_macs = Panel("compact.macs", f"kept MACs per image ({unit})", *ACCURACY, x_size=size)
+    return [Panel("strength", "strength", *ACCURACY), by_macs] if strength else [by_macs]
 
 
 def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the rows of each series under its method, and under what else tells series apart."""
+    """Return the rows of each series under its method, and under what else distinguishes it."""
     series: dict[str, list[Row]] = {}
     for row in rows:
         series.setdefault(row.record["series"], []).append(row)
@@ -79,7 +89,8 @@ def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
     """Return the figure as a PNG: a line per series, error bars of one standard deviation.
 
     Its panels are those `chosen`, or those that suit the rows: where some have an accuracy, the
-    others are left out.
+    others are omitted. Accuracies before recovery are in panels of their own below, with their own
+    axis: they can be far lower.
     """
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -87,16 +98,24 @@ def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
     if not chosen:
         rows = [row for row in rows if row.spreads["compact.top1"]] or rows
         chosen = panels(rows)
-    accuracy = chosen[0].faint is not None
+    accuracy = chosen[0].y == ACCURACY[0]
+    shown = [*chosen, *(_before_recovery(chosen, rows) if accuracy else [])]
+    n_rows = len(shown) // len(chosen)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.0, 3.4), layout="constrained")
-        grid = figure.subplots(1, len(chosen), squeeze=False, sharey=accuracy)[0]
-        for axes, panel in zip(grid, chosen, strict=True):
+        figure = Figure(figsize=(7.0, 1.2 + 2.2 * n_rows), layout="constrained")
+        share_y: Literal["row", "none"] = "row" if accuracy else "none"
+        grid = figure.subplots(n_rows, len(chosen), squeeze=False, sharex="col", sharey=share_y)
+        for axes, panel in zip(grid.flat, shown, strict=True):
             _draw_panel(axes, panel, rows)
-        if accuracy:
-            _scale(grid, rows)
-        handles = _legend(rows, accuracy=accuracy)
-        return png(figure, handles)
+        return png(figure, _legend(rows, accuracy=accuracy))
+
+
+def _before_recovery(chosen: Sequence[Panel], rows: Sequence[Row]) -> list[Panel]:
+    """Return the same panels with the accuracy right after the cut, if any row has one."""
+    y, label = _BEFORE_RECOVERY
+    if all(row.mean(y) is None for row in rows):
+        return []
+    return [panel._replace(y=y, y_label=label) for panel in chosen]
 
 
 def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
@@ -111,7 +130,7 @@ def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
 
 
 def frame(axes: Axes, x_label: str, y_label: str) -> None:
-    """Name the axes and draw a faint grid below what follows."""
+    """Label the axes and draw a faint grid in the background."""
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -119,74 +138,46 @@ def frame(axes: Axes, x_label: str, y_label: str) -> None:
 
 def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     frame(axes, panel.x_label, panel.y_label)
-    wide = [row.record["dense.macs"] for row in rows]
+    dense_macs = [row.record["dense.macs"] for row in rows]
     if panel.x == "strength":
         axes.set(xlim=(-0.25, 5.25), xticks=range(6))
-    elif panel.x == "compact.macs" and max(wide) > 20 * min(wide):
+    elif panel.x == "compact.macs" and max(dense_macs) > 20 * min(dense_macs):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
     for index, series in enumerate(labelled(rows).values()):
         for by_target, part in groupby(series, key=_target_metric):
-            group = list(part)
             look = line_look(index) | (_BY_TARGET if by_target else {})
-            if panel.faint and (points := line_of(group, panel, panel.faint)):
-                axes.plot(points.x, points.y, **look | _FAINT, zorder=1.5)
-            if points := line_of(group, panel, panel.y):
+            if points := line_of([*part], panel, panel.y):
                 axes.errorbar(points.x, points.y, points.std, **look, capsize=2, elinewidth=0.8)
+    if panel.y in (ACCURACY[0], _BEFORE_RECOVERY[0]):
+        axes.label_outer()
+        for level in dense_levels(rows):
+            axes.axhline(level, **_DENSE, zorder=1.4)
 
 
 def _target_metric(row: Row) -> str:
     return row.record["target.metric"] if row.record["strength"] is None else ""
 
 
-class Points(NamedTuple):
-    """A line of the figure from left to right; a spread that is not known is nan."""
-
-    x: list[float]
-    y: list[float]
-    std: list[float]
-
-
 def line_of(rows: Sequence[Row], panel: Panel, y: str) -> Points | None:
     """Return the line of one series in one panel, or None where nothing was measured."""
-    found = [
+    points = [
         (x / panel.x_size, value.mean, math.nan if value.std is None else value.std)
         for row in rows
         if (x := row.mean(panel.x)) is not None and (value := row.spreads[y])
     ]
-    return Points(*map(list, zip(*sorted(found), strict=True))) if found else None
+    return Points(*map(list, zip(*sorted(points), strict=True))) if points else None
 
 
-def line_look(index: int) -> dict[str, Any]:
-    """Return colour and marker of the line with this number, as matplotlib has them."""
+def line_look(index: int) -> Look:
+    """Return colour and marker of the line with this number, as matplotlib takes them."""
     colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
     return {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
 
 
-class Window(NamedTuple):
-    """The accuracies that the figure spans: what lies from `low` to `knee` is squeezed."""
-
-    low: float
-    knee: float
-    high: float
-
-
-def window(rows: Sequence[Row]) -> Window:
-    """Choose the range of y; squeeze accuracies before recovery that would flatten the rest."""
-    finals = [final for row in rows if (final := row.spreads["compact.top1"])]
-    cuts = [mean for row in rows if (mean := row.mean("cut.top1")) is not None]
-    low = min(final.mean - (final.std or 0) for final in finals)
-    high = max([final.mean + (final.std or 0) for final in finals] + dense_levels(rows))
-    bottom, span = min([low, *cuts]), max(high - low, 1.0)
-    margin = 0.06 * span
-    if bottom > low - 2 * span:
-        return Window(bottom - margin, bottom - margin, high + margin)
-    return Window(bottom - 0.06 * (high - bottom), low - 2 * margin, high + margin)
-
-
 def dense_levels(rows: Sequence[Row]) -> list[float]:
-    """Return the dense accuracy per model and data set, each row counting with its seeds."""
+    """Return the dense accuracy per model and data set, each row weighted by its seeds."""
     parts = [[row.spreads["dense.top1"] for row in part] for part in sections(rows).values()]
     known = [[value for value in part if value] for part in parts]
     return [
@@ -194,38 +185,6 @@ def dense_levels(rows: Sequence[Row]) -> list[float]:
         for part in known
         if part
     ]
-
-
-def _scale(grid: Sequence[Axes], rows: Sequence[Row]) -> None:
-    low, knee, high = window(rows)
-    grid[0].set_ylim(low, high)
-    for axes in grid:
-        axes.label_outer()
-        for level in dense_levels(rows):
-            axes.axhline(level, **_DENSE, zorder=1.4)
-    if knee > low:
-        _squeeze(grid, low, knee, high)
-
-
-def _squeeze(grid: Sequence[Axes], low: float, knee: float, high: float) -> None:
-    import numpy as np
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    values, places = [low, knee, high], [0.0, 0.3, 1.0]
-    there, back = (lambda y: np.interp(y, values, places)), (lambda y: np.interp(y, places, values))
-    grid[0].set_yscale("function", functions=(there, back))
-    last, steps = knee - 0.2 * (knee - low), [1, 2, 5, 10]
-    below = MaxNLocator(3, steps=steps).tick_values(low, last)
-    above = MaxNLocator(6, steps=steps).tick_values(knee, high)
-    ticks = [tick for tick in (*below, *above) if low <= tick <= last or knee <= tick <= high]
-    grid[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    for axes in grid:
-        axes.axhline(knee, color="0.6", linewidth=0.6, linestyle=":")
-        for shift in (-0.012, 0.012):  # two slashes across the axis, where its scale changes
-            slash = Line2D([0], [places[1] + shift], color="black", clip_on=False)
-            slash.set(transform=axes.transAxes, marker=[(-1, -0.6), (1, 0.6)], markersize=7)
-            axes.add_artist(slash)
 
 
 def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
@@ -237,14 +196,11 @@ def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
     if any(_target_metric(row) for row in rows):
         look = line_look(0) | _BY_TARGET | {"color": "0.4"}
         handles.append(Line2D([], [], label="by target", **look))
-    if accuracy and any(row.mean("cut.top1") is not None for row in rows):
-        look = line_look(0) | _FAINT | {"color": "0.4"}
-        handles.append(Line2D([], [], label="before recovery", **look))
     if accuracy and dense_levels(rows):
         handles.append(Line2D([], [], label="dense", **_DENSE))
     return handles
 
 
 def _columns(labels: Sequence[str]) -> int:
-    widths = [len(label) + 9 for label in labels]  # the nine stand for the line beside a label
+    widths = [len(label) + 9 for label in labels]  # nine characters for the line of each label
     return len(labels) if sum(widths) <= 105 else max(1, 105 // max(widths))

@@ -9,26 +9,42 @@ import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from vitrim.deploy.runfolder import Run, read_plan
+from vitrim.deploy.table import Lines
 from vitrim.errors import VitrimError
-from vitrim.jobs.status import became
-from vitrim.paper import of_run, published
-from vitrim.plan import MAX_BYTES, loads
-from vitrim.report.heatmap import Map, left
-from vitrim.report.summary import Run, fixed
+from vitrim.jobs.status import status_of
+from vitrim.paper import match, published
+from vitrim.report import compare
+from vitrim.report.heatmap import Heatmap, heatmap
+from vitrim.report.summary import budget_of, fixed
 
 ALTS = {
-    "curve.png": "Accuracy against strength and against MACs",
-    "energy.png": "Energy kept against the share of the full rank",
-    "ranks.png": "Accuracy against kept parameters",
-    "error.png": "Output error against rank",
-    "scores.png": "Scores of trials against the accuracy that each block costs",
+    "curve.png": "Accuracy by strength and by MACs",
+    "energy.png": "Energy kept by the share of the full rank",
+    "ranks.png": "Accuracy by kept parameters",
+    "error.png": "Output error by rank",
+    "scores.png": "Scores of trials and the accuracy that each block costs",
 }
 _FILES = ("report.json", "plan.json", "recipe.yaml", "bench.json")
+
+
+class Tables(NamedTuple):
+    """The tables of a page, headings first, and the sentences that belong to them.
+
+    `results` are pairs of a caption and a table; `int8` and `compared` may be empty.
+    """
+
+    results: Sequence[tuple[str, Lines]]
+    int8: Lines
+    int8_note: str
+    compared: Lines
+    commits: str
+    settings: str
 
 
 class _Finished(NamedTuple):
@@ -36,7 +52,7 @@ class _Finished(NamedTuple):
     link: str
     cells: list[str]
     files: list[tuple[str, str]]
-    map: Map | None
+    map: Heatmap | None
     problem: str
 
 
@@ -52,34 +68,33 @@ def html(
     runs: Sequence[Run],
     unfinished: Sequence[Path],
     pictures: Mapping[str, bytes],
-    **parts: Any,
+    tables: Tables,
 ) -> str:
-    """Return the page that will lie in `folder`.
-
-    `pictures` are PNGs by name; `parts` the tables (lists of lines of cells, headings first) and
-    sentences that page.html names.
-    """
-    places = Environment(
+    """Return the page that will be saved in `folder`; `pictures` are PNGs by name."""
+    templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
     finished = [_finished(run, folder) for run in runs]
-    return places.get_template("page.html").render(
+    blocks = {block for run in finished if run.map for block in run.map.blocks}
+    return templates.get_template("page.html").render(
         runs=finished,
         unfinished=[_unfinished(run, folder) for run in unfinished],
         pictures=[(name, b64encode(content).decode()) for name, content in pictures.items()],
         alts=ALTS,
-        absent=absent(runs),
-        places={block: _short(block) for run in finished if run.map for block in run.map.blocks},
-        **parts,
+        comparison=compare.TITLE,
+        comparison_note=compare.NOTE,
+        not_run=not_run(runs),
+        block_numbers={block: _numbers(block) for block in blocks},
+        tables=tables,
     )
 
 
-def absent(runs: Sequence[Run]) -> list[list[str]]:
+def not_run(runs: Sequence[Run]) -> list[list[str]]:
     """Return headings, and a line per published row that none of the runs reproduces."""
-    found = [of_run(run.record) for run in runs]
+    reproduced = [match(run.record) for run in runs]
     head = ["paper", "table", "model", "method", "setting", "MACs G", "top-1", "verified"]
     return [
         head,
@@ -91,18 +106,15 @@ def absent(runs: Sequence[Run]) -> list[list[str]]:
                 "yes" if row.verified else "no",
             ]
             for row in published()
-            if row not in found
+            if row not in reproduced
         ),
     ]
 
 
 def _finished(run: Run, folder: Path) -> _Finished:
     record = run.record
-    aim = f"{record['target.metric']}={record['target.keep']}"
-    if record["strength"] is not None:
-        aim = f"strength {record['strength']:g}"
-    names = (record["label"], record["choices.model"], record["choices.data"], aim)
-    found, problem = _map(run)
+    names = (record["label"], record["choices.model"], record["choices.data"], budget_of(record))
+    kept, problem = _heatmap(run)
     return _Finished(
         label=f"{', '.join(names)}, seed {record['seed']}",
         link=_link(run.folder, folder),
@@ -117,37 +129,35 @@ def _finished(run: Run, folder: Path) -> _Finished:
             for name in _FILES
             if (run.folder / name).is_file()
         ],
-        map=found,
+        map=kept,
         problem=problem,
     )
 
 
-def _map(run: Run) -> tuple[Map | None, str]:
+def _heatmap(run: Run) -> tuple[Heatmap | None, str]:
     """Return the heat map of a run's plan, or why there is none."""
-    path = run.folder / "plan.json"
-    if not path.is_file():
-        return None, "There is no plan.json in its folder."
-    with path.open("rb") as file:
-        text = file.read(MAX_BYTES + 1).decode(errors="replace")
     try:
-        found = left(loads(text))
+        plan = read_plan(run.folder)
+        if plan is None:
+            return None, "There is no plan.json in its folder."
+        kept = heatmap(plan)
     except VitrimError as error:
         return None, f"plan.json: {error}"
-    return (found, "") if found.kinds else (None, "Nothing was removed.")
+    return (kept, "") if kept.kinds else (None, "Nothing was removed.")
 
 
 def _unfinished(path: Path, folder: Path) -> _Unfinished:
-    return _Unfinished(f"{path.parent.name}/{path.name}", _link(path, folder), *became(path))
+    return _Unfinished(f"{path.parent.name}/{path.name}", _link(path, folder), *status_of(path))
 
 
 def _link(path: Path, folder: Path) -> str:
     return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
-def _short(block: str) -> str:
+def _numbers(block: str) -> str:
     """Return the numbers in a block's path.
 
-    >>> _short("layers.0.blocks.11")
+    >>> _numbers("layers.0.blocks.11")
     '0.11'
     """
     return ".".join(part for part in block.split(".") if part.isdigit())

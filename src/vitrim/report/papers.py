@@ -1,36 +1,37 @@
-"""Every published row of the four sources, ours beside it; and what we measured elsewhere."""
+"""Every published row of the four sources with our numbers; and our results in other settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vitrim.paper import Published, of_run, published
+from vitrim.deploy.table import Lines
+from vitrim.paper import Published, match, published
 from vitrim.paper.results import Result
 from vitrim.report.summary import Row, fixed
 
 SOURCES = ("VTP", "AIminify blog", "DC-ViT", "Mixed-rank (2402.06004)")
 OTHER_COUNT = ("DC-ViT",)
-"""Papers whose MACs leave the products of attention out: ours are no smaller for that."""
+"""Papers whose MACs omit the matrix products of attention: ours are not comparable with them."""
 HEAD = [
-    *("table", "network", "what"),
-    *("params M", "ours", "differs by"),
-    *("MACs G", "ours", "differs by"),
-    *("top-1", "ours", "differs by"),
-    *("known from", "verified"),
+    *("table", "network", "method"),
+    *("params M", "ours", "delta"),
+    *("MACs G", "ours", "delta"),
+    *("top-1", "ours", "delta"),
+    *("evidence", "verified"),
 ]
 NOT_RUN = "not run"
 NOTE = (
-    "A dash: not known. *known from* says how a published number was read: primary (in the paper, "
-    "or its authors' own page or code), derived (by their code's rules), quoted (in another "
-    "publication's table), summary (second-hand), memory, none (not recovered). DC-ViT counts MACs "
-    "in another way, so they are not subtracted. Accuracies of AIminify are by an evaluation of "
-    "its own: compare what is lost."
+    "A dash: not known. *delta* is ours minus the published number. *evidence* says how a "
+    "published number is known: primary (read in the paper, or its authors' own page or code), "
+    "derived (by the rules of their code), quoted (read in another publication's table), summary "
+    "(second-hand), memory, none (not recovered). DC-ViT counts MACs in another way, so there is "
+    "no delta. Accuracies of AIminify are by an evaluation of its own: compare what is lost."
 )
 
 
 class Ours(NamedTuple):
-    """What we have of a published row; None is what was not measured."""
+    """Our numbers for a published row; None is what was not measured."""
 
     params: int | None
     flops: int | None
@@ -38,11 +39,11 @@ class Ours(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A table: its title, headings and lines, and a note below."""
+    """A table with its title, and a note below; its first `left` columns are texts."""
 
     title: str
-    head: Sequence[str]
-    lines: Sequence[Sequence[str]]
+    lines: Lines
+    left: int
     note: str = ""
 
 
@@ -52,8 +53,11 @@ def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
     papers = [
         Section(
             f"{source}: published and ours",
-            HEAD,
-            [_line(row, known.get(_key(row))) for row in published() if row.paper == source],
+            [
+                HEAD,
+                *(_line(row, known.get(_key(row))) for row in published() if row.paper == source),
+            ],
+            left=3,
         )
         for source in SOURCES
     ]
@@ -64,9 +68,9 @@ def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
 def commands() -> list[tuple[str, str]]:
     """Return the names of the rows that a command of ours runs, and that command."""
     return [
-        (", ".join(filter(None, (row.paper, row.table, row.model, row.method, row.setting))), said)
+        (", ".join(filter(None, (row.paper, row.table, row.model, row.method, row.setting))), words)
         for row in published()
-        if row.paper in SOURCES and (said := row.command)
+        if row.paper in SOURCES and (words := row.command)
     ]
 
 
@@ -78,13 +82,13 @@ def _key(row: Published) -> _Key:
 
 
 def _ours(rows: Sequence[Row], results: Sequence[Result]) -> Iterator[tuple[_Key, Ours]]:
-    """Iterate over what we have, the best last: results, runs without images, runs with them."""
+    """Iterate over our numbers, the best last: results, runs without images, runs with them."""
     for result in results:
         if result.setting == "paper":
             for figure in result.figures:
                 yield _committed(figure)
     for row in sorted(rows, key=lambda row: row.mean("compact.top1") is not None):
-        paper = of_run(row.record)
+        paper = match(row.record)
         if paper is not None:
             record = row.record
             flops = record.get("compact.flops_blog", record["compact.flops"])
@@ -102,8 +106,8 @@ def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ou
         None if flops is None else round(flops),
         number("top1"),
     )
-    words = (str(figure.get("experiment")), number("strength"), str(figure.get("overrides") or ""))
-    return words, ours
+    key = (str(figure.get("experiment")), number("strength"), str(figure.get("overrides") or ""))
+    return key, ours
 
 
 def _line(row: Published, ours: Ours | None) -> list[str]:
@@ -113,34 +117,34 @@ def _line(row: Published, ours: Ours | None) -> list[str]:
         row.table,
         row.model,
         ", ".join(filter(None, (row.method, row.setting))),
-        *_pair(row.params, params, 1e6),
-        *_pair(row.flops, flops, 2e9, instead=macs),
-        *_pair(row.top1, top1),
+        *_triple(row.params, params, 1e6),
+        *_triple(row.flops, flops, 2e9, instead=macs),
+        *_triple(row.top1, top1),
         row.evidence,
-        row.standing,
+        row.evidence_level,
     ]
 
 
-def _pair(
+def _triple(
     theirs: float | None, ours: float | None, unit: float = 1, *, instead: str | None = None
 ) -> list[str]:
     """Return a published number, ours and the difference, in this unit."""
     form = ".2f" if unit == 1 else ".3f"
     scaled = [None if value is None else value / unit for value in (theirs, ours)]
     difference = None if theirs is None or ours is None else ours - theirs
-    said = "-" if difference is None else f"{difference / unit:+{form}}" if difference else "0"
+    text = "-" if difference is None else f"{difference / unit:+{form}}" if difference else "0"
     return [
         fixed(scaled[0], form),
         NOT_RUN if ours is None else fixed(scaled[1], form),
-        instead or said,
+        instead or text,
     ]
 
 
 def _own(result: Result) -> Section:
+    head = [name.replace("_", " ") for name in result.columns]
     lines = [[_cell(figure.get(name)) for name in result.columns] for figure in result.figures]
     note = f"`{result.command}`. {result.provenance}"
-    title = f"Ours, in a setting that is no paper's: {result.title}"
-    return Section(title, [name.replace("_", " ") for name in result.columns], lines, note)
+    return Section(f"Our own setting: {result.title}", [head, *lines], left=1, note=note)
 
 
 def _cell(value: str | int | float | None) -> str:

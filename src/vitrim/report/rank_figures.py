@@ -1,9 +1,9 @@
-"""Draw what the mixed-rank paper (arXiv 2402.06004) draws, from the runs of a report.
+"""Draw the figures of the mixed-rank paper (arXiv 2402.06004) from the runs of a report.
 
 energy.png is its figure 1, ranks.png its figure 2, error.png its figure 3. The first and the last
-need the curves that a run leaves in its plan.json (`vitrim.method.mixed_rank.metric.curves`); a
-panel shows the first run of a series. Ours: the error of the truncated SVD beside that of the run's
-decomposition.
+need the curves that a run writes to diagnostics.json
+(`vitrim.method.mixed_rank.metric.rank_curves`); a panel shows the first run of a series. Our
+addition: the error of the truncated SVD next to that of the run's decomposition.
 """
 
 from __future__ import annotations
@@ -12,30 +12,38 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from operator import lt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from vitrim.errors import ReportError
-from vitrim.plan import MAX_BYTES, PlanError, loads
-from vitrim.report.figure import STYLE, Panel, draw, frame, labelled, line_look, line_of, png
-from vitrim.report.summary import NAMES, Row, Run
+from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
+from vitrim.report.figure import (
+    ACCURACY,
+    STYLE,
+    Look,
+    Panel,
+    draw,
+    frame,
+    labelled,
+    line_look,
+    line_of,
+    png,
+)
+from vitrim.report.summary import NAMES, Row
 
 MAX_POINTS = 10_000
 MAX_CHARTS = 12
 _KEYS = ("rank", "energy", "error", "plain_error")
-_MOST = {"energy": 1.0, "error": 1e6, "plain_error": 1e6}
+_LARGEST = {"energy": 1.0, "error": 1e6, "plain_error": 1e6}
 _NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)  # nothing that a label would take for mathematics
 _MATRIX = re.compile(r"((?:[\w-]+\.)*blocks\.\d{1,9})\.([\w.-]+)", re.ASCII)
-_RANKS = Panel(
-    *("kept_params", "kept parameters (%)", "compact.top1", "top-1 accuracy (%)", "cut.top1")
-)
+_RANKS = Panel("kept_params", "kept parameters (%)", *ACCURACY)
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 
 
-class Traced(NamedTuple):
-    """A run that left curves, by layer: its record and the metric of its decompositions."""
+class RunCurves(NamedTuple):
+    """The curves of one run, by layer, with its record and the metric of its decompositions."""
 
-    record: Mapping[str, Any]
+    record: Record
     decomposition: str
     curves: Curves
 
@@ -50,73 +58,53 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One panel: a title and lines, of which those with the same label have the same colour."""
+    """One panel: a title and lines; those with the same label have the same colour."""
 
     title: str
     lines: list[Line]
 
 
 def figures(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, bytes]:
-    """Return the PNGs that these runs give something to draw for, by file name.
+    """Return the PNGs for which these runs have data, by file name.
 
     Raises:
-        ReportError: curves that no run of vitrim wrote.
+        RunFolderError: curves that no run of vitrim wrote.
     """
-    found = [traced for run in runs if (traced := read_curves(run))]
+    curves = [of_run for run in runs if (of_run := read_curves(run))]
     pictures = {}
-    if energy := energy_charts(found):
+    if energy := energy_charts(curves):
         pictures["energy.png"] = _draw(energy, "share of the full rank (%)", "energy kept (%)")
     if ranks := rank_rows(rows):
         pictures["ranks.png"] = draw(ranks, [_RANKS])
-    if error := error_charts(found):
+    if error := error_charts(curves):
         pictures["error.png"] = _draw(error, "rank", "normalised output error")
     return pictures
 
 
-def read_curves(run: Run) -> Traced | None:
-    """Return the curves in the plan of a run, or None where there are none.
+def read_curves(run: Run) -> RunCurves | None:
+    """Return the curves that a run saved, or None where there are none.
 
     Raises:
-        ReportError: naming the file and what is wrong with it.
+        RunFolderError: naming the file and what is wrong with it.
     """
-    path, provenance = run.folder / "plan.json", provenance_of(run, "curves")
-    steps = provenance.get("steps")  # of a run that began with another one, the last with curves
-    for step in steps if isinstance(steps, list) else ():
-        if isinstance(step, dict) and "curves" in step:
-            provenance = step
-    curves, named = provenance.get("curves") or {}, provenance.get("decomposition")
+    diagnostic = read_diagnostic(run.folder, "curves")
+    if diagnostic is None or not diagnostic.value:
+        return None
+    where, curves = diagnostic.where, diagnostic.value
     if not isinstance(curves, dict):
-        raise ReportError(f"{path}: provenance.curves: expected an object, by layer")
+        raise RunFolderError(f"{where}: expected an object, by layer")
     for name, curve in curves.items():
         if not _NAME.fullmatch(name) or not _fits(curve):
-            raise ReportError(
-                f"{path}: provenance.curves: {reprlib.repr(name)}: expected the path of a layer, "
-                f"and equally long lists of numbers in range, ranks rising: {', '.join(_KEYS)}"
+            raise RunFolderError(
+                f"{where}: {reprlib.repr(name)}: expected the path of a layer, and equally long "
+                f"lists of numbers in range, ranks rising: {', '.join(_KEYS)}"
             )
-    decomposition = named if isinstance(named, str) and _NAME.fullmatch(named) else "decomposition"
-    return Traced(run.record, decomposition, curves) if curves else None
+    name = diagnostic.notes.get("decomposition")
+    decomposition = name if isinstance(name, str) and _NAME.fullmatch(name) else "decomposition"
+    return RunCurves(run.record, decomposition, curves)
 
 
-def provenance_of(run: Run, key: str) -> Mapping[str, Any]:
-    """Return the provenance in the plan of a run; nothing where the plan does not speak of `key`.
-
-    Raises:
-        ReportError: naming the file and what is wrong with it.
-    """
-    path = run.folder / "plan.json"
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if f'"{key}"'.encode() not in content:  # most plans: nothing to parse
-        return {}
-    try:
-        return loads(content.decode(errors="replace")).provenance
-    except PlanError as error:
-        raise ReportError(f"{path}: {error}; restore it or run again") from None
-
-
-def _fits(curve: Any) -> bool:
+def _fits(curve: object) -> bool:
     if not isinstance(curve, dict) or not curve.keys() >= {*_KEYS}:
         return False
     rank = curve["rank"]
@@ -126,22 +114,22 @@ def _fits(curve: Any) -> bool:
         rank[0] > 0
         and rank[-1] <= 2**31
         and all(map(lt, rank, rank[1:]))
-        and all(_in_range(curve[key], len(rank), most) for key, most in _MOST.items())
+        and all(_in_range(curve[key], len(rank), largest) for key, largest in _LARGEST.items())
     )
 
 
-def _in_range(values: Any, length: int, most: float) -> bool:
+def _in_range(values: object, length: int, largest: float) -> bool:
     return (
         isinstance(values, list)
         and len(values) == length
-        and all(type(value) in (int, float) and 0 <= value <= most for value in values)
+        and all(type(value) in (int, float) and 0 <= value <= largest for value in values)
     )
 
 
-def energy_charts(found: Sequence[Traced]) -> list[Chart]:
+def energy_charts(curves: Sequence[RunCurves]) -> list[Chart]:
     """Return what every matrix of the first block keeps, in percent; each network once."""
     charts = []
-    for run in _first_of_series(found):
+    for run in _first_of_series(curves):
         matrices = [match for name in run.curves if (match := _MATRIX.fullmatch(name))]
         if not matrices:
             continue
@@ -159,9 +147,9 @@ def _share_line(label: str, curve: Mapping[str, Sequence[float]]) -> Line:
     return Line(label, [100 * r / full for r in curve["rank"]], [100 * e for e in curve["energy"]])
 
 
-def error_charts(found: Sequence[Traced]) -> list[Chart]:
+def error_charts(curves: Sequence[RunCurves]) -> list[Chart]:
     """Return the output errors of the first, a middle and the last attention projection."""
-    runs = _first_of_series(found)
+    runs = _first_of_series(curves)
     names = labelled([Row(run.record, {}) for run in runs])
     titles = {part[0].record["series"]: name for name, part in names.items()}
     charts = []
@@ -181,19 +169,22 @@ def error_charts(found: Sequence[Traced]) -> list[Chart]:
 
 def rank_rows(rows: Sequence[Row]) -> list[Row]:
     """Return the mixed_rank rows with an accuracy, if any series has two of them or more."""
-    found = [row for row in rows if row.record["choices.method"] == "mixed_rank"]
-    found = [row for row in found if row.spreads["compact.top1"]]
-    lines = [line_of(part, _RANKS, _RANKS.y) for part in labelled(found).values()]
-    return found if any(line and len(line.x) > 1 for line in lines) else []
+    with_accuracy = [
+        row
+        for row in rows
+        if row.record["choices.method"] == "mixed_rank" and row.spreads["compact.top1"]
+    ]
+    lines = [line_of(part, _RANKS, _RANKS.y) for part in labelled(with_accuracy).values()]
+    return with_accuracy if any(line and len(line.x) > 1 for line in lines) else []
 
 
-def _first_of_series(found: Sequence[Traced]) -> list[Traced]:
+def _first_of_series(curves: Sequence[RunCurves]) -> list[RunCurves]:
     """Return one run per series: curves do not depend on its strength."""
-    return [*{run.record["series"]: run for run in reversed(found)}.values()][::-1]
+    return [*{run.record["series"]: run for run in reversed(curves)}.values()][::-1]
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sort numbers in a path by value."""
+    """Return a key that sorts the numbers in a path by value."""
     return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in name.split("."))
 
 
@@ -205,7 +196,7 @@ def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
     shown = charts[:MAX_CHARTS]
     labels = [*dict.fromkeys(line.label for chart in shown for line in chart.lines)]
     looks = {label: line_look(i) | {"markersize": 2.5} for i, label in enumerate(labels)}
-    dashed: dict[str, Any] = {"linestyle": "--", "marker": "", "linewidth": 1.0}
+    dashed: Look = {"linestyle": "--", "marker": "", "linewidth": 1.0}
     columns = min(2, len(shown))
     height = -(-len(shown) // columns)
     with style.context(["default", STYLE]):

@@ -1,66 +1,89 @@
-"""The record of a run: the numbers of its report.json."""
+"""The numbers of report.json: the dense network, the compact one, and what was kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target
-from vitrim.measure import Count, Latency, count
+from vitrim.deploy.runfolder import FORMAT
+from vitrim.paper import flops_blog
 from vitrim.plan import Plan
 
+if TYPE_CHECKING:
+    from vitrim.budget.cost import Cost
+    from vitrim.budget.target import Target
+    from vitrim.measure import Count, Latency
+
 Accuracy = Mapping[str, float] | None
-
-
-"""Percent by name (top1, top5), or None where no images were at hand."""
+"""Percent by name (top1, top5), or None where there were no images."""
 
 
 def record(
-    nets: tuple[nn.Module, nn.Module],
     cost: Cost,
+    compact_count: Count,
     plan: Plan,
     times: Sequence[Latency],
     dense_accuracy: Accuracy,
     stages: Mapping[str, Accuracy],
-    budget: Target,
-) -> dict[str, Any]:
-    """Return the numbers of a report: the dense net, the compact one, and what was kept.
+    target: Target,
+) -> dict[str, object]:
+    """Return the numbers of a report.
 
-    `stages` are the compact net's accuracies right after the cut and after each phase that
-    followed. The compact net is counted, and the closed formula must agree.
+    Args:
+        cost: the closed formula of the dense network, with its count.
+        compact_count: of the compact network; the formula must agree.
+        plan: from the dense network to the compact one.
+        times: latency of the dense and of the compact network.
+        dense_accuracy: of the dense network.
+        stages: accuracy of the compact network right after the cut and after each phase of the
+            recovery.
+        target: what was allowed to remain.
     """
-    sizes = [Count(*cost.dense_count), count(nets[1], cost.input_size)]
     formula = cost.plan(plan)
-    if (formula.params, formula.macs) != sizes[1][:2]:
-        raise AssertionError(f"the plan's formula gives {formula}, the counter {sizes[1]}")
-    sides = [
-        {**size._asdict(), **_percent(accuracy), **_milliseconds(latency)}
-        for size, accuracy, latency in zip(
-            sizes, (dense_accuracy, [*stages.values()][-1]), times, strict=True
-        )
-    ]
+    if (formula.params, formula.macs) != (compact_count.params, compact_count.macs):
+        raise AssertionError(f"the plan's formula gives {formula}, the counter {compact_count}")
+    dense_count, final = cost.dense_count, [*stages.values()][-1]
+    dense = _side(dense_count, dense_accuracy, times[0], _flops_blog(cost, plan, edits=False))
+    compact = _side(compact_count, final, times[1], _flops_blog(cost, plan, edits=True))
     return {
-        "format": 1,
-        "dense": sides[0],
-        "compact": sides[1],
+        "format": FORMAT,
+        "dense": dense,
+        "compact": compact,
         "cut": _percent(stages["cut"]),
         "stages": {name: _percent(accuracy) for name, accuracy in stages.items()},
-        "target": {"metric": budget.metric, "keep": budget.keep},
-        "kept": {name: sides[1][name] / sides[0][name] for name in ("params", "macs")},
+        "target": {"metric": target.metric, "keep": target.keep},
+        "kept": {
+            "params": compact_count.params / dense_count.params,
+            "macs": compact_count.macs / dense_count.macs,
+        },
     }
 
 
-def _milliseconds(latency: Latency) -> dict[str, Any]:
+def _side(
+    counted: Count, accuracy: Accuracy, latency: Latency, published_flops: int | None
+) -> dict[str, object]:
+    return {
+        **counted._asdict(),
+        **_percent(accuracy),
+        **_milliseconds(latency),
+        **({} if published_flops is None else {"flops_blog": published_flops}),
+    }
+
+
+def _flops_blog(cost: Cost, plan: Plan, *, edits: bool) -> int | None:
+    """Return the FLOPs of one side as AIminify's blog counts them, where that differs."""
+    part = plan if edits else Plan(model=plan.model, edits=())
+    return flops_blog(str(plan.model.get("name")), cost, part)
+
+
+def _milliseconds(latency: Latency) -> dict[str, object]:
     blocks = {name: [part.mean, part.std] for name, part in latency.blocks.items()}
-    found = {
+    return {
         "latency_ms": latency.median,
         "latency_mean_ms": latency.mean,
         "latency_std_ms": latency.std,
+        **({"blocks_ms": blocks} if blocks else {}),
     }
-    return found | ({"blocks_ms": blocks} if blocks else {})
 
 
 def _percent(accuracy: Accuracy) -> dict[str, float | None]:

@@ -1,23 +1,20 @@
-"""How well trials of dense compression foresee what a block costs: DC-ViT's figure 4.
+"""How well the trials of dense compression predict what a block costs: figure 4 of DC-ViT.
 
-From runs that each compressed one block (`method.only=[blocks.3]`), or one group of blocks, which
-goes by the name of its first: its score in the trials against the top-1 that the network lost.
+The data are runs that each compressed one block (`method.allowed_blocks=[blocks.3]`), or one group
+of blocks, which has the name of its first: its score in the trials against the loss of top-1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from scipy.stats import spearmanr
-
-from vitrim.errors import ReportError
-from vitrim.report.rank_figures import provenance_of
-from vitrim.report.summary import Run
+from vitrim.deploy.runfolder import Run, RunFolderError, read_diagnostic
+from vitrim.report.summary import target_of
 
 
-class Foreseen(NamedTuple):
-    """Blocks compressed one by one in runs that share their trials, and the rank correlation."""
+class TrialCorrelation(NamedTuple):
+    """Blocks compressed one by one in runs with the same trials, and the rank correlation."""
 
     label: str
     blocks: list[str]
@@ -26,48 +23,72 @@ class Foreseen(NamedTuple):
     correlation: float
 
 
-def foreseen(runs: Sequence[Run]) -> list[Foreseen]:
-    """Return what runs with one compressed block say, by the trials that they share.
+class _Point(NamedTuple):
+    """The score of a block in the trials, and the top-1 that compressing it cost."""
+
+    score: float
+    lost: float
+
+
+def rank_correlations(runs: Sequence[Run]) -> list[TrialCorrelation]:
+    """Return the rank correlation of every group of runs that have the same trials.
+
+    Groups of fewer than three blocks, or of equal scores or losses, have none.
 
     Raises:
-        ReportError: a plan that cannot be read.
+        RunFolderError: trials that no run of vitrim wrote.
     """
-    groups: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
+    groups: dict[tuple[str, tuple[tuple[str, float], ...]], dict[str, _Point]] = {}
     for run in runs:
-        trials, blocks = trials_of(run)
+        trials, compressed = trials_of(run)
         dense, final = run.record.get("dense.top1"), run.record.get("compact.top1")
-        tried = [block for block in blocks if block in trials]
+        tried = [block for block in compressed if block in trials]
         if len(tried) != 1 or dense is None or final is None:
             continue
-        aim = f"{run.record['target.metric']}={run.record['target.keep']}"
-        label = f"{run.record['choices.model']}, {aim}, seed {run.record['seed']}"
+        record = run.record
+        label = f"{record['choices.model']}, {target_of(record)}, seed {record['seed']}"
         group = groups.setdefault((label, tuple(sorted(trials.items()))), {})
-        group[tried[0]] = (trials[tried[0]], dense - final)
+        group[tried[0]] = _Point(trials[tried[0]], dense - final)
     return [
-        Foreseen(
-            label,
-            sorted(found),
-            [found[block][0] for block in sorted(found)],
-            [found[block][1] for block in sorted(found)],
-            float(spearmanr([x for x, _ in found.values()], [y for _, y in found.values()])[0]),
-        )
-        for (label, _), found in groups.items()
-        if len(found) > 2 and all(len({pair[i] for pair in found.values()}) > 1 for i in (0, 1))
+        _correlation(label, points) for (label, _), points in groups.items() if _can_rank(points)
     ]
 
 
+def _can_rank(points: dict[str, _Point]) -> bool:
+    scores, lost = ({point[i] for point in points.values()} for i in (0, 1))
+    return len(points) > 2 and len(scores) > 1 and len(lost) > 1
+
+
+def _correlation(label: str, points: dict[str, _Point]) -> TrialCorrelation:
+    from scipy.stats import spearmanr
+
+    scores, lost = zip(*points.values(), strict=True)
+    blocks = sorted(points)
+    return TrialCorrelation(
+        label,
+        blocks,
+        [points[block].score for block in blocks],
+        [points[block].lost for block in blocks],
+        float(spearmanr(scores, lost)[0]),
+    )
+
+
 def trials_of(run: Run) -> tuple[dict[str, float], list[str]]:
-    """Return scores by block and the compressed blocks, as a plan has them; or nothing.
+    """Return the trials' scores by block and the compressed blocks; empty where there are none.
+
+    A plan of several methods has none: its loss is not that of one block.
 
     Raises:
-        ReportError: naming the file and what is wrong with it.
+        RunFolderError: naming the file and what is wrong with it.
     """
-    path, provenance = run.folder / "plan.json", provenance_of(run, "trials")
-    trials, blocks = provenance.get("trials"), provenance.get("blocks")
+    diagnostic = read_diagnostic(run.folder, "trials")
+    if diagnostic is None or diagnostic.is_composed:
+        return {}, []
+    trials, blocks = diagnostic.value, diagnostic.notes.get("blocks")
     if not isinstance(trials, dict) or not isinstance(blocks, list):
         return {}, []
     if not all(type(score) in (int, float) for score in trials.values()):
-        raise ReportError(f"{path}: provenance.trials: expected a number by block")
+        raise RunFolderError(f"{diagnostic.where}: expected a number by block")
     return trials, [block for block in blocks if isinstance(block, str)]
 
 
@@ -76,19 +97,19 @@ def lines(runs: Sequence[Run]) -> list[str]:
     return [
         f"rank correlation of trial scores and lost top-1: {group.correlation:.2f} over "
         f"{len(group.blocks)} blocks ({group.label})"
-        for group in foreseen(runs)
+        for group in rank_correlations(runs)
     ]
 
 
 def figure(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Return scores.png, the score of every block against what it cost; or nothing."""
+    """Return scores.png, the score of every block against its loss; empty without such runs."""
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     from vitrim.report.figure import STYLE, frame, line_look, png
 
-    groups = foreseen(runs)
+    groups = rank_correlations(runs)
     if not groups:
         return {}
     with style.context(["default", STYLE]):
@@ -96,8 +117,8 @@ def figure(runs: Sequence[Run]) -> dict[str, bytes]:
         axes = picture.subplots()
         frame(axes, "score of the trial", "top-1 accuracy lost (points)")
         handles = []
-        for at, group in enumerate(groups):
-            look = line_look(at) | {"linestyle": ""}
+        for index, group in enumerate(groups):
+            look = line_look(index) | {"linestyle": ""}
             axes.plot(group.scores, group.lost, **look)
             for block, x, y in zip(group.blocks, group.scores, group.lost, strict=True):
                 number = block.rpartition(".")[2]

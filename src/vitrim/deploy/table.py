@@ -1,0 +1,48 @@
+"""The two writers of tables: for a terminal, by rich, and as Markdown.
+
+A table is a sequence of lines of texts, the headings first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Lines = Sequence[Sequence[str]]
+
+
+def terminal_table(lines: Lines, *, left: int) -> Table:
+    """Return a table for rich; the first `left` columns are aligned to the left and may wrap."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    head, *rest = lines
+    for i, name in enumerate(head):
+        table.add_column(
+            name.replace(" ", "\n"),
+            justify="left" if i < left else "right",
+            no_wrap=i >= left,
+            vertical="bottom",
+        )
+    for line in rest:
+        table.add_row(*line)
+    return table
+
+
+def markdown_table(lines: Lines, *, left: int) -> list[str]:
+    r"""Return lines of Markdown; the first `left` columns are aligned to the left.
+
+    >>> markdown_table([["method", "top-1"], ["a|b", "90.00"]], left=1)
+    ['| method | top-1 |', '| :--- | ---: |', '| a\\|b | 90.00 |']
+    >>> markdown_table([], left=1)
+    []
+    """
+    if not lines:
+        return []
+    align = [":---" if i < left else "---:" for i in range(len(lines[0]))]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return [f"| {' | '.join(line)} |" for line in (cells[0], align, *cells[1:])]

@@ -7,23 +7,39 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitrim.measure import count as count
+    from vitrim.network.surgery import combine as combine
+    from vitrim.network.surgery import cut as cut
+    from vitrim.network.surgery import masked as masked
+    from vitrim.pipeline import Identity as Identity
+    from vitrim.pipeline import Job as Job
+    from vitrim.pipeline import compress as compress
+    from vitrim.plan import Drop as Drop
+    from vitrim.plan import Evidence as Evidence
+    from vitrim.plan import Keep as Keep
+    from vitrim.plan import LowRank as LowRank
+    from vitrim.plan import Plan as Plan
+    from vitrim.prune import Prune as Prune
+    from vitrim.store import load as load
+    from vitrim.store import save as save
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "compress": "vitrim.pipeline",
+    "Job": "vitrim.pipeline",
+    "Identity": "vitrim.pipeline",
     "load": "vitrim.store",
     "save": "vitrim.store",
     "cut": "vitrim.network.surgery",
     "masked": "vitrim.network.surgery",
-    "compose": "vitrim.network.surgery",
+    "combine": "vitrim.network.surgery",
     "count": "vitrim.measure",
+    "Prune": "vitrim.prune",
     "Plan": "vitrim.plan",
     "Keep": "vitrim.plan",
     "LowRank": "vitrim.plan",
@@ -34,34 +50,12 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `vitrim --help` must not wait for torch."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
 
 
-class _AlongWithTimm(MetaPathFinder):
-    """Registers our networks right after timm's own: `import vitrim` need not wait for timm."""
-
-    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        """Return the spec of timm as others find it, with the registration after its execution."""
-        if fullname != "timm":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                import_module("vitrim.model.compact")
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if "timm" in sys.modules:
-    import_module("vitrim.model.compact")
-else:
-    sys.meta_path.insert(0, _AlongWithTimm())
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,9 @@
-"""The pipeline: score, plan, cut, recover, judge, save."""
+"""The pipeline: score, plan, cut, recover, evaluate, save.
+
+    dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> evaluated, saved
+
+`compress` is that line. It knows no Hydra: `vitrim.cli` turns a command line into its arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,164 +11,313 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from lightning import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from lightning import Trainer, seed_everything
 from torch import nn
 
 from vitrim.budget.cost import Cost
-from vitrim.cli.recipe import _variant
-from vitrim.data import bad_images
+from vitrim.budget.latency import LatencyTable
+from vitrim.budget.target import Target
+from vitrim.data import Data, bad_images
 from vitrim.deploy import quantize
+from vitrim.deploy.pictures import image_grid
+from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.files import PHASES, digest, writable, write
 from vitrim.jobs import distributed
-from vitrim.measure import latencies
-from vitrim.method.dcvit.synthetic import METRIC_SET, sheet
-from vitrim.model.transfer import origin
-from vitrim.network.surgery import compose, cut
-from vitrim.paper import flops_blog
-from vitrim.plan import Plan
+from vitrim.measure import count, latencies
+from vitrim.method import Method, Recovers
+from vitrim.model.source import Timm
+from vitrim.network.surgery import combine, cut
+from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.prune import Prune
-from vitrim.report.record import record
+from vitrim.report.record import Accuracy, record
 from vitrim.store import save
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.phases import Phases
+from vitrim.trainer.phase import Phase, Scorer, check_scorer
+from vitrim.trainer.phases import PhaseRunner
 from vitrim.trainer.tracking import Tracker
 
+IDENTITY = Plan(model={}, edits=())
 
-def _compress(
-    cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
-) -> None:
-    """Go from the network to the compact one and its report in `folder`."""
-    from vitrim.jobs import distributed
-    from vitrim.trainer.classify import Classify
 
+class Start(NamedTuple):
+    """The network that is compressed, and the plan that leads to it from the dense one."""
+
+    net: nn.Module
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencySettings:
+    """How the latency of the dense and the compact network is measured, interleaved."""
+
+    batch: int
+    repeats: int
+    device: str
+    blocks: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a run compresses, by which method, to which target, on which images.
+
+    Args:
+        model: the dense network and where its weights come from.
+        method: what scores, plans and recovers.
+        target: what may remain.
+        data: labelled images; None: structure only, whatever needs images is skipped.
+        trainer: makes the Trainer of each phase.
+        out: root of the run folders.
+        start: the compact network of an earlier run; None: the dense network.
+        latency: how latency is measured.
+        latency_table: gives the table that predicts latency; None where the target is no time.
+        quantize: int8 schemes in which the compact network is evaluated as well.
+        seed: of everything that is random.
+        tracking: offline, online, tensorboard or none.
+        progress: whether progress bars are shown.
+        checkpoint_minutes: between two checkpoints within a phase.
+        batchnorm_images: that estimate the statistics of folded BatchNorms before training.
+    """
+
+    model: Timm
+    method: Method
+    target: Target
+    data: Data | None
+    trainer: Callable[..., Trainer]
+    out: Path
+    start: Start | None
+    latency: LatencySettings
+    latency_table: Callable[[], LatencyTable] | None
+    quantize: Sequence[str]
+    seed: int
+    tracking: str
+    progress: bool
+    checkpoint_minutes: float
+    batchnorm_images: int
+
+    @property
+    def retrains(self) -> bool:
+        """Whether nothing is removed and the network is trained all the same (transfer)."""
+        return self.method.granularity == "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What tells a run from others.
+
+    Args:
+        method: name of the method, for plans and tables.
+        strength: that was asked for; None where a target was.
+        recipe: the resolved configuration, for the record.
+        digest: of all that decides the result.
+        dense_key: digest of what decides the dense network and its accuracy.
+        start_key: the same of the network that is scored.
+        series: name of the folder that runs share which differ in budget and seed only.
+        name: of the run's own folder in it.
+        facts: what the report says of the run.
+    """
+
+    method: str
+    strength: float | None
+    recipe: Mapping[str, object]
+    digest: str
+    dense_key: str
+    start_key: str
+    series: str
+    name: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+class Compressed(NamedTuple):
+    """A compact network right after the cut, its plan, and the phases that are to follow."""
+
+    net: nn.Module
+    plan: Plan
+    proposal: Proposal
+    recovery: Iterable[Phase] = ()
+
+
+def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
+    """Compress the network of `job` into `folder` and return the report.
+
+    The folder gets plan.json, model.safetensors, manifest.json and report.json. Phases that were
+    finished before are taken from disk; one that was stopped resumes. Of several processes only
+    the first writes, and the others return an empty report.
+    """
     started = time.perf_counter()
-    model, method, data = choices["model"], choices["method"], choices["data"]
-    if data is not None and data.chosen and distributed.first():
-        (folder / "samples.txt").write_text("\n".join([*data.chosen, ""]))
-    phases = _phases(cfg, choices, recipe, folder)
-    seed_everything(cfg.seed, verbose=False)  # for weights drawn anew
-    judged = phases if model.sourced or not cfg.transfer else None
-    dense, dense_accuracy = _dense(model, data, judged, recipe)
-    cost = Cost(dense, model.spec().size, timing=choices["timing"])
-    identity = Plan(model={}, edits=())
-    start, plan = choices["start"] or (dense, identity)
-    recovery: Iterable[Any] = ()
-    if method.budget.is_identity:
-        compact = cut(start, identity)
-        if cfg.transfer:
-            recovery = [Classify(compact, recipe=model.training, n_classes=data.n_classes)]
-    else:
-        prune = Prune(method, cost if start is dense else Cost(start, cost.input_size, cost))
-        _score(method.scorer(copy.deepcopy(start)), prune, phases, recipe)
-        plan = prune.plan if start is dense else compose(dense, plan, prune.plan)
-        compact = prune.compact
-        if METRIC_SET in prune.evidence.moments and distributed.first():
-            images = prune.evidence.moments[METRIC_SET]["images"]
-            sheet(images, model.spec(), folder / "metric_set.png")
-        if prune.plan.edits and phases is not None:
-            recovery = method.recovery(compact, dense, prune.evidence, data.n_classes)
-    stages = {"cut": dense_accuracy}
-    if (plan.edits or cfg.transfer) and phases is not None:
-        stages["cut"] = phases.judged(folder / PHASES / "cut", compact, data.n_classes)
-        for phase in recovery:
-            name = _title(phase, stages)
-            phases.once(folder / PHASES / name, phase, name=name)
-            stages[name] = phases.judged(folder / PHASES / name, compact, data.n_classes)
-    in_int8: dict[str, Any] = {}
-    if cfg.quantize:
-        judge = partial(phases.accuracy, n_classes=data.n_classes) if phases else None
-        in_int8 = quantize.record(compact, cfg.quantize, judge)
-    if not distributed.first():
-        return
-    plan = Plan(
-        model=model.description(),
-        edits=plan.edits,
-        provenance={**plan.provenance, "seed": cfg.seed, "recipe_hash": recipe["hash"]},
-    )
-    save(folder, compact, plan)
-    times = latencies([dense, compact], model.spec().size, **cfg.latency)
-    report = record((dense, compact), cost, plan, times, dense_accuracy, stages, method.budget)
-    for side, part in (("dense", identity), ("compact", plan)):
-        counted = flops_blog(model.name, cost, part)
-        report[side] |= {} if counted is None else {"flops_blog": counted}
-    if choices["timing"] is not None:
-        report["foretold"] = choices["timing"]().foretold(cost.structure, plan)
-    report |= {
-        **in_int8,
-        **recipe["report"],
-        "variant": origin(plan) if cfg.transfer else _variant(),
-        "latency": OmegaConf.to_container(cfg.latency),
-        **bad_images.counted(data),
+    runner = _runner(job, identity, folder)
+    seed_everything(job.seed, verbose=False)  # for weights that are drawn
+    dense, dense_accuracy = _dense(job, identity, runner)
+    cost = Cost(dense, job.model.spec().size, latency_table=job.latency_table)
+    compressed = _compressed(job, identity, runner, dense, cost, folder)
+    stages = _stages(job, runner, compressed, dense_accuracy, folder)
+    int8 = _int8(job, runner, compressed.net)
+    if not distributed.is_main_process():
+        return {}
+    plan = _save(job, identity, compressed, folder)
+    times = latencies((dense, compressed.net), cost.input_size, **asdict(job.latency))
+    compact_count = count(compressed.net, cost.input_size)
+    report = {
+        **record(cost, compact_count, plan, times, dense_accuracy, stages, job.target),
+        **_predicted(job, cost, plan),
+        **int8,
+        **identity.facts,
+        "latency": asdict(job.latency),
+        **bad_images.report_entry(job.data),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
-    _finish(folder, report, phases)
+    _finish(folder, report, runner)
+    return report
 
 
-def _dense(
-    model: Any, data: Any, phases: Phases | None, recipe: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, float] | None]:
+def _runner(job: Job, identity: Identity, folder: Path) -> PhaseRunner | None:
+    """Return what runs the phases; None where there are no images."""
+    if job.data is None:
+        return None
+    if job.data.sample_names and distributed.is_main_process():
+        (folder / "samples.txt").write_text("\n".join([*job.data.sample_names, ""]))
+    tracking = job.tracking if distributed.is_main_process() else "none"
+    return PhaseRunner(
+        trainer=job.trainer,
+        data=job.data.module(job.model.spec()),
+        tracker=Tracker(folder, tracking, group=identity.series, config=identity.recipe),
+        folder=folder,
+        shared=writable(job.out / PHASES),
+        seed=job.seed,
+        progress=job.progress,
+        checkpoint_minutes=job.checkpoint_minutes,
+        batchnorm_images=job.batchnorm_images,
+    )
+
+
+def _dense(job: Job, identity: Identity, runner: PhaseRunner | None) -> tuple[nn.Module, Accuracy]:
     """Return the dense network, trained here if its weights come from nowhere, and its accuracy."""
-    if phases is None:  # structure only: no download for weights that nobody looks at
-        return model.build(fetch=False), None
-    net = model.build()
-    folder = phases.shared / f"dense-{recipe['dense_key']}"
-    if not model.trained:
-        phase = Classify(net, recipe=model.training, n_classes=data.n_classes)
-        phases.once(folder, phase, name="dense")
-    accuracy = phases.judged(folder, net, data.n_classes)
-    return net.eval(), accuracy
+    if runner is None or job.data is None or (job.retrains and not job.model.has_weights):
+        return job.model.build(fetch=False), None  # weights that nobody looks at
+    net = job.model.build()
+    folder = runner.shared / f"dense-{identity.dense_key}"
+    if not job.model.trained:
+        phase = Classify(net, recipe=job.model.training, n_classes=job.data.n_classes)
+        runner.run_or_load(folder, phase, name="dense")
+    return net.eval(), runner.evaluate(folder, net, job.data.n_classes)
 
 
-def _title(phase: Any, stages: Mapping[str, Any]) -> str:
-    """Return the name of a phase; of several of a kind, the later ones have numbers."""
-    kind = type(phase).__name__.lower()
-    turn = 1 + sum(name.split("-")[0] == kind for name in stages)
-    return kind if turn == 1 else f"{kind}-{turn}"
+def _compressed(
+    job: Job,
+    identity: Identity,
+    runner: PhaseRunner | None,
+    dense: nn.Module,
+    cost: Cost,
+    folder: Path,
+) -> Compressed:
+    """Score, plan and cut; where everything may remain, copy the network to start from."""
+    start = job.start or Start(dense, IDENTITY)
+    if job.target.is_identity:
+        net = cut(start.net, IDENTITY)
+        recovery = _recovery(job, runner, net, dense, Evidence()) if job.retrains else ()
+        return Compressed(net, start.plan, Proposal(edits=()), recovery)
+    own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
+    prune = Prune(job.method, own_cost, job.target, name=identity.method)
+    _score(job.method.scorer(copy.deepcopy(start.net)), prune, runner, identity)
+    plan = replace(prune.plan, provenance={"strength": identity.strength, **prune.proposal.notes})
+    plan = plan if job.start is None else combine(dense, start.plan, plan)
+    if prune.evidence.synthetic is not None and distributed.is_main_process():
+        image_grid(prune.evidence.synthetic, job.model.spec(), folder / "synthetic.png")
+    edited = bool(prune.plan.edits)
+    recovery = _recovery(job, runner, prune.compact, dense, prune.evidence) if edited else ()
+    return Compressed(prune.compact, plan, prune.proposal, recovery)
 
 
-def _score(scorer: Any, prune: Any, phases: Phases | None, recipe: Mapping[str, Any]) -> None:
-    """Let the scorer learn, once for all strengths, and the callback plan and cut."""
-    if phases is None:
+def _score(scorer: Scorer, prune: Prune, runner: PhaseRunner | None, identity: Identity) -> None:
+    """Train the scorer, once for all strengths; the callback plans and cuts."""
+    check_scorer(scorer)
+    if runner is None:
         prune.apply(scorer)
         return
-    key = digest([recipe["start_key"], type(scorer).__qualname__, scorer.settings])
-    phases.once(phases.shared / f"score-{key}", scorer, name="score", callbacks=[prune])
+    key = digest([identity.start_key, type(scorer).__qualname__, scorer.settings])
+    runner.run_or_load(runner.shared / f"score-{key}", scorer, name="score", callbacks=[prune])
 
 
-def _finish(folder: Path, report: dict[str, Any], phases: Phases | None) -> None:
-    """Write the report; what was kept to go on from is not needed any more."""
-    if phases is not None:
-        phases.tracker.close(report)
-    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False)
-    write(folder / "report.json", lambda path: path.write_text(text))
+def _recovery(
+    job: Job, runner: PhaseRunner | None, student: nn.Module, teacher: nn.Module, evidence: Evidence
+) -> Iterable[Phase]:
+    """Return the phases that the method has for the compact network, if there are images."""
+    if runner is None or job.data is None or not isinstance(job.method, Recovers):
+        return ()
+    return job.method.recovery(student, teacher, evidence, job.data.n_classes)
+
+
+def _stages(
+    job: Job,
+    runner: PhaseRunner | None,
+    compressed: Compressed,
+    dense_accuracy: Accuracy,
+    folder: Path,
+) -> dict[str, Accuracy]:
+    """Run the recovery; return the accuracy after the cut and after each phase, by its name."""
+    stages: dict[str, Accuracy] = {"cut": dense_accuracy}
+    if runner is None or job.data is None or not (compressed.plan.edits or job.retrains):
+        return stages
+    net, n_classes = compressed.net, job.data.n_classes
+    stages["cut"] = runner.evaluate(folder / PHASES / "cut", net, n_classes)
+    for phase in compressed.recovery:
+        name = _stage_name(phase, stages)
+        runner.run_or_load(folder / PHASES / name, phase, name=name)
+        stages[name] = runner.evaluate(folder / PHASES / name, net, n_classes)
+    return stages
+
+
+def _stage_name(phase: Phase, stages: Iterable[str]) -> str:
+    """Return the name of a phase; further phases of one class are numbered from 2."""
+    kind = type(phase).__name__.lower()
+    number = 1 + sum(name.split("-")[0] == kind for name in stages)
+    return kind if number == 1 else f"{kind}-{number}"
+
+
+def _int8(job: Job, runner: PhaseRunner | None, net: nn.Module) -> dict[str, object]:
+    """Return what the report says of the compact network in int8."""
+    if not job.quantize:
+        return {}
+    evaluate = None
+    if runner is not None and job.data is not None:
+        evaluate = partial(runner.accuracy, n_classes=job.data.n_classes)
+    return quantize.evaluate_schemes(net, job.quantize, evaluate)
+
+
+def _save(job: Job, identity: Identity, compressed: Compressed, folder: Path) -> Plan:
+    """Save the compact network with its plan and diagnostics; return the plan."""
+    of_run = {"seed": job.seed, "recipe_hash": identity.digest}
+    plan = replace(
+        compressed.plan,
+        model=job.model.description(),
+        provenance={**compressed.plan.provenance, **of_run},
+    )
+    save(folder, compressed.net, plan)
+    _write_json(folder / DIAGNOSTICS, compressed.proposal.diagnostics)
+    return plan
+
+
+def _predicted(job: Job, cost: Cost, plan: Plan) -> dict[str, object]:
+    """Return the latency that the table predicts, where the target is a latency."""
+    if job.latency_table is None:
+        return {}
+    return {"predicted_latency": job.latency_table().predicted(cost.structure, plan)}
+
+
+def _finish(folder: Path, report: Mapping[str, object], runner: PhaseRunner | None) -> None:
+    """Write the report and remove the run's own checkpoints."""
+    if runner is not None:
+        runner.tracker.close(report)
+    _write_json(folder / "report.json", report)
     shutil.rmtree(folder / PHASES, ignore_errors=True)
 
 
-def _phases(
-    cfg: DictConfig, choices: Mapping[str, Any], recipe: Mapping[str, Any], folder: Path
-) -> Phases | None:
-    from vitrim.trainer.phases import Phases
-
-    if choices["data"] is None:
-        return None
-    return Phases(
-        trainer=choices["trainer"],
-        data=choices["data"].module(choices["model"].spec()),
-        tracker=Tracker(
-            folder,
-            cfg.tracking if distributed.first() else "none",
-            group=recipe["series"],
-            config=recipe["resolved"],
-        ),
-        folder=folder,
-        shared=writable(Path(cfg.out).absolute() / PHASES),
-        seed=cfg.seed,
-        progress=cfg.progress,
-        checkpoint_minutes=cfg.checkpoint.minutes,
-    )
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    if content:
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        write(path, lambda file: file.write_text(text))

@@ -70,7 +70,7 @@ def test_bad_input_ends_with_one_clear_message_and_no_run(
     [
         (["method=oneshot", "method.sampling.images=0"], ["method.sampling.images=0", "from 1"]),
         (["method=oneshot", "target.units=1025"], ["target.units=1025", "1,024 units"]),
-        (["method=oneshot", "method.criterion=nonsense"], ["method.criterion", "surgeon"]),
+        (["method=oneshot", "method.criterion=nonsense"], ["method.criterion", "obs_greedy"]),
         (
             ["method=aiminify", "method.tables.default.removed=[0,1,3,2,4,5]"],
             ["levels", "below the one before"],

@@ -19,7 +19,7 @@ import xxhash
 from command import Command
 from conftest import MODEL, TINY, plan_of, small_net
 from vitrim import Plan, cut, save
-from vitrim.files import MANIFEST, PLAN, WEIGHTS, seal
+from vitrim.files import MANIFEST, PLAN, WEIGHTS, write_manifest
 from vitrim.plan import dumps
 
 QUICKLY_S = 30  # seconds, on a busy machine; bombs took minutes or all memory
@@ -48,7 +48,7 @@ def tampered(name: str, content: Callable[[Path], bytes]) -> Callable[[Path], li
     def made(folder: Path) -> list[str]:
         run = saved(folder)
         (run / name).write_bytes(content(folder))
-        seal(run, (PLAN, WEIGHTS))
+        write_manifest(run, (PLAN, WEIGHTS))
         return [f"from_run={run}"]
 
     return made
@@ -95,7 +95,7 @@ def in_float8(folder: Path) -> list[str]:
     state = safetensors.torch.load_file(run / WEIGHTS)
     state = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
     safetensors.torch.save_file(state, run / WEIGHTS)
-    seal(run, (PLAN, WEIGHTS))
+    write_manifest(run, (PLAN, WEIGHTS))
     return [f"from_run={run}"]
 
 
@@ -138,7 +138,7 @@ ARTEFACTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "plan of another source": (of_model(pretrained_cfg={"file": "net.pth"}), "pretrained_cfg"),
     "plan with a million blocks": (of_model(depth=10**6), "1000000"),
     "plan with a wide net": (of_model(embed_dim=10**9), "1000000000"),
-    "plan with a large net": (of_model(embed_dim=60_000, depth=900), "numbers"),
+    "plan with a large net": (of_model(embed_dim=60_000, depth=900), "elements"),
     "plan with a function": (of_model(act_layer="os.system"), "cannot build"),
     "plan with many arguments": (of_model(depths=[[1] * 999] * 9), "at most 1000 values"),
     "plan without an end": (tampered(PLAN, lambda _: b"[" * 10**6), "not valid JSON"),
@@ -191,7 +191,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
             ("data._target_", "vitrim.cli.app.os.system"),
             ("data._target_", "vitrim.data.imagefolder.Path"),
             ("data._target_", "torchvision.datasets.utils.download_url"),
-            ("data._target_", "vitrim.data.few_shot.few"),
+            ("data._target_", "vitrim.data.few_shot.few_shot"),
             ("method._target_", "vitrim.store.torch.load"),
             ("method._target_", "vitrim.cli.app.main"),
             ("model._target_", "hydra.utils.get_method"),

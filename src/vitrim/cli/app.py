@@ -1,89 +1,65 @@
-"""The command `vitrim`: from a network to a compact one and the report of what it cost.
+"""The command `vitrim`: compress one network, or many in a multirun.
 
-    dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> measured, saved,
-    reported
-
-This is the only file that knows Hydra. torch is imported when a run starts, not before, so that
-`vitrim --help` answers at once.
+torch is imported when a run starts, not before, so that `vitrim --help` answers at once.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim.cli import checks
-from vitrim.cli.compose import CONF, _build, _explain
-from vitrim.cli.guard import _LOADS, _checked
-from vitrim.cli.recipe import NOT_RECIPE, _recipe
+from vitrim.cli import checks, guard
+from vitrim.cli.compose import CONF, build_job, explain, register_resolvers
 from vitrim.errors import VitrimError
 from vitrim.files import writable, write
 from vitrim.jobs import signals, slurm, status, sweep
 
 _log = logging.getLogger(__name__)
-warnings.filterwarnings("ignore", ".*version_base parameter is deprecated.*")  # Hydra 1.3 needs it
-warnings.filterwarnings("ignore", r"[\s\S]*_execution_whitelist_")  # of 1.4: `checks` has a list
-_register: Callable[..., None] = (  # omegaconf 2.4 gave the new function the old one's name
-    OmegaConf.register_resolver
-    if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
-    else OmegaConf.register_new_resolver
-)
-_register("gpus", slurm.gpus, replace=True)  # of hydra/launcher/slurm.yaml
+guard.install()  # at import: SLURM's jobs import this module and compose before they call `_job`
+register_resolvers()
 
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
+    from vitrim.cli.identity import identity_of
+    from vitrim.cli.recipe import NOT_RECIPE
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
-    from vitrim.pipeline import _compress
+    from vitrim.pipeline import compress
 
-    choices = _build(cfg)
-    recipe = _recipe(cfg, choices["model"].fingerprint(), checks.identity(cfg.from_run))
-    folder: Path = recipe["earlier"] or (
-        Path(cfg.out).absolute() / recipe["series"] / recipe["name"]
-    )
+    job = build_job(cfg)
+    identity, folder = identity_of(cfg, job)
     report = folder / "report.json"
-    with distributed.joined(recipe["resolved"]["trainer"]), lock(writable(folder)):
-        first = distributed.first()
-        if distributed.agreed(report.is_file()):
+    with distributed.process_group(cfg.trainer), lock(writable(folder)):
+        first = distributed.is_main_process()
+        if distributed.broadcast(report.is_file()):
             _log.info("finished before; delete the folder to run it again")
             if first:
-                status.tell(folder, "DONE")
+                status.write_status(folder, "DONE")
         elif first:
-            checks.same_recipe(folder / "recipe.yaml", recipe["resolved"], apart=NOT_RECIPE)
+            checks.same_recipe(folder / "recipe.yaml", identity.recipe, apart=NOT_RECIPE)
             text = OmegaConf.to_yaml(cfg, resolve=True)
-            with status.told(folder), bad_images.listing(choices["data"], folder):
+            with status.recorded(folder), bad_images.recorded(job.data, folder):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
-                _compress(cfg, choices, recipe, folder)
+                compress(job, identity, folder)
         else:
-            _compress(cfg, choices, recipe, folder)
+            compress(job, identity, folder)
     if first:
         sys.stdout.write(f"{report}\n")
         sys.stdout.flush()
     return report
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """Return the errors whose message is all that a user needs."""
-    return (VitrimError, HydraException, OmegaConfBaseException, OSError, *slurm.failures())
-
-
-setattr(ConfigLoaderImpl, _LOADS, _checked(getattr(ConfigLoaderImpl, _LOADS)))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
@@ -92,35 +68,50 @@ def _job(cfg: DictConfig) -> str:
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
         checks.one_process(cfg.trainer)
-        return sweep.job(_words(), out=Path(cfg.out).absolute(), minutes=cfg.sweep.minutes)
-    return str(slurm.job(partial(run, cfg)) if submitted else run(cfg))
+        out = Path(cfg.out).absolute()
+        return sweep.run_job(_job_arguments(), out=out, minutes=cfg.sweep.minutes)
+    return str(slurm.run_in_job(partial(run, cfg)) if submitted else run(cfg))
 
 
-def _words() -> list[str]:
+def _job_arguments() -> list[str]:
     """Return the command line of one job of a sweep."""
     cfg = HydraConfig.get()
     of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
     kept = [word for word in cfg.overrides.hydra if not word.lstrip("+~").startswith(of_sweeps)]
-    sources = [at for at in cfg.runtime.config_sources if at.provider == "command-line"]
-    own = [word for at in sources for word in ("--config-dir", str(at.path))]
-    return [*own, *kept, *cfg.overrides.task]
+    sources = [source for source in cfg.runtime.config_sources if source.provider == "command-line"]
+    folders = [word for source in sources for word in ("--config-dir", str(source.path))]
+    return [*folders, *kept, *cfg.overrides.task]
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Return the errors whose message is all that a user needs."""
+    return (
+        VitrimError,
+        HydraException,
+        OmegaConfBaseException,
+        OSError,
+        *slurm.submission_errors(),
+    )
 
 
 def main() -> None:
     """Run the command; what a user can mend ends in one message and exit code 1.
 
-    A run that was told to stop ends with 143 or 75 (`vitrim.jobs.signals`).
+    A run that was asked to stop ends with 143 or 75 (`vitrim.jobs.signals`).
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    with signals.taken():
+    with warnings.catch_warnings(), signals.handled():
+        # Hydra 1.3 needs version_base, which 1.4 deprecates; 1.4 warns of lists that it lacks
+        warnings.filterwarnings("ignore", ".*version_base parameter is deprecated.*")
+        warnings.filterwarnings("ignore", r"[\s\S]*_execution_whitelist_")
         try:
             slurm.prepare(sys.argv[1:])
             _job()
-            signals.check()
+            signals.raise_if_stopped()
         except signals.Preempted as error:
             sys.stderr.write(f"vitrim: {error}\n")
             sys.exit(error.code)
-        except _mendable() as error:
-            message = _explain(error, sys.argv[1:])
-            status.refused(message)
+        except _user_errors() as error:
+            message = explain(error, sys.argv[1:])
+            status.write_refusal(message)
             sys.exit(f"vitrim: {message}")

@@ -9,30 +9,33 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate
+from vitrim.files import MANIFEST, sha256
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vitrim.budget.cost import Cost
     from vitrim.budget.target import Target
+    from vitrim.model.source import Timm
+    from vitrim.pipeline import Job, Start
     from vitrim.plan import Plan
 
+Config = dict[str, Any]
+"""A configuration, or a part of it, as plain data."""
 TRACKING = ("offline", "online", "tensorboard", "none")
 
 
-def of_run(cfg: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the keys that stand outside the groups."""
-    whole, latency = "a whole number from 1 on", cfg["latency"]
+def check_keys(cfg: Config) -> list[str]:
+    """Return what is wrong with the keys outside the groups."""
+    count, truth, latency = "a whole number from 1 on", "true or false", cfg["latency"]
     seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
-    transfer, truth = cfg["transfer"], "true or false"
+    images = cfg["batchnorm_images"]
     rules = (
-        ("transfer", transfer, truth, isinstance(transfer, bool)),
         ("seed", seed, "a whole number from 0 on", seed == 0 or is_count(seed)),
         ("tracking", tracking, f"one of {', '.join(TRACKING)}", tracking in TRACKING),
         ("progress", progress, truth, isinstance(progress, bool)),
-        ("latency.batch", latency["batch"], whole, is_count(latency["batch"])),
-        ("latency.repeats", latency["repeats"], whole, is_count(latency["repeats"])),
-        ("latency.blocks", latency["blocks"], "true or false", isinstance(latency["blocks"], bool)),
+        ("batchnorm_images", images, count, is_count(images)),
+        ("latency.batch", latency["batch"], count, is_count(latency["batch"])),
+        ("latency.repeats", latency["repeats"], count, is_count(latency["repeats"])),
+        ("latency.blocks", latency["blocks"], truth, isinstance(latency["blocks"], bool)),
     )
     wrong = [
         f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits
@@ -42,18 +45,14 @@ def of_run(cfg: Mapping[str, Any]) -> list[str]:
         wrong.append(f"checkpoint.minutes={every}: expected a number from 0 on")
     if limit is not None and not is_positive(limit):
         wrong.append(f"sweep.minutes={limit}: expected null or a number above 0")
-    if transfer is True and cfg["from_run"] is None:
-        wrong.append(
-            "transfer=true needs a network to begin with: from_run=FOLDER, the folder of its run"
-        )
-    return [*wrong, *_of_quantize(cfg)]
+    return [*wrong, *_check_quantize(cfg)]
 
 
 def one_process(trainer: Mapping[str, Any]) -> None:
     """Raise ConfigError if the jobs of a local sweep would be of several processes each."""
-    from vitrim.jobs.distributed import wanted
+    from vitrim.jobs.distributed import requested_processes
 
-    if wanted(trainer) > 1 or trainer.get("num_nodes", 1) > 1:
+    if requested_processes(trainer) > 1 or trainer.get("num_nodes", 1) > 1:
         raise ConfigError(
             f"trainer.devices={trainer['devices']} (strategy {trainer.get('strategy')}) in a local "
             "sweep: run its jobs one by one without -m, each under torchrun if you like, submit "
@@ -61,7 +60,7 @@ def one_process(trainer: Mapping[str, Any]) -> None:
         )
 
 
-def same_recipe(path: Path, resolved: Mapping[str, Any], *, apart: Collection[str]) -> None:
+def same_recipe(path: Path, resolved: Mapping[str, object], *, apart: Collection[str]) -> None:
     """Raise ConfigError if a run of another recipe has begun in the folder of `path`.
 
     Args:
@@ -72,7 +71,7 @@ def same_recipe(path: Path, resolved: Mapping[str, Any], *, apart: Collection[st
     if not path.is_file():
         return
     try:
-        known: Any = yaml.safe_load(path.read_text())
+        known: object = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         known = None
     if not isinstance(known, dict):
@@ -86,12 +85,12 @@ def same_recipe(path: Path, resolved: Mapping[str, Any], *, apart: Collection[st
     ]
     if differing:
         raise ConfigError(
-            f"{path.parent} was begun with another recipe: {', '.join(differing)}; move the folder "
-            "away, or run with out=DIR"
+            f"{path.parent} was started with another recipe: {', '.join(differing)}; move the "
+            "folder away, or run with out=DIR"
         )
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def _flat(value: object, name: str = "") -> dict[str, object]:
     """Return the leaves of a nested recipe by dotted name."""
     if not isinstance(value, Mapping) or not value:
         return {name: value}
@@ -99,7 +98,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 
-def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:
+def _check_quantize(cfg: Config) -> list[str]:
     if cfg["quantize"] == []:
         return []
     from vitrim.deploy import quantize
@@ -111,104 +110,110 @@ def _of_quantize(cfg: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def start(
-    folder: str | None, model: Any, *, transfer: bool, seed: int
-) -> tuple[nn.Module, Plan] | None:
+def start(folder: str | None, model: Timm, *, retrains: bool, seed: int) -> Start | None:
     """Return the compact network to start from, and its plan; None where there is none.
 
-    With `transfer` its classifier is drawn anew by `seed`, for the model's classes.
+    If the network `retrains` on other data, its classifier is drawn by `seed`, for the model's
+    classes.
 
     Raises:
         VitrimError: no folder of a run, damaged, or of another network.
     """
-    from vitrim.model.transfer import but_classes, with_new_head
+    from vitrim.model.transfer import with_new_head, without_classes
+    from vitrim.pipeline import Start
     from vitrim.store import load
 
     if folder is None:
+        if retrains:
+            raise ConfigError(
+                "from_run=null: this method trains the network of an earlier run: from_run=FOLDER"
+            )
         return None
-    if not (Path(folder) / "manifest.json").is_file():
+    if not (Path(folder) / MANIFEST).is_file():
         raise ConfigError(
-            f"from_run={folder}: no folder of a finished run; it is the one that report.json is in"
+            f"from_run={folder}: not the folder of a finished run (the one with report.json)"
         )
     net, plan = load(folder)
     dense = model.description()
-    alike = but_classes(plan.model) == but_classes(dense)
-    if not (alike if transfer else plan.model == dense):
+    alike = without_classes(plan.model) == without_classes(dense)
+    if not (alike if retrains else plan.model == dense):
         raise ConfigError(
             f"from_run={folder} was cut from {plan.model}, this run's model is {dense}: "
-            f"choose the same model{', or transfer=true for a new head' if alike else ''}"
+            f"choose the same model{', or method=transfer for a new head' if alike else ''}"
         )
-    return with_new_head(net, plan, dense, model.n_classes, seed=seed) if transfer else (net, plan)
+    if retrains:
+        net, plan = with_new_head(net, plan, dense, model.n_classes, seed=seed)
+    return Start(net, plan)
 
 
-def identity(folder: str | None) -> str | None:
+def network_digest(folder: str | None) -> str | None:
     """Return what tells the network saved in `folder` from others, wherever the folder is."""
-    from vitrim.files import sha256
-
-    return None if folder is None else sha256(Path(folder) / "manifest.json")
+    return None if folder is None else sha256(Path(folder) / MANIFEST)
 
 
-def mismatches(
-    cfg: Mapping[str, Any], built: Mapping[str, Any], choices: Mapping[str, str | None]
-) -> list[str]:
-    """Return why what the groups built does not go together, one sentence each."""
-    from vitrim.budget.cost import Cost
-
-    model, method, data = built["model"], built["method"], built["data"]
-    problems = []
-    try:
-        cost = Cost(model.skeleton(), model.spec().size, timing=built["timing"])
-        if built["start"] is None:
-            method.check(cost)
-        elif method.budget.is_time:
-            problems.append(
-                f"target.{method.budget.metric}: times are foretold of dense networks only, not "
-                "of a from_run: choose target.macs"
-            )
-        else:
-            problems += _nothing_left(cfg["from_run"], cost, built["start"][1], method.budget)
-            method.check(Cost(built["start"][0], cost.input_size, cost))
-        if not method.budget.is_identity:
-            method.scorer(model.skeleton())
-    except VitrimError as error:
-        problems.append(str(error))
-    if cfg["transfer"] and not method.budget.is_identity:
+def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list[str]:
+    """Return why the parts of a job do not go together, one sentence each."""
+    problems = _check_target(job, cfg)
+    if job.data is None:
+        return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
+    if job.data.n_classes != job.model.n_classes:
         problems.append(
-            "transfer=true trains and removes nothing: set strength=0 and no target; a run with "
-            "from_run=FOLDER of the transferred network compresses it further"
-        )
-    if data is None:
-        return [*problems, *(["transfer=true trains: data=none has no images"] * cfg["transfer"])]
-    if data.n_classes != model.n_classes:
-        problems.append(
-            f"data={choices['data']} has {data.n_classes} classes, the head of "
-            f"model={choices['model']} has {model.n_classes}: set "
-            f"model.num_classes={data.n_classes} (and model.reset_head=true "
+            f"data={choices['data']} has {job.data.n_classes} classes, the head of "
+            f"model={choices['model']} has {job.model.n_classes}: set "
+            f"model.num_classes={job.data.n_classes} (and model.reset_head=true "
             "with a checkpoint of other classes), or choose other data"
         )
-    trains = cfg["transfer"] or not model.trained or not method.budget.is_identity
-    if trains and not data.trainable:
+    trains = job.retrains or not job.model.trained or not job.target.is_identity
+    if trains and not job.data.trainable:
         problems.append(
-            f"data.root={cfg['data'].get('root')} has no training images, and this run trains, or "
-            "looks at some to rank units"
+            f"data.root={cfg['data'].get('root')}: no training split: this run needs training "
+            "images (to train, or to rank units)"
         )
     try:
-        data.module(model.spec())
+        job.data.module(job.model.spec())
     except ConfigError as error:
         problems.append(str(error))
     return problems
 
 
-def _nothing_left(folder: str, cost: Cost, begun: Plan, budget: Target) -> list[str]:
-    """Return what is wrong with a budget that the network to start from is within already."""
-    if budget.is_identity or budget.metric == "units":
+def _check_target(job: Job, cfg: Config) -> list[str]:
+    """Return why the method cannot meet the target on this network."""
+    from vitrim.budget.cost import Cost
+    from vitrim.trainer.phase import check_scorer
+
+    model, method, target = job.model, job.method, job.target
+    problems = []
+    try:
+        cost = Cost(model.shared_skeleton(), model.spec().size, latency_table=job.latency_table)
+        if job.start is None:
+            method.check(cost, target)
+        elif target.is_time:
+            problems.append(
+                f"target.{target.metric}: latency is predicted for dense networks only, not for a "
+                "from_run: choose target.macs"
+            )
+        else:
+            problems += _nothing_left(cfg["from_run"], cost, job.start.plan, target)
+            method.check(Cost(job.start.net, cost.input_size, cost), target)
+        if not target.is_identity:
+            check_scorer(method.scorer(model.skeleton()))
+    except VitrimError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _nothing_left(folder: str, cost: Cost, start: Plan, target: Target) -> list[str]:
+    """Return what is wrong with a target that the network to start from meets already."""
+    if target.is_identity or target.metric == "units":
         return []
-    metric, limit = budget.unit, cost.allowed(budget)
-    has = getattr(cost.plan(begun), metric)
+    metric, limit = target.counted_metric, cost.limit(target)
+    has, dense = (
+        amount.macs if metric == "macs" else amount.params
+        for amount in (cost.plan(start), cost.dense_count)
+    )
     if has > limit:
         return []
-    share = has / getattr(cost.dense_count, metric)
     return [
-        f"target.{budget.metric}={budget.keep} leaves {limit:,} {metric}, and from_run={folder} "
-        f"has only {has:,} already ({share:.4f} of the dense network's): set a smaller budget"
+        f"target.{target.metric}={target.keep} leaves {limit:,} {metric}, and from_run={folder} "
+        f"has only {has:,} already ({has / dense:.4f} of the dense network's): set a smaller target"
     ]

@@ -1,12 +1,13 @@
-"""From a command line to a configuration, and to what its groups build."""
+"""From a command line to a configuration, and from that to a job."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -17,70 +18,132 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim.cli import checks, guard
+from vitrim.cli.checks import Config
+from vitrim.cli.renamed import renamed_key
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import PHASES, writable
+from vitrim.jobs import slurm
 
 if TYPE_CHECKING:
-    from vitrim.budget.latency import Timing
+    from vitrim.budget.latency import LatencyTable
+    from vitrim.model.source import Timm
+    from vitrim.pipeline import Job
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
 TO_TIMM = ("model.args", "data.augmentation")
-"""Keys below which stand arguments of timm's functions, those that conf/ does not name as well."""
+"""Keys whose children are arguments of timm's functions, those that conf/ does not name as well."""
 
 
-def _build(cfg: DictConfig) -> dict[str, Any]:
-    """Build what the four groups choose; all that is wrong with them is told at once."""
-    said: Any = OmegaConf.to_container(cfg, resolve=False)
-    built, wrong = _groups(cfg, GROUPS)
-    problems = [*checks.of_run(said), *wrong]
+def register_resolvers() -> None:
+    """Register what interpolations in conf/ call."""
+    register: Callable[..., None] = (  # omegaconf 2.4 gave the new function the old one's name
+        OmegaConf.register_resolver
+        if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+        else OmegaConf.register_new_resolver
+    )
+    register("gpus_per_node", slurm.gpus_per_node, replace=True)  # of hydra/launcher/slurm.yaml
+
+
+def build_job(cfg: DictConfig) -> Job:
+    """Build what the groups choose and check that it goes together.
+
+    Raises:
+        ConfigError: all that is wrong with the choices, one sentence a line.
+    """
+    raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
+    built, wrong = _build(cfg, GROUPS)
+    problems = [*checks.check_keys(raw), *wrong]
     if not problems:
-        built |= {"start": None, "timing": None}
         try:
-            built["start"] = checks.start(
-                said["from_run"], built["model"], transfer=cfg.transfer, seed=cfg.seed
-            )
-            if built["method"].budget.is_time:
-                built["timing"] = cache(partial(_timing, cfg, built["model"]))
+            job = _assemble(cfg, built)
         except VitrimError as error:
-            problems.append(str(error))
-    if not problems:
-        problems = checks.mismatches(said, built, {group: _choice(group) for group in GROUPS})
+            problems = [str(error)]
+        else:
+            choices = {group: choice(group) for group in GROUPS}
+            problems = checks.mismatches(job, raw, choices)
     if problems:
         raise ConfigError("\n".join(problems))
-    return built
+    return job
 
 
-def _timing(cfg: DictConfig, model: Any) -> Timing:
-    """Return how long parts of the dense network take on this device, measured once."""
-    from vitrim.budget.latency import once
+def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
+    """Return the job of built groups: the target, and the network to start from, are resolved."""
+    from vitrim.budget.target import resolve_target
+    from vitrim.method import check_method
+    from vitrim.pipeline import Job, LatencySettings
 
-    shared = writable(Path(cfg.out).absolute() / PHASES)
-    how = {key: cfg.latency[key] for key in ("batch", "repeats", "device")}
-    return once(shared, model.build(fetch=False), model.description(), model.spec().size, **how)
+    model, method = built["model"], built["method"]
+    check_method(method)
+    target = resolve_target(
+        cfg.strength,
+        cast(Config, OmegaConf.to_container(cfg.target)),
+        levels=method.levels,
+        metric=method.metric,
+        where=f"method={choice('method')}",
+    )
+    out = Path(cfg.out).absolute()
+    latency = cast(Config, OmegaConf.to_container(cfg.latency))
+    grid = latency.pop("table")
+    table = partial(_latency_table, model, latency, grid, out) if target.is_time else None
+    retrains = method.granularity == "none"
+    return Job(
+        model=model,
+        method=method,
+        target=target,
+        data=built["data"],
+        trainer=built["trainer"],
+        out=out,
+        start=checks.start(cfg.from_run, model, retrains=retrains, seed=cfg.seed),
+        latency=LatencySettings(**latency),
+        latency_table=None if table is None else cache(table),
+        quantize=cast(list[str], OmegaConf.to_container(cfg.quantize)),
+        seed=cfg.seed,
+        tracking=cfg.tracking,
+        progress=cfg.progress,
+        checkpoint_minutes=cfg.checkpoint.minutes,
+        batchnorm_images=cfg.batchnorm_images,
+    )
 
 
-def _groups(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def _latency_table(model: Timm, latency: Config, grid: Config, out: Path) -> LatencyTable:
+    """Return the table that predicts latency on this device, measured once."""
+    from vitrim.budget.latency import LatencyGrid, load_or_measure
+
+    return load_or_measure(
+        writable(out / PHASES),
+        model.build(fetch=False),
+        model.description(),
+        model.spec().size,
+        batch=latency["batch"],
+        repeats=latency["repeats"],
+        device=latency["device"],
+        grid=LatencyGrid(**grid),
+    )
+
+
+def _build(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Build what these groups choose; return it by group, and what is wrong with the others."""
     built, problems = {}, []
     for group in groups:
         try:
             values = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
-            guard.targets(values, group)
+            guard.check_targets(values, group)
             built[group] = instantiate(values, _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     return built, problems
 
 
-def chosen(
+def compose_for_run(
     config: str, arguments: Sequence[str], recipe: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compose conf/`config`.yaml for a command that judges the finished run of `recipe`.
+) -> tuple[Config, dict[str, Any]]:
+    """Compose conf/`config`.yaml for a command that evaluates the finished run of `recipe`.
 
-    Return it as plain data, with the name of the data under `choices`, and what its groups data
-    and trainer build, beside the model of that run.
+    Returns:
+        The configuration as plain data, with the names of data and trainer under `choices`; and
+        what its groups data and trainer build, with the model of that run.
 
     Raises:
         ConfigError: what is wrong with the choices.
@@ -93,42 +156,48 @@ def chosen(
         with open_dict(cfg):
             del cfg.hydra
             cfg.model = OmegaConf.load(recipe).model
-        said: Any = OmegaConf.to_container(cfg, resolve=True)
+        raw = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, arguments, config)) from None
-    built, problems = _groups(cfg, ("data", "trainer", "model"))
+        raise ConfigError(explain(error, arguments, config)) from None
+    built, problems = _build(cfg, ("data", "trainer", "model"))
     if problems:
         raise ConfigError("\n".join(problems))
-    return {**said, "choices": choices}, built
+    return {**raw, "choices": choices}, built
 
 
-def _choice(group: str) -> str | None:
+def choice(group: str) -> str | None:
+    """Return the name of what is chosen in a group."""
     name: str | None = HydraConfig.get().runtime.choices.get(group)
     return name
 
 
 def _reason(error: Exception, group: str) -> str:
     """Return the sentence that a user needs, out of Hydra's wrapping."""
+    key = group
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        part = re.search(r"full_key: (\S+)", str(error))
+        key = group if part is None else f"{group}.{part[1]}"
         error = error.__cause__
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=???: expected a value, which has no default"
     text = str(error).split("\n    full_key:")[0].strip()
+    unexpected = re.search(r"unexpected keyword argument '([^']+)'", text)
+    if unexpected is not None and (message := renamed_key(f"{key}.{unexpected[1]}")):
+        return message
     return text if isinstance(error, VitrimError) else f"{group}: {text}"
 
 
-def _explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
+def explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
     """Return the message of an error in composing or running, with the way out."""
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
+    unmerged = re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", text)
     if unknown is not None:
         full = str(getattr(error.__cause__, "full_key", None))
         key = full if full.startswith(f"{unknown[1]}.") else unknown[1]  # within a value {key: ...}
-        parent, _, _ = key.rpartition(".")
-        known = _known_keys(parent, arguments, config)
-        ways = [f"expected one of {', '.join(known)}"] if known else []
-        ways += [f"+{key}=... hands it to timm"] if parent in TO_TIMM else []
-        return f"unknown key {key}: {'; '.join(ways)}"
+        return renamed_key(key) or _unknown_key(key, arguments, config)
+    if unmerged is not None and (message := renamed_key(unmerged[1])):
+        return message
     if "Config search path" in text:
         return text.split("Config search path")[0].strip()
     if isinstance(error, OSError) and error.filename is not None:
@@ -136,8 +205,16 @@ def _explain(error: Exception, arguments: Sequence[str], config: str = "run") ->
     return text
 
 
+def _unknown_key(key: str, arguments: Sequence[str], config: str) -> str:
+    parent, _, _ = key.rpartition(".")
+    known = _known_keys(parent, arguments, config)
+    ways = [f"expected one of {', '.join(known)}"] if known else []
+    ways += [f"+{key}=... hands it to timm"] if parent in TO_TIMM else []
+    return f"unknown key {key}: {'; '.join(ways)}"
+
+
 def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
-    """Return the keys below `parent`, or below what there is of it, in what was asked for."""
+    """Return the keys below `parent`, or below its nearest ancestor, in what was asked for."""
     kinds = (*GROUPS, "experiment")
     groups = [arg for arg in arguments if arg.partition("=")[0] in kinds and "," not in arg]
     GlobalHydra.instance().clear()

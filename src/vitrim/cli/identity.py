@@ -1,0 +1,71 @@
+"""The identity of a run: digests of its recipe, and the names of its folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from vitrim.cli.checks import Config, network_digest
+from vitrim.cli.compose import GROUPS, choice
+from vitrim.cli.earlier import earlier_run
+from vitrim.cli.recipe import identifying, of_series
+from vitrim.files import digest
+from vitrim.versions import versions
+
+if TYPE_CHECKING:
+    from vitrim.pipeline import Identity, Job
+
+
+def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
+    """Return the identity of a run and its folder, which is an earlier version's if it has one."""
+    from vitrim.pipeline import Identity
+
+    resolved = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+    choices = {group: choice(group) for group in (*GROUPS, "experiment")}
+    started_from = network_digest(cfg.from_run)
+    recipe = identifying(resolved, job.model.fingerprint(), started_from)
+    recipe["choices"] = {group: choices[group] for group in ("data", "method")}
+    targets = [name for name, keep in resolved["target"].items() if keep is not None]
+    point = "-".join(f"{name}{resolved['target'][name]}" for name in targets)
+    point = f"{point or f's{cfg.strength:g}'}-seed{cfg.seed}"
+    label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
+    dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
+    dense["choices"] = {"data": choices["data"]}
+    recipe_hash, series = digest(recipe), f"{label}-{digest(of_series(recipe))}"
+    strength = None if targets else cfg.strength
+    identity = Identity(
+        method=str(choices["method"]),
+        strength=strength,
+        recipe=resolved,
+        digest=recipe_hash,
+        dense_key=digest(dense),
+        start_key=digest([dense, started_from]) if started_from else digest(dense),
+        series=series,
+        name=f"{point}-{recipe_hash}",
+        facts={
+            "choices": choices,
+            "strength": strength,
+            "seed": cfg.seed,
+            "samples": resolved["data"].get("samples"),
+            "recipe_hash": recipe_hash,
+            "series": series,
+            "variant": _variant(job),
+            **versions(*(("torchao",) if job.quantize else ())),
+        },
+    )
+    found = earlier_run(job.out, label, point, recipe)
+    return identity, found or job.out / identity.series / identity.name
+
+
+def _variant(job: Job) -> str:
+    """Return what tells the method of a run from its defaults, for tables."""
+    from vitrim.model.transfer import methods_of
+
+    if job.retrains and job.start is not None:
+        return methods_of(job.start.plan)
+    overrides = HydraConfig.get().overrides.task
+    words = [word for word in overrides if word.startswith("method.")]
+    return " ".join(sorted(word.removeprefix("method.") for word in words))

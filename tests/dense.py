@@ -6,7 +6,7 @@ import argparse
 
 import timm
 
-from vitrim.budget.blocks import dense_widths
+from vitrim.budget.blocks import dense_widths, fewest_groups
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.network.skeleton import on_meta
@@ -26,7 +26,8 @@ def main() -> None:
     print("asked MACs       reached MACs     below  blocks  units left in each")
     for step in range(50):
         target = Target(metric="macs", keep=round(0.995 - 0.0115 * step, 4))
-        widths, dropped = dense_widths(cost, target, order)
+        n = fewest_groups(cost, target, order, hint="protect fewer blocks")
+        widths, dropped = dense_widths(cost, target, order[:n])
         keeps = [
             Keep(site=site, index=tuple(range(width)))
             for block, width in widths.items()
@@ -34,7 +35,7 @@ def main() -> None:
         ]
         drops = [Drop(branch=f"{block}.attn") for block in dropped]
         reached = cost.plan(Plan(model={}, edits=(*drops, *keeps))).macs
-        allowed = cost.allowed(target)
+        allowed = cost.limit(target)
         units = " ".join(map(str, widths.values()))
         print(
             f"{target.keep:6.2%} {allowed:15,.0f}  {reached / whole:6.2%} {reached:15,}  "

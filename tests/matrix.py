@@ -38,7 +38,7 @@ from vitrim import Keep, Plan, count, cut, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.budget.trim import trim
-from vitrim.closed_form.importance import score
+from vitrim.closed_form.importance import importance
 from vitrim.measure import image_shape
 from vitrim.network import UnsupportedArchitecture, sites
 
@@ -185,7 +185,7 @@ class Case:
         described = self.cost.structure
         settings: dict[str, Any] = {"criterion": "group_l2", "ridge": 1e-3, "seed": 0}
         scores = {
-            site.name: score(self.dense, described, {}, site, **settings)
+            site.name: importance(self.dense, described, {}, site, **settings)
             for site in sites(self.dense).values()
         }
         return Plan(

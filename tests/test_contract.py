@@ -1,88 +1,189 @@
-"""Every method's yaml, found by itself: from the command line to a report and a loadable net."""
+"""What every method's yaml must do, from the command line to a report and a loadable network.
+
+A method with `granularity` block may leave the same network at two strengths; one with "none"
+removes nothing, and trains the network of an earlier run. A method of another package is tested by
+VITRIM_CONTRACT_PACKAGE=FOLDER, which holds the package and conf/method/*.yaml in it.
+"""
 
 import json
-from collections.abc import Iterator
+import shutil
+import signal
+from functools import cache
+from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
 import vitrim
-from command import QUICK, Command, Done, swin
-from vitrim.cli.compose import CONF
+from command import Command, Done, swin
+from conftest import outputs, randomise, relative_error
+from contract import NAMES, PACKAGE, Subject
+from contract import subject as build
+from vitrim.files import WEIGHTS, sha256
+from vitrim.network.surgery import cut, masked
+from vitrim.plan import Plan
+from vitrim.trainer import resume
 
-METHODS = sorted(path.stem for path in (CONF / "method").rglob("*.yaml"))
-
-
-COARSE = ("mir", "practise")
-"""Those that drop whole blocks: of a network of four, not every strength leaves another size."""
-
-
-def short(method: str) -> list[str]:
-    """Return overrides that make every phase of `method` one epoch or one iteration long."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("run", overrides=[f"method={method}"])
-    return [f"{key}=1" for key in lengths(cfg.method, "method")]
-
-
-def lengths(node: DictConfig, where: str) -> Iterator[str]:
-    """Iterate over the keys below `node` that say how long something takes."""
-    for name, value in node.items():
-        if OmegaConf.is_dict(value):
-            yield from lengths(value, f"{where}.{name}")
-        elif name in ("epochs", "iterations"):
-            yield f"{where}.{name}"
+CNN = (
+    "model=mobilenetv2",
+    "model.num_classes=10",
+    "model.image_size=32",
+    "model.pretrained=false",
+    "data=none",
+)
+build = cache(build)
+REMOVING = [name for name in NAMES if build(name).method.granularity != "none"]
+TRAINING = [name for name in NAMES if build(name).method.granularity == "none"]
 
 
-def test_the_methods_are_found() -> None:
-    assert METHODS == [
-        "aiminify",
-        "cd",
-        "dcvit",
-        "fskd",
-        "mir",
-        "mixed_rank",
-        "oneshot",
-        "practise",
-        "vtp",
-    ]
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return build(request.param)
 
 
-def run(command: Command, method: str, strength: float, *more: str) -> Done:
-    done = command(f"method={method}", f"strength={strength}", *QUICK, *short(method), *more)
-    assert done.code == 0
+def run(command: Command, subject: Subject, *more: str) -> Done:
+    done = command(*subject.arguments, *more)
+    assert done.code == 0, done.message
     return done
 
 
+def report_of(done: Done) -> dict[str, dict[str, float]]:
+    return json.loads(done.report.read_text())
+
+
+def test_methods_are_found() -> None:
+    assert REMOVING
+    assert PACKAGE or len(NAMES) >= len(list(Path(vitrim.__file__).parent.glob("method/[!_]*")))
+    assert all(set(build(name).arguments) > {f"method={name}"} for name in NAMES)
+
+
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_strength_0_is_the_identity(command: Command, subject: Subject) -> None:
+    done = run(command, subject, "strength=0")
+    net, plan = vitrim.load(done.report.parent)
+    assert plan.edits == ()
+    (dense,) = command.out.glob("phases/dense-*/state.safetensors")
+    state = safetensors.torch.load_file(dense)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state[f"net.{name}"]), name
+    report = report_of(done)
+    assert report["cut"]["top1"] == report["dense"]["top1"] == report["compact"]["top1"]
+
+
 @pytest.mark.parametrize("model", [("model=vit_digits",), swin("[2,2]")], ids=["vit", "swin"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
 def test_every_method_runs_from_yaml_to_report(
-    command: Command, method: str, model: tuple[str, ...]
+    command: Command, subject: Subject, model: tuple[str, ...]
 ) -> None:
-    done = run(command, method, 2.5, *model)
-    report = json.loads(done.report.read_text())
+    done = run(command, subject, "strength=2.5", *model)
+    report = report_of(done)
     assert report["compact"]["params"] < report["dense"]["params"]
     assert report["compact"]["macs"] < report["dense"]["macs"]
     net, plan = vitrim.load(done.report.parent)
-    assert plan.provenance["method"] == method
-    assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert plan.method == subject.name
+    images = torch.rand(2, 1, 8, 8)
+    logits = net(images)
+    assert logits.shape == (2, 10)
+    assert torch.equal(vitrim.load(done.report.parent)[0](images), logits)
+    assert_cut_equals_masked(plan)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_strengths_share_one_scoring(command: Command, method: str) -> None:
+def assert_cut_equals_masked(plan: Plan) -> None:
+    """Compare the two readings of a plan on random weights, in double precision."""
+    dense = timm.create_model(plan.model["name"], **plan.model["args"]).double()
+    randomise(dense)
+    images = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    expected = outputs(masked(dense, plan), images)
+    assert relative_error(outputs(cut(dense, plan), images), expected) < 1e-9
+
+
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_strengths_share_one_scoring(command: Command, subject: Subject) -> None:
     for strength in (2, 4):
-        run(command, method, strength)
+        run(command, subject, f"strength={strength}")
     (scored,) = (command.out / "phases").glob("score-*")
     assert (scored / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_method_grows_with_strength(command: Command, method: str) -> None:
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_no_method_grows_with_strength(command: Command, subject: Subject) -> None:
     def params(strength: float) -> int:
-        done = command(f"method={method}", f"strength={strength}", "data=none", "latency.repeats=1")
-        return int(json.loads(done.report.read_text())["compact"]["params"])
+        done = run(command, subject, f"strength={strength}", "data=none")
+        return int(report_of(done)["compact"]["params"])
 
     sizes = [params(strength) for strength in (0, 1, 2, 3, 4, 5)]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes) or method in COARSE
+    assert len(set(sizes)) == len(sizes) or subject.method.granularity == "block"
+
+
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_an_explicit_budget_is_met(command: Command, subject: Subject) -> None:
+    report = report_of(run(command, subject, "target.macs=0.7", "data=none"))
+    assert 0.3 < report["kept"]["macs"] <= 0.7
+    assert report["strength"] is None
+
+
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_a_convolutional_network_is_cut_or_refused(command: Command, subject: Subject) -> None:
+    done = command(*subject.arguments, *CNN, "target.macs=0.8")
+    if done.code:
+        assert "Traceback" not in done.message
+        assert not list(command.out.rglob("recipe.yaml"))
+        return
+    assert report_of(done)["kept"]["macs"] <= 0.8
+    net, _ = vitrim.load(done.report.parent)
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+def test_a_stopped_run_resumes_to_the_same_bits(
+    command: Command, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = 1 + NAMES.index(subject.name) % 4  # another batch for every method
+    words = ("strength=3", "data.batch_size=256")
+    whole = run(command, subject, *words).report
+    digest, numbers = sha256(whole.parent / WEIGHTS), comparable(whole)
+    shutil.rmtree(whole.parent)
+    for folder in command.out.glob("phases/score-*"):
+        shutil.rmtree(folder)
+    batches = 0
+
+    def received() -> int | None:
+        nonlocal batches
+        batches += 1
+        return signal.SIGTERM if batches == step else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.signals, "received", received)
+        stopped = command(*subject.arguments, *words)
+    if batches >= step:  # otherwise the method has fewer batches in all
+        assert stopped.code == 143, stopped.message
+    again = run(command, subject, *words).report
+    assert again == whole
+    assert sha256(again.parent / WEIGHTS) == digest
+    assert comparable(again) == numbers
+
+
+def comparable(report: Path) -> dict[str, object]:
+    """Return what a report says but for times."""
+    numbers = json.loads(report.read_text())
+    for side in ("dense", "compact"):
+        for key in [key for key in numbers[side] if key.startswith("latency")]:
+            del numbers[side][key]
+    del numbers["seconds"]
+    return numbers
+
+
+@pytest.mark.parametrize("subject", TRAINING, indirect=True)
+def test_what_removes_nothing_trains_an_earlier_network(command: Command, subject: Subject) -> None:
+    first = command("method=oneshot", "strength=3", "model.training.epochs=1", "latency.repeats=1")
+    start = first.report.parent
+    done = run(command, subject, "strength=0", f"from_run={start}")
+    net, plan = vitrim.load(done.report.parent)
+    before, plan_before = vitrim.load(start)
+    assert plan.edits == plan_before.edits
+    assert not torch.equal(net.get_parameter("head.weight"), before.get_parameter("head.weight"))
+    assert command(*subject.arguments, "strength=0").code == 1
+    assert command(*subject.arguments, "strength=2", f"from_run={start}").code == 1

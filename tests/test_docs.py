@@ -1,19 +1,24 @@
-"""Papers of the project: the citation, the licence and the changelog agree with the package."""
+"""The project's documents: they agree with the package, and what they name exists."""
 
+import re
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import yaml
 
 import vitrim
+from vitrim.cli.renamed import RENAMED
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "results/README.md")
 
 
 def test_the_citation_is_of_this_version_and_licence() -> None:
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "title", "message", "authors", "version", "license"} <= set(cited)
-    assert (cited["title"], cited["version"]) == ("vitrim", vitrim.__version__)
-    assert (ROOT / "LICENSE").read_text().startswith(f"{cited['license']} License")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "title", "message", "authors", "version", "license"} <= set(citation)
+    assert (citation["title"], citation["version"]) == ("vitrim", vitrim.__version__)
+    assert (ROOT / "LICENSE").read_text().startswith(f"{citation['license']} License")
 
 
 def test_the_changelog_begins_with_what_is_not_released() -> None:
@@ -21,3 +26,38 @@ def test_the_changelog_begins_with_what_is_not_released() -> None:
         line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
     ]
     assert headings[0] == "## [Unreleased]"
+
+
+def test_the_changelog_names_every_renamed_key() -> None:
+    words = set(re.findall(r"\w+", (ROOT / "CHANGELOG.md").read_text()))
+    assert RENAMED
+    for former, present in RENAMED.items():
+        assert {former.rpartition(".")[2], *re.findall(r"\w+$", present)} <= words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_a_document_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`((?:src|conf|tests|results|\.ci)/[\w./-]*)`", text))
+    assert named or "README" in document
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_modules_and_names_that_a_document_names_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`(vitrim(?:\.\w+)+)`", text))
+    named |= set(re.findall(r"\bvitrim\.\w+(?=\()", text))
+    named |= set(re.findall(r"\bimport (vitrim(?:\.\w+)+)", text))
+    assert named or document != "README.md"
+    assert [name for name in sorted(named) if not _exists(name)] == []
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parent, _, last = name.rpartition(".")
+    try:
+        import_module(name)
+    except ImportError:
+        return hasattr(import_module(parent), last)
+    return True

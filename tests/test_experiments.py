@@ -1,4 +1,4 @@
-"""Overlays of conf/experiment: what their headers promise, and that their commands compose."""
+"""Overlays of conf/experiment: their headers are complete, and all documented commands compose."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import timm
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from vitrim.cli.compose import CONF
+from vitrim.method import check_method
 from vitrim.paper import published
 from vitrim.paper.results import results
 
@@ -26,7 +28,7 @@ PUBLISHED = [name for name in NAMES if name.partition("/")[0] in SOURCES]
 def header(name: str) -> str:
     """Return the comment that an overlay opens with, without its marks."""
     lines = (ROOT / f"{name}.yaml").read_text().splitlines()
-    end = next(at for at, line in enumerate(lines) if not line.startswith("#"))
+    end = next(index for index, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
 
 
@@ -37,16 +39,24 @@ def commands(name: str) -> list[list[str]]:
 
 
 def words(line: str) -> list[str]:
-    """Return the overrides of a command, of a sweep those of its first job."""
-    return [*_first(shlex.split(line))]
+    """Return the overrides of a command; of a sweep, those of its first job."""
+    return [*_first(shlex.split(line, comments=True))]
 
 
-def _first(given: list[str]) -> Iterator[str]:
-    for override in OverridesParser.create().parse_overrides([w for w in given if w != "-m"]):
+def _first(arguments: list[str]) -> Iterator[str]:
+    overrides = [word for word in arguments if word != "-m"]
+    for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_sweep_override():
             yield f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         else:
             yield str(override.input_line)
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Compose a run, and build its method: that checks the values of its keys."""
+    cfg = compose("run", overrides=overrides)
+    check_method(instantiate(cfg.method, _convert_="all"))
+    return cfg
 
 
 def test_the_sources_have_overlays() -> None:
@@ -60,9 +70,9 @@ def test_a_header_says_rows_command_time_and_expected_number(name: str) -> None:
     text = header(name)
     for word in ("Rows: ", "Time: ", "Expected: "):
         assert text.count(f"\n{word}") == 1
-    found = commands(name)
-    assert found
-    assert all(f"experiment={name}" in words for words in found)
+    documented = commands(name)
+    assert documented
+    assert all(f"experiment={name}" in overrides for overrides in documented)
     expected = text.partition("\nExpected: ")[2]
     flags = ("verified", "quoted", "primary", "not recovered", "ours")
     assert any(flag in expected for flag in flags)
@@ -71,10 +81,10 @@ def test_a_header_says_rows_command_time_and_expected_number(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_and_its_commands_compose(name: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for said in commands(name):
-            cfg = compose("run", overrides=said)
+        for overrides in commands(name):
+            cfg = composed(overrides)
             assert cfg.model.name == "dinov2_vits14_lc" or timm.is_model(cfg.model.name)
-            if "data=none" in said:
+            if "data=none" in overrides:
                 assert instantiate(cfg.data) is None
 
 
@@ -88,16 +98,26 @@ def test_commands_of_results_compose() -> None:
     assert any(lines)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for line in filter(None, lines):
-            compose("run", overrides=words(line))
+            composed(words(line))
+
+
+def test_commands_of_the_readme_compose() -> None:
+    text = (CONF.parent / "README.md").read_text().replace("\\\n", "")
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.findall(r"^vitrim (.*)$", block, re.MULTILINE)]
+    assert len(lines) >= 15
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for line in lines:
+            composed(words(line))
 
 
 def test_published_rows_use_the_keys_of_their_overlays() -> None:
     assert {row.experiment for row in published()} - {""} <= set(PUBLISHED)
     for row in published():
-        said = {"model", *(w.partition("=")[0] for ws in _known(row.experiment) for w in ws)}
+        known = {"model", *(w.partition("=")[0] for ws in _known(row.experiment) for w in ws)}
         for word in row.overrides.split():
             key, _, value = word.partition("=")
-            assert key in said or f"  {key.rpartition('.')[2]}:" in _text(row.experiment)
+            assert key in known or f"  {key.rpartition('.')[2]}:" in _text(row.experiment)
             if key in ("model", "method", "data"):
                 assert (CONF / key / f"{value}.yaml").is_file()
 

@@ -45,7 +45,7 @@ def test_a_sliced_network_is_factorised_within_a_joint_budget(
 @pytest.mark.parametrize("trained", [0, 1])
 def test_dense_compression_goes_on_from_itself(command: Command, trained: int) -> None:
     words = ("method=dcvit", *QUICK, "method.tuning.training.epochs=1")
-    first = command(*words, "target.blocks=0.9", "method.only=[blocks.1]")
+    first = command(*words, "target.blocks=0.9", "method.allowed_blocks=[blocks.1]")
     trials = f"method.trial.training.epochs={trained}"
     done = command(*words, "target.macs=0.6", trials, f"from_run={first.report.parent}")
     assert done.code == 0, done.message
@@ -100,7 +100,7 @@ def test_units_of_layers_in_two_factors_are_not_ranked(
     [
         (["from_run=/nonexistent"], ["from_run=/nonexistent", "report.json"]),
         (["from_run={run}", "model=vit_tiny", "data=none"], ["from_run=", "the same model"]),
-        (["from_run={run}", "target.params=0.9"], ["target.params=0.9", "a smaller budget"]),
+        (["from_run={run}", "target.params=0.9"], ["target.params=0.9", "a smaller target"]),
     ],
 )
 def test_what_cannot_be_begun_with_is_refused(

@@ -23,10 +23,10 @@ SHORT = ("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder whose `outputs/` hold a dense and a compact network of the digits."""
     root = tmp_path_factory.mktemp("demo")
-    for strength in (0, 3):  # in this process: jobs of a sweep start torch anew
-        said = [*SHORT, f"strength={strength}", f"out={root / 'outputs'}"]
+    for strength in (0, 3):  # in this process: each job of a sweep would import torch again
+        overrides = [*SHORT, f"strength={strength}", f"out={root / 'outputs'}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["vitrim", *said])
+            patch.setattr(sys, "argv", ["vitrim", *overrides])
             GlobalHydra.instance().clear()
             main()
     (root / "notebooks").mkdir()
@@ -52,8 +52,8 @@ def test_a_notebook_runs_on_a_sweep(
         resources={"metadata": {"path": str(sweep / "notebooks")}},
     ).execute()
     assert any("image/png" in output.get("data", {}) for output in outputs_of(notebook))
-    said = [o["text"] for o in outputs_of(notebook) if o.get("name") == "stderr"]
-    assert said == []
+    errors = [o["text"] for o in outputs_of(notebook) if o.get("name") == "stderr"]
+    assert errors == []
 
 
 def outputs_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

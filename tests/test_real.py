@@ -15,15 +15,17 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from command import Command
+from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.cli.compose import CONF
 from vitrim.method.mixed_rank.method import MixedRank
-from vitrim.method.mixed_rank.metric import curves
+from vitrim.method.mixed_rank.metric import rank_curves
+from vitrim.method.mixed_rank.pieces import statistics_of
 from vitrim.method.mixed_rank.profile import Profile
 from vitrim.network import structure
 from vitrim.network.surgery import cut
-from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import watch
+from vitrim.plan import Evidence, Plan
+from vitrim.trainer.calibrate import capture
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TAR, WEIGHTS = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"
@@ -110,26 +112,27 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
     proxy: tuple[nn.Module, Tensor, Tensor], decomposition: str
 ) -> None:
     net, seen, unseen = proxy
-    whole = () if decomposition == "whitening" else ("readout=1.0", "tokens=null")
+    whole = () if decomposition == "whitening" else ("class_token_weight=1.0", "tokens=null")
     method = mixed_rank(
         f"method.decomposition={decomposition}",
         "method.allocation=error",
         *(f"method.sampling.{word}" for word in whole),  # all tokens alike, as they are judged
     )
     evidence = profiled(method, net, seen)
-    names = [*dict.fromkeys(piece.layer for _, piece in method._pieces(structure(net)))]
-    with torch.no_grad(), watch(net, [(name, False) for name in names]) as flows:
+    pieces = method._pieces(structure(net))
+    names = [*dict.fromkeys(piece.layer for piece in pieces.values())]
+    with torch.no_grad(), capture(net, [(name, False) for name in names]) as flows:
         net(unseen)
-    for name, piece in method._pieces(structure(net)):
+    for name, piece in pieces.items():
         x, weight = (
             flows[name].flatten(0, -2).double(),
             net.get_parameter(f"{name}.weight").detach(),
         )
         x = x - x.mean(0) if decomposition == "centred" else x  # the bias takes the mean
         second = x.T @ x / len(x)
-        aware = method._spectrum(net, piece, method._found(name, piece, evidence))
+        aware = method._spectrum(net, piece, statistics_of(name, piece, evidence))
         plain = method._spectrum(net, piece, {})
-        errors = [curves(weight, spectrum, second)["error"] for spectrum in (aware, plain)]
+        errors = [rank_curves(weight, spectrum, second)["error"] for spectrum in (aware, plain)]
         assert len(errors[0]) > 10
         assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name
 
@@ -143,9 +146,9 @@ def test_the_default_allocation_changes_unseen_outputs_less_than_uniform_ranks(
     with torch.no_grad():
         dense = net(unseen)
     for rule in ("loss", "uniform"):
-        method = mixed_rank(f"target.params={share}", f"method.allocation={rule}")
-        evidence = profiled(method, net, seen)
-        plan = method.plan(net, evidence, Cost(net, 224))
+        method = mixed_rank(f"method.allocation={rule}")
+        evidence, target = profiled(method, net, seen), target_of(method, params=share)
+        plan = Plan(model={}, edits=method.plan(net, evidence, Cost(net, 224), target).edits)
         compact = cut(net, plan)
         with torch.no_grad():
             for name, value in method.compensation_of(net, compact, plan, evidence).items():

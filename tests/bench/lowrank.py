@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitrim.method.mixed_rank.method import MixedRank
 from vitrim.network.decompose import decompose
 from vitrim.network.factored import LowRankLinear
-from vitrim.trainer.calibrate import watch
+from vitrim.trainer.calibrate import capture
 
 from .scoring import DEIT, NETS, against_forward, method_of, net_of
 from .timing import Row, Side, take_turns
@@ -32,7 +32,7 @@ def _linears(net: nn.Module) -> dict[str, nn.Linear]:
 def _decomposing(repeats: int) -> Row:
     net = net_of(DEIT)
     layers, moments = _linears(net), {}
-    with torch.no_grad(), watch(net.blocks, [(name, False) for name in layers]) as flows:
+    with torch.no_grad(), capture(net.blocks, [(name, False) for name in layers]) as flows:
         net(torch.randn(24, 3, 224, 224))
     for name in layers:
         x = flows[name].flatten(0, -2)
@@ -86,12 +86,12 @@ def _statistics(name: str, repeats: int) -> Row:
     net = net_of(name)
     method: MixedRank = method_of("mixed_rank", name)
     phase = method.scorer(net)
-    batch = NETS[name]
-    phase.loss_images = round(batch * method.loss_images / method.sampling.images)  # of each batch
+    of_each_batch = NETS[name] * method.gradient_images / method.sampling.images
+    phase.gradient_images = round(of_each_batch)
 
     def step(x: Tensor) -> None:
         phase.training_step((x, None), 0)
-        phase._seen = 0
+        phase._n_seen = 0
 
     return against_forward("statistics of", name, net, step, repeats)
 
@@ -100,7 +100,7 @@ def _layers(batch: int, repeats: int) -> Row:
     """Return the slowest of the layers of both networks at their highest rank, against its twin."""
     slowest: dict[str, Any] | None = None
     for name in NETS:
-        share = method_of("mixed_rank", name).max_share
+        share = method_of("mixed_rank", name).max_rank_fraction
         for kind, layer in [*_linears(timm.create_model(name)).items()][:4]:
             rows, columns = layer.weight.shape
             rank = math.floor(share * ((rows * columns - 1) // (rows + columns)))

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from vitrim.budget.cost import Cost
+from vitrim.budget.target import resolve_target
 from vitrim.method.oneshot import OneShot
 from vitrim.network.surgery import cut
-from vitrim.plan import Evidence
+from vitrim.plan import Evidence, Plan
 from vitrim.trainer.calibrate import Calibrate
 
 from .scoring import DEIT, NETS, against_forward, method_of, net_of
@@ -44,9 +45,12 @@ def _planning(name: str, repeats: int) -> Row:
     phase.sampling = replace(method.sampling, tokens=None)  # more rows than units, as in earnest
     evidence = _evidence(phase)
     cost = Cost(net, 224)
+    target = resolve_target(
+        3, {}, levels=method.levels, metric=method.metric, where="conf/method/oneshot.yaml"
+    )
 
     def work() -> nn.Module:
-        plan = method.plan(net, evidence, cost)
+        plan = Plan(model={}, edits=method.plan(net, evidence, cost, target).edits)
         compact = cut(net, plan)
         method.compensation_of(net, compact, plan, evidence)
         return compact

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitrim.data import Loaders
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.phases import Phases
+from vitrim.trainer.phases import PhaseRunner
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker
 
@@ -99,7 +99,7 @@ def _until(folder: Path, *, stop: int) -> tuple[float, _Watch]:
     torch.manual_seed(0)
     phase = Classify(timm.create_model("vit_tiny_patch16_224"), recipe=RECIPE, n_classes=1000)
     trainer = partial(Trainer, accelerator="cpu", enable_model_summary=False, max_steps=-1)
-    phases = Phases(
+    phases = PhaseRunner(
         trainer=trainer,
         data=_Pictures(),
         tracker=Tracker(folder, "none", group="", config={}),
@@ -108,11 +108,12 @@ def _until(folder: Path, *, stop: int) -> tuple[float, _Watch]:
         seed=0,
         progress=False,
         checkpoint_minutes=0.0,
+        batchnorm_images=IMAGES,
     )
     watch = _Watch(stop)
     begun = time.perf_counter()
     try:
-        phases.once(folder / "x", phase, name="x", callbacks=[watch])
+        phases.run_or_load(folder / "x", phase, name="x", callbacks=[watch])
     except _Stop:
         return begun, watch
     raise AssertionError("the phase ended before it was stopped")

@@ -27,11 +27,10 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrim.method.dcvit.method import DCViT
-from vitrim.method.dcvit.trials import step
+from vitrim.method.dcvit.trial_training import distill_step
 from vitrim.network.surgery import cut
-from vitrim.plan import BLOCKS as SCORED
 from vitrim.plan import Drop, Keep, Plan
-from vitrim.trainer.mimic import frozen
+from vitrim.trainer.mimic import frozen_parameters
 
 from .scoring import method_of, net_of
 from .timing import Row, Side, take_turns
@@ -115,7 +114,7 @@ def _quick(net: nn.Module, images: Tensor) -> Row:
             log_every_n_steps=1,
         )
         trainer.fit(phase.train(), DataLoader(data, batch_size=len(images)))
-        scores[name] = phase.evidence().scores[SCORED]
+        scores[name] = torch.tensor([*phase.evidence().block_scores.values()])
 
     quick = take_turns({"ours": Side(work=lambda _: ranked("quick", method))}, 1)["ours"]
     start = time.perf_counter()
@@ -163,14 +162,16 @@ def _ours(
 ) -> Callable[[], list[float]]:
     def loop() -> list[float]:
         net = _candidate(teacher, at)
-        fixed = frozen(net, [f"blocks.{at}"], front=True)
+        fixed = frozen_parameters(net, [f"blocks.{at}"], freeze_tail=True)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name not in fixed)
         trained = [tensor for tensor in net.parameters() if tensor.requires_grad]
         optimizer, losses = AdamW(trained, lr=1e-4), []
         for x, aim in zip(batches, aims, strict=True):
             with precision():
-                losses.append(step(net, x, aim, optimizer, 0.0, torch.Tensor.backward).item())
+                losses.append(
+                    distill_step(net, x, aim, optimizer, 0.0, torch.Tensor.backward).item()
+                )
         return losses
 
     return loop
@@ -181,7 +182,7 @@ def _naive(teacher: nn.Module, at: int, batches: list[Tensor]) -> Callable[[], l
 
     def loop() -> list[float]:
         net = _candidate(teacher, at)
-        fixed = frozen(net, [f"blocks.{at}"], front=True)
+        fixed = frozen_parameters(net, [f"blocks.{at}"], freeze_tail=True)
         trained = [tensor for name, tensor in net.named_parameters() if name not in fixed]
         optimizer, losses = AdamW(trained, lr=1e-4), []
         for x in batches:

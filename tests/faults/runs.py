@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ QUICK = (
     "checkpoint.minutes=0",
 )
 WEIGHTS = "*/s3-*/model.safetensors"
+import_module("vitrim.pipeline")  # before the forks, each of which would import it
 
 
 def attempt(words: Sequence[str], *, after: float | None, signum: int) -> int:

@@ -24,13 +24,13 @@ def _arm(fate: str) -> None:
     import vitrim.cli.app
     import vitrim.pipeline
 
-    whole = vitrim.pipeline._phases
+    whole = vitrim.pipeline._runner
 
     def phases(*args: object) -> object:
         _meet(fate)
         return whole(*args)
 
-    vitrim.pipeline._phases = phases
+    vitrim.pipeline._runner = phases
     vitrim.cli.app.main()
     os._exit(0)
 

@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# VTP at strengths 0 to 5 on the digits, then the table, the curve and the run folders.
+# Run VTP at strengths 0 to 5 on the digits; print the table, write the curve, list the run folders.
 demo: $(READY)
 	$(BIN)/vitrim --multirun experiment=demo strength=0,1,2,3,4,5
 	$(BIN)/vitrim-report outputs
@@ -22,18 +22,18 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu and not slurm'
 
-# Sweeps on a real SLURM of one node (Debian: apt-get install slurm-wlm munge).
+# Run sweeps on a real SLURM of one node (Debian: apt-get install slurm-wlm munge).
 slurm: $(READY)
 	$(BIN)/python -m pytest -rs -m slurm tests/jobs/test_slurm.py
 
-# The hooks of .pre-commit-config.yaml, over every file.
+# Run the hooks of .pre-commit-config.yaml on all files.
 lint: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench
 
-# Kills, signals, full disks, damage and hostile files, as a table; N kills of whole runs.
+# Print a table of kills, signals, full disks, damage and hostile files, with N kills of whole runs.
 faults: $(READY)
 	$(BIN)/python -m tests.faults --kills $(N)
 

@@ -12,6 +12,8 @@ import torch
 import vitrim
 from command import QUICK, Command
 from refusals import TINY, assert_refused
+from vitrim.cli.app import main
+from vitrim.cli.compose import CONF
 
 
 @pytest.mark.parametrize(
@@ -245,3 +247,17 @@ def test_where_and_how_may_differ_when_a_run_goes_on(command: Command) -> None:
     folder = command(*words).report.parent
     (folder / "report.json").unlink()
     assert command(*words, "checkpoint.minutes=3", "latency.repeats=2").code == 0
+
+
+def test_help_lists_every_choice_as_it_is_typed(command: Command) -> None:
+    done = help_of(command)
+    for path in (CONF / "experiment").rglob("*.yaml"):
+        assert path.relative_to(CONF / "experiment").with_suffix("").as_posix() in done
+    assert "base/" not in done
+
+
+def help_of(command: Command) -> str:
+    command.patch.setattr(sys, "argv", ["vitrim", "--help"])
+    command.capture.readouterr()
+    main()
+    return command.capture.readouterr().out

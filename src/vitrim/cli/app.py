@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitrim.cli import checks, guard
 from vitrim.cli.compose import CONF, build_job, explain, register_resolvers
+from vitrim.cli.help import help_text
 from vitrim.errors import VitrimError
 from vitrim.files import writable, write
 from vitrim.jobs import signals, slurm, status, sweep
@@ -99,6 +100,9 @@ def main() -> None:
 
     A run that was asked to stop ends with 143 or 75 (`vitrim.jobs.signals`).
     """
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.stdout.write(help_text(CONF))
+        return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     with warnings.catch_warnings(), signals.handled():
         # Hydra 1.3 needs version_base, which 1.4 deprecates; 1.4 warns of lists that it lacks

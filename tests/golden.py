@@ -394,13 +394,28 @@ def facts(run: Path) -> dict[str, str]:
     plan = read.pop("plan")
     made = {name: plan.pop(name) for name in ("model", "edits")}
     about = {**plan.pop("provenance", {}), **plan, **read.pop("diagnostics", {})}
-    about = {key: RENAMED_VALUES.get((key, str(value)), value) for key, value in about.items()}
-    if read["report"]["strength"] is None:  # 0.1.0 noted the default strength with a target
-        about.pop("strength", None)
-    about = {key: value for key, value in about.items() if value not in ({}, "")}
+    about = _present(about, chosen=read["report"]["strength"] is None)
+    if "steps" in about:  # they name the methods
+        about.pop("method", None)
+        last = len(about["steps"]) - 1
+        about["steps"] = [
+            _present(step, chosen=place == last and read["report"]["strength"] is None)
+            for place, step in enumerate(about["steps"])
+        ]
     words = [_renamed(word, _new_names()) for word in read["report"].get("variant", "").split()]
     read["report"]["variant"] = " ".join(sorted(words))
     return dict(_leaves({**read, "plan": made, "about": about}, ""))
+
+
+def _present(about: dict[str, Any], *, chosen: bool) -> dict[str, Any]:
+    """Return what is known of a plan with its present values, without what is empty.
+
+    Of a run with a target that was `chosen`, 0.1.0 noted the default strength.
+    """
+    about = {key: RENAMED_VALUES.get((key, str(value)), value) for key, value in about.items()}
+    if chosen:
+        about.pop("strength", None)
+    return {key: value for key, value in about.items() if value not in ({}, "")}
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ class Transfer:
 
     training: Recipe
     levels: ClassVar[tuple[float, ...]] = (1.0,)
-    metric: ClassVar[Metric] = "macs"
+    metric: ClassVar[Metric] = "units"
     granularity: ClassVar[Granularity] = "none"
 
     def check(self, cost: Cost, target: Target) -> None:

@@ -26,6 +26,8 @@ from vitrim.jobs import slurm
 
 if TYPE_CHECKING:
     from vitrim.budget.latency import LatencyTable
+    from vitrim.budget.target import Target
+    from vitrim.method import Method
     from vitrim.model.source import Timm
     from vitrim.pipeline import Job
 
@@ -55,6 +57,11 @@ def build_job(cfg: DictConfig) -> Job:
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
     built, wrong = _build(cfg, GROUPS)
     problems = [*checks.check_keys(raw), *wrong]
+    if "method" in built:  # its target is checked with the other choices, whatever is wrong there
+        try:
+            built["target"] = _target(cfg, built["method"])
+        except VitrimError as error:
+            problems.append(str(error))
     if not problems:
         try:
             job = _assemble(cfg, built)
@@ -68,21 +75,27 @@ def build_job(cfg: DictConfig) -> Job:
     return job
 
 
-def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
-    """Return the job of built groups: the target, and the network to start from, are resolved."""
+def _target(cfg: DictConfig, method: object) -> Target:
+    """Return the budget of the run, once `method` is known to be one."""
     from vitrim.budget.target import resolve_target
     from vitrim.method import check_method
-    from vitrim.pipeline import Job, LatencySettings
 
-    model, method = built["model"], built["method"]
     check_method(method)
-    target = resolve_target(
+    of_method = cast("Method", method)
+    return resolve_target(
         cfg.strength,
         cast(Config, OmegaConf.to_container(cfg.target)),
-        levels=method.levels,
-        metric=method.metric,
+        levels=of_method.levels,
+        metric=of_method.metric,
         where=f"method={choice('method')}",
     )
+
+
+def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
+    """Return the job of built groups and their target; the network to start from is loaded."""
+    from vitrim.pipeline import Job, LatencySettings
+
+    model, method, target = built["model"], built["method"], built["target"]
     out = Path(cfg.out).absolute()
     latency = cast(Config, OmegaConf.to_container(cfg.latency))
     grid = latency.pop("table")

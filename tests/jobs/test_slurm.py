@@ -124,7 +124,7 @@ def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
         script = tmp_path / f"{name}.sh"
         script.write_text(f"#!/bin/bash\n{setup}\nsrun bash -c '{end}'\n")
         slurm.run("sbatch", "--requeue", f"--job-name={name}", "--output=/dev/null", str(script))
-    wait("a job to cancel", (tmp_path / "began").exists)
+    wait("a job to cancel", (tmp_path / "started").exists)
     slurm.run("scancel", slurm.jobs("cancelled")[0]["JobId"])
     wait("an empty queue", lambda: not slurm.run("squeue", "--noheader"))
     assert {name: int(slurm.jobs(name)[0]["Restarts"]) for name in endings} == {

@@ -131,6 +131,7 @@ def test_of_imagenets_classes_those_with_a_folder_count(tmp_path: Path) -> None:
     assert images.n_classes == 1000
     assert sorted(classes_of(images).values()) == [2, 3]
     (tmp_path / "val" / "n01484850").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "val" / "n01484850" / "0.png")
     with pytest.raises(ConfigError, match="class n01484850 are needed, and it has 0 training"):
         opened(tmp_path, 5)
 

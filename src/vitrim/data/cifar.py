@@ -45,10 +45,11 @@ def cifar(
             f"data.root={root}: no CIFAR-{classes} ({error}); "
             "put its files there, or download them with data.download=true"
         ) from None
+    train_classes = train.classes
     if samples is not None:
         train = few_shot(
             train,
-            classes=dict(enumerate(train.classes)),
+            classes=dict(enumerate(train_classes)),
             labels=train.targets,
             names=[f"train/{index:05}" for index in range(len(train))],
             samples=samples,
@@ -57,7 +58,7 @@ def cifar(
     return ImageFiles(
         train=train,
         val=val,
-        n_classes=classes,
+        classes=tuple(train_classes),
         batch_size=batch_size,
         workers=workers,
         augmentation=augmentation,

@@ -2,7 +2,7 @@
 
 Files that cannot be decoded are truncated, empty, no image, or beyond Pillow's limit against
 decompression bombs. A name says another class in `n01440764/n02102040_7.JPEG`. Grey, CMYK, palette,
-16-bit and transparent images are not bad: they become RGB as Pillow converts them.
+16-bit and transparent images are not bad (`vitrim.data.reading`).
 """
 
 from __future__ import annotations

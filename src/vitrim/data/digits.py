@@ -52,6 +52,11 @@ class Digits:
         return 10
 
     @property
+    def classes(self) -> Sequence[str]:
+        """The names of the digits."""
+        return tuple(map(str, range(10)))
+
+    @property
     def trainable(self) -> bool:
         """There are training images."""
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from PIL import Image
@@ -18,11 +18,11 @@ from timm.data.auto_augment import (
 )
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import Compose
 
 from vitrim.data import ImageSpec, Loaders, sample_indices
-from vitrim.data.dataset import Example, ImageDataset, Transform
+from vitrim.data.dataset import Example, ImageDataset, LabelledImages, Transform
 from vitrim.data.few_shot import FewShotSubset
 from vitrim.data.loader import sequential
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
@@ -33,16 +33,29 @@ from vitrim.errors import ConfigError, is_count
 class ImageFiles:
     """A training and a validation set of image files, with how they are augmented and loaded.
 
-    `augmentation` goes to `timm.data.create_transform`, `mixing` to `timm.data.Mixup`.
+    Args:
+        train: the training images, labelled from 0; None where there are none.
+        val: the validation images, labelled in the same way.
+        classes: the name of every output of a network, in order.
+        batch_size: images in a batch.
+        workers: loading processes.
+        augmentation: training options of `timm.data.create_transform`.
+        mixing: options of `timm.data.Mixup`.
+        outputs: the output of a network that every label of `train` and `val` stands for; None
+            where they are the same.
+        listing: version of the rules that found and labelled the images: 1 if those of version
+            0.1.0 give the same images and labels.
     """
 
     train: ImageDataset | None
     val: ImageDataset
-    n_classes: int
+    classes: Sequence[str]
     batch_size: int
     workers: int
     augmentation: Mapping[str, object]
     mixing: Mapping[str, object]
+    outputs: Mapping[int, int] | None = None
+    listing: int = 1
 
     def __post_init__(self) -> None:
         if not is_count(self.batch_size) or not (self.workers == 0 or is_count(self.workers)):
@@ -55,6 +68,34 @@ class ImageFiles:
                 f"data.batch_size={self.batch_size}: expected an even number, "
                 "because mixup and cutmix pair images"
             )
+
+    @property
+    def n_classes(self) -> int:
+        """Number of outputs of a network."""
+        return len(self.classes)
+
+    @property
+    def present(self) -> list[str]:
+        """Names of the classes that have images, in the order of their labels."""
+        return [self.classes[label] for label in self._labels()]
+
+    def relabelled(self, classes: Sequence[str], outputs: Sequence[int]) -> ImageFiles:
+        """Return the same images for a network with other outputs.
+
+        Args:
+            classes: the name of every output.
+            outputs: the index of the output of each class in `present`.
+        """
+        by_label = dict(zip(self._labels(), outputs, strict=True))
+        return replace(self, classes=tuple(classes), outputs=by_label)
+
+    def evaluation_only(self) -> ImageFiles:
+        """Return the validation images alone."""
+        return replace(self, train=None)
+
+    def _labels(self) -> list[int]:
+        sets = (self.train, self.val)
+        return sorted({label for images in sets if images is not None for label in _labels(images)})
 
     @property
     def trainable(self) -> bool:
@@ -102,12 +143,12 @@ class _ImageLoaders(Loaders):
             "std": tuple(spec.std),
         }
         plain: Transform = create_transform(**options, crop_pct=spec.crop_pct)
-        self.val_set = _with_transform(images.val, plain)
+        self.val_set = _prepared(images.val, plain, images.outputs)
         self.train_set = self.calibration_set = None
         if images.train is not None:
             augmented = _training_transform(**options, **images.augmentation)
-            self.train_set = _with_transform(images.train, augmented)
-            self.calibration_set = _with_transform(images.train, plain)
+            self.train_set = _prepared(images.train, augmented, images.outputs)
+            self.calibration_set = _prepared(images.train, plain, images.outputs)
         self.mix = (
             Mixup(num_classes=images.n_classes, **images.mixing) if images.mixes_pairs else None
         )
@@ -142,11 +183,39 @@ class _ImageLoaders(Loaders):
         return images, mixup_target(labels, self.images.n_classes, smoothing=smoothing)
 
 
-def _with_transform(dataset: ImageDataset, transform: Transform) -> ImageDataset:
+class _Relabelled(Dataset[Example]):
+    """The images of `dataset`, with the outputs of a network as labels."""
+
+    def __init__(self, dataset: ImageDataset, outputs: Mapping[int, int]) -> None:
+        self.dataset = dataset
+        self.outputs = outputs
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = self.dataset[index]
+        return image, self.outputs[label]
+
+
+def _labels(dataset: object) -> Sequence[int]:
+    """Return the labels of the classes of `dataset`, without decoding any image."""
+    match dataset:
+        case FewShotSubset():
+            return _labels(dataset.dataset)
+        case TolerantDataset() | StrictDataset():
+            return dataset.labels
+    targets: Sequence[int] = dataset.targets  # type: ignore[attr-defined]
+    return targets
+
+
+def _prepared(
+    dataset: ImageDataset, transform: Transform, outputs: Mapping[int, int] | None
+) -> LabelledImages:
     """Return a copy of `dataset` that shares its images."""
     dataset = copy.copy(dataset)
     dataset.transform = transform
-    return dataset
+    return dataset if outputs is None else _Relabelled(dataset, outputs)
 
 
 def _training_transform(**options: object) -> Transform:

@@ -1,18 +1,21 @@
-"""Folders of images in the layout of ImageNet: `root/train/<class>/*` and `root/val/<class>/*`."""
+"""Folders of images in the layout of ImageNet: `root/train/<class>/*` and `root/val/<class>/*`.
+
+The validation images may lie in one folder, if a file has their labels.
+"""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from timm.data import ImageNetInfo
-from torchvision.datasets import ImageFolder
-
-from vitrim.data.defects import WNID
+from vitrim.data.class_names import is_numbered, label_index, ordered
 from vitrim.data.few_shot import FewShotSubset, few_shot
+from vitrim.data.folders import ImageList, Split, check_exif, first, read_split
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.label_files import read_labels
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
+from vitrim.data.reading import extensions
 from vitrim.errors import ConfigError
 
 
@@ -21,7 +24,7 @@ def image_folder(
     root: str,
     train: str,
     val: str,
-    classes: Sequence[str] | int | None,
+    classes: Sequence[object] | int | None,
     class_seed: int,
     samples: int | None,
     samples_seed: int,
@@ -30,6 +33,8 @@ def image_folder(
     bad_images: BadImageSettings,
     augmentation: Mapping[str, object],
     mixing: Mapping[str, object],
+    val_labels: str | None = None,
+    exif_orientation: bool = False,
 ) -> ImageFiles:
     """Return the images below `root`; the names of the class folders determine the labels.
 
@@ -37,10 +42,8 @@ def image_folder(
         root: the data set's folder.
         train: the training folder below it; without it, the set is for evaluation only.
         val: the validation folder below it.
-        classes: None takes every folder: labels are ImageNet's 0..999 where all names are wnids of
-            ImageNet-1k (folders may be missing), else ranks among the names of both splits. A list
-            of names takes these; a number draws that many, as for ImageNet-100. Labels are then
-            ranks among the sorted names.
+        classes: None takes every folder; a list of names takes these; a number draws that many, as
+            for ImageNet-100. `vitrim.data.class_names` says which labels they have.
         class_seed: of that draw.
         samples: size of a class-balanced random subset of the training images; None: all.
         samples_seed: of that draw.
@@ -49,84 +52,128 @@ def image_folder(
         bad_images: `limit` of TolerantDataset and `evaluation` of StrictDataset.
         augmentation: training options of timm.data.create_transform.
         mixing: options of timm.data.Mixup.
+        val_labels: a file with the labels of validation images that lie in one folder.
+        exif_orientation: whether images are turned as their EXIF data says.
 
     Raises:
-        ConfigError: a folder is missing, empty or unreadable, a class does not exist, or only some
-            of the folders are named after wnids.
+        ConfigError: a folder is missing, empty or unreadable, a class does not exist or has no
+            image, or only some of the folders are named after wnids.
         BadImages: too many training images, or one to evaluate on, are named after other classes.
     """
+    check_exif(exif_orientation)
     splits = _open_splits(Path(root), train, val)
-    names = sorted({name for images in splits.values() for name in images.classes})
-    index, n_classes = label_index(names, classes, class_seed)
-    for split, images in splits.items():
-        _relabel(images, index, Path(root) / split)
-    tolerant = _tolerant(splits[train], bad_images) if train in splits else None
+    splits[val] = _labelled(splits[val], splits.get(train), val_labels, Path(root))
+    folders = ordered(name for split in splits.values() for name in split.images)
+    index, _ = label_index(folders, classes, class_seed)
+    lists = _image_lists(splits, index, exif_orientation=exif_orientation)
+    tolerant = _tolerant(lists[train], bad_images) if train in lists else None
     few: FewShotSubset | None = None
     if samples is not None:
         if tolerant is None:
             raise ConfigError(f"data.samples={samples}: no folder {Path(root) / train}")
-        used = {index[name]: name for name in names if name in index}
+        used = {label: name for name, label in index.items() if name in folders}
         few = _few_shot(tolerant, Path(root), used, samples, samples_seed)
+    differs = any(split.differs for split in splits.values())
     return ImageFiles(
         train=tolerant if few is None else few,
-        val=_strict(splits[val], bad_images),
-        n_classes=n_classes,
+        val=_strict(lists[val], bad_images),
+        classes=tuple(index),
         batch_size=batch_size,
         workers=workers,
         augmentation=augmentation,
         mixing=mixing,
+        listing=2 if differs or (is_numbered(folders) and folders != sorted(folders)) else 1,
     )
 
 
-def _open_splits(root: Path, train: str, val: str) -> dict[str, ImageFolder]:
+def _open_splits(root: Path, train: str, val: str) -> dict[str, Split]:
     """Return the validation split and, if it exists, the training split, by folder name."""
     if not root.is_dir():
         raise ConfigError(
             f"data.root={root}: no such folder; expected {root}/{val}/<class>/<image>"
         )
-    splits = {name: _open(root / name) for name in (train, val) if (root / name).is_dir()}
+    splits = {name: read_split(root / name) for name in (train, val) if (root / name).is_dir()}
     if val not in splits:
         folders = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise ConfigError(f"data.val={val}: no folder {root / val}; {root} contains {folders}")
+    for split in splits.values():
+        if split.loose and split is not splits[val] and not split.images:
+            raise ConfigError(
+                f"{split.folder}: {len(split.loose):,} images without class folders "
+                f"({_names(split.loose)}): expected {split.folder}/<class>/<image>"
+            )
     return splits
 
 
-def _open(folder: Path) -> ImageFolder:
-    try:
-        return ImageFolder(str(folder), allow_empty=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: contains no readable class folders ({error})") from None
+def _labelled(split: Split, train: Split | None, labels: str | None, root: Path) -> Split:
+    """Return the validation images by class, which `labels` says where they are in one folder."""
+    if labels is None:
+        if split.loose and not split.images:
+            raise ConfigError(
+                f"{split.folder}: {len(split.loose):,} images without class folders "
+                f"({_names(split.loose)}): data.val_labels=FILE names a file of their labels, "
+                "with lines of FILE,CLASS, or with a label per line in the order of their names"
+            )
+        return split
+    path = next((p for p in (Path(labels), root / labels) if p.is_file()), Path(labels))
+    images = sorted([*split.loose, *(image for part in split.images.values() for image in part)])
+    if not images:
+        raise ConfigError(f"{split.folder}: contains no image")
+    names = read_labels(path, images, [] if train is None else ordered(train.images))
+    by_class: dict[str, list[str]] = {name: [] for name in sorted({*names.values()})}
+    for image in images:
+        by_class[names[image]].append(image)
+    return replace(split, images=by_class, loose=())
 
 
-def _relabel(images: ImageFolder, index: Mapping[str, int], folder: Path) -> None:
-    """Give every image the label of its folder's name and remove images of other classes."""
-    samples = [
-        (path, index[images.classes[rank]])
-        for path, rank in images.samples
-        if images.classes[rank] in index
-    ]
-    if not samples:
-        raise ConfigError(f"{folder}: contains no image of the requested classes (data.classes)")
-    images.samples = images.imgs = samples
-    images.targets = [label for _, label in samples]
-    images.class_to_idx = dict(index)
-    images.classes = sorted(index)
+def _names(paths: Sequence[str]) -> str:
+    return first(Path(path).name for path in paths)
 
 
-def _tolerant(images: ImageFolder, settings: BadImageSettings) -> TolerantDataset:
+def _image_lists(
+    splits: Mapping[str, Split], index: Mapping[str, int], *, exif_orientation: bool
+) -> dict[str, ImageList]:
+    """Return the images of the classes that are used, with their labels, by split."""
+    lists = {}
+    for name, split in splits.items():
+        used = [folder for folder in split.images if folder in index]
+        _check_images(splits, split, used)
+        samples = [(path, index[folder]) for folder in used for path in split.images[folder]]
+        if not samples:
+            raise ConfigError(
+                f"{split.folder}: contains no image of the requested classes (data.classes)"
+            )
+        lists[name] = ImageList(samples, exif_orientation=exif_orientation)
+    return lists
+
+
+def _check_images(splits: Mapping[str, Split], split: Split, used: Sequence[str]) -> None:
+    """Refuse a class whose files are no images in this split, or that has no image at all."""
+    for folder in used:
+        if not split.images[folder] and folder in split.unread:
+            raise ConfigError(
+                f"{split.folder / folder}: class {folder} has no image that can be read, only "
+                f"files of {split.unread[folder]}: expected {', '.join(extensions())}; convert "
+                "them, or list the other classes in data.classes"
+            )
+    empty = [folder for folder in used if not any(s.images.get(folder) for s in splits.values())]
+    if empty and any(split.images.values()):
+        raise ConfigError(
+            f"{split.folder}: class folders without any image: {first(empty)}; remove them, or "
+            "list the other classes in data.classes"
+        )
+
+
+def _tolerant(images: ImageList, settings: BadImageSettings) -> TolerantDataset:
     return TolerantDataset(
-        images, labels=images.targets, names=_paths(images), limit=settings["limit"]
+        images, labels=images.targets, names=images.paths, limit=settings["limit"]
     )
 
 
-def _strict(images: ImageFolder, settings: BadImageSettings) -> StrictDataset:
+def _strict(images: ImageList, settings: BadImageSettings) -> StrictDataset:
     return StrictDataset(
-        images, labels=images.targets, names=_paths(images), evaluation=settings["evaluation"]
+        images, labels=images.targets, names=images.paths, evaluation=settings["evaluation"]
     )
-
-
-def _paths(images: ImageFolder) -> list[str]:
-    return [path for path, _ in images.samples]
 
 
 def _few_shot(
@@ -136,37 +183,3 @@ def _few_shot(
     return few_shot(
         images, classes=classes, labels=images.labels, names=names, samples=samples, seed=seed
     )
-
-
-def label_index(
-    folders: Sequence[str], classes: Sequence[str] | int | None, class_seed: int
-) -> tuple[dict[str, int], int]:
-    """Return the label of every class that is used, and the number of labels."""
-    if classes is None:
-        names = _all_classes(folders)
-    elif isinstance(classes, int):
-        if not 1 <= classes <= len(folders):
-            raise ConfigError(
-                f"data.classes={classes}: expected 1 to {len(folders)}, the number of class folders"
-            )
-        names = random.Random(class_seed).sample(sorted(folders), classes)
-    else:
-        missing = sorted(set(classes) - set(folders))
-        if missing or not classes:
-            raise ConfigError(
-                f"data.classes: no folder for {missing[:3]}; there are {', '.join(folders[:3])} ..."
-            )
-        names = classes
-    return {name: label for label, name in enumerate(sorted(set(names)))}, len(set(names))
-
-
-def _all_classes(folders: Sequence[str]) -> Sequence[str]:
-    """Return the classes of ImageNet-1k if all folders are among them, else the folders."""
-    wnids: Sequence[str] = ImageNetInfo("imagenet-1k").label_names()
-    others = [name for name in folders if not WNID.fullmatch(name)]
-    if 0 < len(others) < len(folders):
-        raise ConfigError(
-            f"data.root: some folders are named after wnids, these are not: {others[:3]}; remove "
-            "them, or list the classes to use in data.classes"
-        )
-    return wnids if set(folders) <= set(wnids) else folders

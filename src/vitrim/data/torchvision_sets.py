@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch.utils.data import ConcatDataset
 from torchvision.datasets import Flowers102, OxfordIIITPet, VisionDataset
 
-from vitrim.data.dataset import Example, ImageDataset
+from vitrim.data.dataset import ImageDataset
 from vitrim.data.few_shot import few_shot
+from vitrim.data.folders import ImageList, check_exif
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError
@@ -20,14 +20,14 @@ _SETS: Mapping[str, tuple[Callable[..., VisionDataset], tuple[str, ...]]] = {
 """The class of each set, and the splits for training; the split "test" is for validation."""
 
 
-class _JoinedSplits(ConcatDataset[Example]):
-    """Several splits as one set, with the labels and files of all their images."""
-
-    def __init__(self, parts: Sequence[VisionDataset]) -> None:
-        super().__init__(parts)
-        self.classes: list[str] = parts[0].classes
-        self.labels: list[int] = [label for part in parts for label in part._labels]
-        self.names = [str(path) for part in parts for path in _image_paths(part)]
+def _joined(parts: Sequence[VisionDataset], *, exif_orientation: bool) -> ImageList:
+    """Return the images of several splits as one set."""
+    samples = [
+        (str(path), int(label))
+        for part in parts
+        for path, label in zip(_image_paths(part), part._labels, strict=True)
+    ]
+    return ImageList(samples, exif_orientation=exif_orientation)
 
 
 def _image_paths(part: VisionDataset) -> Sequence[object]:
@@ -48,26 +48,30 @@ def torchvision_set(
     bad_images: BadImageSettings,
     augmentation: Mapping[str, object],
     mixing: Mapping[str, object],
+    exif_orientation: bool = False,
 ) -> ImageFiles:
     """Return the set `name` below `root`; `download=True` downloads it once.
 
     `samples` is the size of a class-balanced random subset of the training images, drawn by
-    `samples_seed`; None uses all of them.
+    `samples_seed`; None uses all of them. `exif_orientation` turns images as their EXIF data says.
 
     Raises:
         ConfigError: no set has that name, its files are missing or damaged, or there are fewer
             images than `samples`.
     """
-    train, val = _open(name, root, download=download)
+    check_exif(exif_orientation)
+    parts, test = _open(name, root, download=download)
+    classes = parts[0].classes
+    train, val = (_joined(p, exif_orientation=exif_orientation) for p in (parts, test))
     tolerant = TolerantDataset(
-        train, labels=train.labels, names=train.names, limit=bad_images["limit"]
+        train, labels=train.targets, names=train.paths, limit=bad_images["limit"]
     )
     selected: ImageDataset = tolerant
     if samples is not None:
         selected = few_shot(
             tolerant,
-            classes=dict(enumerate(train.classes)),
-            labels=train.labels,
+            classes=dict(enumerate(classes)),
+            labels=train.targets,
             names=[f"train/{index:05}" for index in range(len(train))],
             samples=samples,
             seed=samples_seed,
@@ -75,9 +79,9 @@ def torchvision_set(
     return ImageFiles(
         train=selected,
         val=StrictDataset(
-            val, labels=val.labels, names=val.names, evaluation=bad_images["evaluation"]
+            val, labels=val.targets, names=val.paths, evaluation=bad_images["evaluation"]
         ),
-        n_classes=len(train.classes),
+        classes=tuple(classes),
         batch_size=batch_size,
         workers=workers,
         augmentation=augmentation,
@@ -85,14 +89,16 @@ def torchvision_set(
     )
 
 
-def _open(name: str, root: str, *, download: bool) -> tuple[_JoinedSplits, _JoinedSplits]:
-    """Return the training and the validation images of the set `name`."""
+def _open(
+    name: str, root: str, *, download: bool
+) -> tuple[Sequence[VisionDataset], Sequence[VisionDataset]]:
+    """Return the splits for training and for validation of the set `name`."""
     if name not in _SETS:
         raise ConfigError(f"data.name={name}: expected {' or '.join(_SETS)}")
     dataset, training_splits = _SETS[name]
     try:
         train, val = (
-            _JoinedSplits([dataset(root, split=split, download=download) for split in splits])
+            [dataset(root, split=split, download=download) for split in splits]
             for splits in (training_splits, ("test",))
         )
     except (RuntimeError, OSError) as error:

@@ -1,0 +1,149 @@
+"""The class folders of a split, and the image files in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vitrim.data.dataset import Example
+from vitrim.data.reading import extensions, is_new, read_image
+from vitrim.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_SYSTEM = ("__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN")
+"""Folders that operating systems and network drives make."""
+FIRST = 5
+"""Names that a message lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The images of one split.
+
+    Args:
+        folder: that holds the class folders.
+        images: paths by class folder, in the order of their names.
+        unread: the extensions of other files, by class folder.
+        loose: paths of images outside of class folders.
+        differs: whether version 0.1.0 would have listed other images.
+    """
+
+    folder: Path
+    images: Mapping[str, Sequence[str]]
+    unread: Mapping[str, str]
+    loose: Sequence[str]
+    differs: bool
+
+
+class ImageList(Dataset[Example]):
+    """Images by path, with their labels; each is decoded when it is asked for."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], *, exif_orientation: bool) -> None:
+        self.samples = samples
+        self.targets = [label for _, label in samples]
+        self._exif_orientation = exif_orientation
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self.samples[index]
+        return self.loader(path), label
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every image."""
+        return [path for path, _ in self.samples]
+
+    def loader(self, path: str) -> Image.Image:
+        """Return the image of a file."""
+        return read_image(path, exif_orientation=self._exif_orientation)
+
+
+def read_split(folder: Path) -> Split:
+    """List the images of a split; hidden folders and those of the system are no classes.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        classes = [name for name in folders if not _is_ignored(name)]
+        walks = {name: [*_walk(folder / name)] for name in classes}
+    except OSError as error:
+        raise ConfigError(f"{folder}: contains no readable class folders ({error})") from None
+    ignored = [name for name in folders if _is_ignored(name)]
+    if ignored:
+        _log.warning("%s: %s: no class, ignored", folder, first(ignored))
+    files = {name: [path for path, hidden in walk if not hidden] for name, walk in walks.items()}
+    images = {name: [path for path in paths if is_image(path)] for name, paths in files.items()}
+    others = {name: _extensions(paths) for name, paths in files.items()}
+    if any(others.values()):
+        in_all = sum(others.values(), Counter[str]())
+        _log.warning("%s: no images, ignored: %s", folder, _counted(in_all))
+    passed_over = [path for walk in walks.values() for path, hidden in walk if hidden]
+    return Split(
+        folder=folder,
+        images=images,
+        unread={name: _counted(found) for name, found in others.items() if found},
+        loose=[e.path for e in entries if not e.is_dir() and is_image(e.path)],
+        differs=bool(ignored)
+        or any(map(is_image, passed_over))
+        or any(is_new(path) for paths in images.values() for path in paths),
+    )
+
+
+def check_exif(exif_orientation: object) -> None:
+    """Raise ConfigError unless the option is true or false."""
+    if not isinstance(exif_orientation, bool):
+        raise ConfigError(f"data.exif_orientation={exif_orientation}: expected true or false")
+
+
+def is_image(path: str) -> bool:
+    """Whether the name of a file is that of an image, which is not hidden."""
+    return path.lower().endswith(extensions())
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the path of every file below `folder`, in order, and whether it is hidden."""
+    for root, _, names in sorted(os.walk(folder, followlinks=True, onerror=_raise)):
+        hidden = any(map(_is_ignored, Path(root).relative_to(folder).parts))
+        for name in sorted(names):
+            yield f"{root}{os.sep}{name}", hidden or _is_ignored(name)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _extensions(paths: Iterable[str]) -> Counter[str]:
+    """Return the extensions of the files that are no images."""
+    return Counter(Path(path).suffix or "no extension" for path in paths if not is_image(path))
+
+
+def _counted(extensions: Counter[str]) -> str:
+    return ", ".join(f"{extension} ({n:,})" for extension, n in extensions.most_common(FIRST))
+
+
+def first(names: Iterable[str]) -> str:
+    """Return the first of some names, for a message.
+
+    >>> first("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    names = [*names]
+    more = len(names) - FIRST
+    return ", ".join(names[:FIRST]) + (f" and {more:,} more" if more > 0 else "")

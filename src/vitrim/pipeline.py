@@ -23,7 +23,7 @@ from torch import nn
 from vitrim.budget.cost import Cost
 from vitrim.budget.latency import LatencyTable
 from vitrim.budget.target import Target
-from vitrim.data import Data, bad_images
+from vitrim.data import Data, bad_images, outputs
 from vitrim.deploy import quantize
 from vitrim.deploy.pictures import image_grid
 from vitrim.deploy.runfolder import DIAGNOSTICS
@@ -168,6 +168,7 @@ def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
         **int8,
         **identity.facts,
         "latency": asdict(job.latency),
+        **outputs.report_entry(job.data),
         **bad_images.report_entry(job.data),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from command import QUICK, Command
 from vitrim.cli.evaluate import main
@@ -61,3 +62,62 @@ def test_a_bad_flag_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[
         main(words)
     assert stop.value.code == 2
     assert "vitrim-eval: error: " in capsys.readouterr().err
+
+
+COLOURS = {"ant": "red", "bee": "green", "cat": "blue"}
+OWN = (
+    *("model=vit_digits", "model.args.in_chans=3", "model.num_classes=3"),
+    *("method=oneshot", "data=imagefolder", "data.workers=0", "data.batch_size=12"),
+    *("data.mixing.mixup_alpha=0", "data.mixing.cutmix_alpha=0", "data.augmentation.re_prob=0"),
+    *("data.augmentation.auto_augment=null", "data.augmentation.color_jitter=0"),
+)
+
+
+def coloured(folder: Path, n: int, **classes: str) -> None:
+    """Write `n` images of one colour per class folder."""
+    for name, colour in classes.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(n):
+            Image.new("RGB", (8, 8), colour).save(folder / name / f"{colour}-{number}.png")
+
+
+def test_labels_are_the_runs_classes_by_name(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, some, others, numbers, flat = (tmp_path / name for name in ("own", "b", "c", "d", "e"))
+    coloured(own / "train", 12, **COLOURS)
+    coloured(own / "val", 2, **COLOURS)
+    training = (*QUICK, "trainer.limit_train_batches=1.0", "model.training.epochs=12")
+    done = command(*OWN, *training, "strength=0", f"data.root={own}")
+    assert done.code == 0, done.message
+    run, report = done.report.parent, json.loads(done.report.read_text())
+    assert report["classes"] == ["ant", "bee", "cat"]
+    assert report["compact"]["top1"] == 100
+
+    coloured(some / "val", 2, bee="green", cat="blue")
+    coloured(others / "val", 2, bee="green", cat="blue", zebra="red")
+    coloured(numbers / "val", 2, **{"0": "red", "2": "blue"})
+    coloured(flat, 2, val="blue")
+    (flat / "labels.csv").write_text("blue-0.png,cat\nblue-1.png,cat\n")
+
+    def evaluate(root: Path, *words: str) -> str:
+        capsys.readouterr()
+        arguments = ["data=imagefolder", f"data.root={root}", "data.workers=0", "progress=false"]
+        main([str(run), *arguments, *words])
+        return capsys.readouterr().out
+
+    known = "top-1 100.00 %, top-5 100.00 % on 4 images of imagefolder (2 of 3 classes)"
+    assert known in evaluate(some)
+    assert known in evaluate(others, "data.classes=[bee,cat]")
+    assert known in evaluate(numbers)
+    assert "100.00 % on 2 images" in evaluate(flat, "data.val_labels=labels.csv")
+    with pytest.raises(SystemExit, match="does not know: zebra; it knows ant, bee, cat"):
+        evaluate(others)
+    done = command(*OWN, *QUICK, "strength=1", f"data.root={others}", f"from_run={run}")
+    assert "does not know: zebra; it knows ant, bee, cat" in done.message
+
+    del report["classes"]  # as runs of earlier versions
+    (run / "report.json").write_text(json.dumps(report))
+    assert "100.00 % on 6 images" in evaluate(own)
+    with pytest.raises(SystemExit, match=r"has 2 classes \(bee, cat\), the network in .* has 3"):
+        evaluate(some)

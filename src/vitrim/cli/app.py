@@ -34,7 +34,7 @@ register_resolvers()
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
     from vitrim.cli.identity import identity_of
-    from vitrim.cli.recipe import NOT_RECIPE
+    from vitrim.cli.recipe import ADDED, NOT_RECIPE
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
@@ -50,10 +50,11 @@ def run(cfg: DictConfig) -> Path:
             if first:
                 status.write_status(folder, "DONE")
         elif first:
-            checks.same_recipe(folder / "recipe.yaml", identity.recipe, apart=NOT_RECIPE)
+            recipe = folder / "recipe.yaml"
+            checks.same_recipe(recipe, identity.recipe, apart=NOT_RECIPE, added=ADDED)
             text = OmegaConf.to_yaml(cfg, resolve=True)
             with status.recorded(folder), bad_images.recorded(job.data, folder):
-                write(folder / "recipe.yaml", lambda path: path.write_text(text))
+                write(recipe, lambda path: path.write_text(text))
                 compress(job, identity, folder)
         else:
             compress(job, identity, folder)

@@ -14,6 +14,7 @@ from vitrim.files import MANIFEST, sha256
 if TYPE_CHECKING:
     from vitrim.budget.cost import Cost
     from vitrim.budget.target import Target
+    from vitrim.data import Data
     from vitrim.model.source import Timm
     from vitrim.pipeline import Job, Start
     from vitrim.plan import Plan
@@ -60,13 +61,20 @@ def one_process(trainer: Mapping[str, Any]) -> None:
         )
 
 
-def same_recipe(path: Path, resolved: Mapping[str, object], *, apart: Collection[str]) -> None:
+def same_recipe(
+    path: Path,
+    resolved: Mapping[str, object],
+    *,
+    apart: Collection[str],
+    added: Mapping[str, object],
+) -> None:
     """Raise ConfigError if a run of another recipe has begun in the folder of `path`.
 
     Args:
         path: its recipe.yaml, if there is one.
         resolved: the recipe of this run.
         apart: top-level keys that may differ.
+        added: keys that earlier versions did not have, with the values by which they acted.
     """
     if not path.is_file():
         return
@@ -78,6 +86,7 @@ def same_recipe(path: Path, resolved: Mapping[str, object], *, apart: Collection
         raise ConfigError(f"{path} cannot be read: move its folder away, or run with out=DIR")
     old, new = _flat(known), _flat(resolved)
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = [key for key in keys if key in old or new[key] != added.get(key, ...)]
     differing = [
         f"{key} ({old.get(key)}, now {new.get(key)})"
         for key in keys
@@ -146,6 +155,29 @@ def start(folder: str | None, model: Timm, *, retrains: bool, seed: int) -> Star
     return Start(net, plan)
 
 
+def with_outputs(
+    data: Data | None, model: Timm, from_run: str | None, *, retrains: bool
+) -> Data | None:
+    """Return `data` with the outputs of the network as labels, by name where names are known.
+
+    Raises:
+        VitrimError: the network does not know a class.
+    """
+    from vitrim.data.outputs import for_network
+    from vitrim.deploy.runfolder import read_classes
+
+    if data is None:
+        return None
+    folder, loaded = None, model.trained and not retrains
+    if from_run is not None and not retrains:
+        folder, loaded = f"from_run={from_run}", True
+    elif loaded and model.checkpoint is not None:
+        folder = f"model.checkpoint={model.checkpoint}"
+    known = [] if folder is None else read_classes(Path(folder.partition("=")[2]))
+    owner = f"the network of {folder or f'model.name={model.name}'}"
+    return for_network(data, model.n_classes, known=known, loaded=loaded, owner=owner)
+
+
 def network_digest(folder: str | None) -> str | None:
     """Return what tells the network saved in `folder` from others, wherever the folder is."""
     return None if folder is None else sha256(Path(folder) / MANIFEST)
@@ -157,8 +189,10 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:
+        from vitrim.data.outputs import listed
+
         problems.append(
-            f"data={choices['data']} has {job.data.n_classes} classes, the head of "
+            f"data={choices['data']} has {listed(job.data)}, the head of "
             f"model={choices['model']} has {job.model.n_classes}: set "
             f"model.num_classes={job.data.n_classes} (and model.reset_head=true "
             "with a checkpoint of other classes), or choose other data"

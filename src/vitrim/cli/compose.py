@@ -101,14 +101,15 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
     grid = latency.pop("table")
     table = partial(_latency_table, model, latency, grid, out) if target.is_time else None
     retrains = method.granularity == "none"
+    start = checks.start(cfg.from_run, model, retrains=retrains, seed=cfg.seed)
     return Job(
         model=model,
         method=method,
         target=target,
-        data=built["data"],
+        data=checks.with_outputs(built["data"], model, cfg.from_run, retrains=retrains),
         trainer=built["trainer"],
         out=out,
-        start=checks.start(cfg.from_run, model, retrains=retrains, seed=cfg.seed),
+        start=start,
         latency=LatencySettings(**latency),
         latency_table=None if table is None else cache(table),
         quantize=cast(list[str], OmegaConf.to_container(cfg.quantize)),

@@ -12,11 +12,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitrim.deploy.runfolder import RECIPE
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import digest, write
+
+if TYPE_CHECKING:
+    from vitrim.data import Data
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"vitrim-eval: {error}")
     accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     images = f"{result['images']} images of {result['choices']['data']}"
+    if result["classes"] < result["outputs"]:
+        images += f" ({result['classes']:,} of {result['outputs']:,} classes)"
     sys.stdout.write(f"{accuracy} on {images}: {path}\n")
 
 
@@ -42,6 +47,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     """
     from vitrim.cli import checks
     from vitrim.cli.compose import compose_for_run
+    from vitrim.data.outputs import n_present
     from vitrim.store import load
     from vitrim.trainer.classify import validate
     from vitrim.versions import versions
@@ -53,10 +59,10 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
         )
     net, _ = load(folder)
     config, built = compose_for_run("eval", arguments, recipe)
-    _check(folder, config, built)
+    data = _checked(folder, config, built)
     settings = {key: config[key] for key in ("data", "trainer", "seed")}
     path = folder / "eval" / f"{_name(config, settings)}.json"
-    data, loaders = built["data"], built["data"].module(built["model"].spec())
+    loaders = data.module(built["model"].spec())
     trainer = built["trainer"](
         logger=False,
         default_root_dir=folder,
@@ -67,6 +73,8 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
         "format": 1,
         **validate(net, trainer, loaders, n_classes=data.n_classes),
         "images": len(loaders.val_dataloader().dataset),
+        "classes": n_present(data),
+        "outputs": data.n_classes,
         "network": checks.network_digest(str(folder)),
         "choices": config["choices"],
         **settings,
@@ -78,20 +86,25 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     return path, result
 
 
-def _check(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) -> None:
-    """Refuse data that cannot be used, and an evaluation on a part of the images."""
-    data, model, where = built["data"], built["model"], f"data={config['choices']['data']}"
-    if data is None:
+def _checked(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) -> Data:
+    """Return the images, labelled as the network's outputs; refuse what cannot be evaluated on."""
+    from vitrim.data import outputs
+    from vitrim.deploy.runfolder import read_classes
+
+    n_outputs, where = built["model"].n_classes, f"data={config['choices']['data']}"
+    if built["data"] is None:
         raise ConfigError(f"{where} has no images to evaluate on")
-    if data.n_classes != model.n_classes:
-        raise ConfigError(
-            f"{where} has {data.n_classes} classes, the network in {folder} has {model.n_classes}"
-        )
     share = config["trainer"]["limit_val_batches"]
     if type(share) is not float or share != 1:  # the integer 1 is one batch
         raise ConfigError(
             f"trainer.limit_val_batches={share}: every image counts: it must stay 1.0"
         )
+    known, owner = read_classes(folder), f"the network in {folder}"
+    images = outputs.evaluated(built["data"])
+    data = outputs.for_network(images, n_outputs, known=known, loaded=True, owner=owner)
+    if data.n_classes != n_outputs:
+        raise ConfigError(f"{where} has {outputs.listed(data)}, {owner} has {n_outputs}")
+    return data
 
 
 def _name(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

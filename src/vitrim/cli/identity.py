@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     """Return the identity of a run and its folder, which is an earlier version's if it has one."""
+    from vitrim.data.outputs import listing
     from vitrim.pipeline import Identity
 
     resolved = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     choices = {group: choice(group) for group in (*GROUPS, "experiment")}
     started_from = network_digest(cfg.from_run)
     recipe = identifying(resolved, job.model.fingerprint(), started_from)
+    if listing(job.data) > 1:
+        recipe["data"]["listing"] = listing(job.data)
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
     targets = [name for name, keep in resolved["target"].items() if keep is not None]
     point = "-".join(f"{name}{resolved['target'][name]}" for name in targets)

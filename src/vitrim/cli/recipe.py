@@ -12,6 +12,9 @@ LATENCY_TARGETS = ("latency", "latency_ms")
 NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 """Keys that change where and how a run works, not its result."""
 
+ADDED = {"data.val_labels": None, "data.exif_orientation": False}
+"""Keys that later versions added, with the values by which earlier ones acted."""
+
 
 def identifying(resolved: Config, fingerprint: str | None, started_from: str | None) -> Config:
     """Return the part of a resolved recipe that decides the result of the run.
@@ -33,6 +36,10 @@ def identifying(resolved: Config, fingerprint: str | None, started_from: str | N
         sampling.pop("available_images", None)
     if data.get("bad_images", {}).get("evaluation") == "fail":  # evaluated on all, as ever
         del data["bad_images"]
+    for key, value in ADDED.items():
+        group, _, name = key.partition(".")
+        if recipe[group].get(name) == value:
+            recipe[group].pop(name, None)
     recipe["checkpoint_sha256"] = fingerprint
     del recipe["from_run"]
     if started_from is not None:

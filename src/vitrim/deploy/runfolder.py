@@ -153,6 +153,20 @@ def read_report(folder: Path) -> Document:
     return report
 
 
+def read_classes(folder: Path) -> list[str]:
+    """Return the names of the outputs of a saved network, in order; empty where none are recorded.
+
+    Raises:
+        RunFolderError: naming the file and what is wrong with it.
+    """
+    if not (folder / REPORT).is_file():
+        return []
+    names = read_report(folder).get("classes", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunFolderError(f"{folder / REPORT}: classes: expected a list of names")
+    return names
+
+
 def read_recipe(folder: Path) -> Document:
     """Return recipe.yaml, empty where there is none.
 

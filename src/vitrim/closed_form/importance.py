@@ -6,8 +6,10 @@ of the site, and P, K are the removed and the kept units:
     random           random numbers
     magnitude        sum |w| over the weights whose output is the unit
     group_l2         sqrt(sum w^2) over all weights that are removed with the unit
-    taylor           E |sum_tokens x_j dL/dx_j|, first order (Molchanov et al., arXiv 1906.10771)
-    variance         C_jj (VBP, Variance-Based Pruning, ICCV 2025)
+    taylor           E |sum_tokens x_j dL/dx_j|, first order (Molchanov et al., arXiv 1611.06440; L
+                     is the loss of the network's own decision, without labels)
+    variance         C_jj (as in VBP, Variance-Based Pruning, ICCV 2025, which takes all tokens with
+                     one weight; here they are sampled and weighted as `Sampling` says)
     output_energy    C_jj ||W_j||^2: the squared error of the output if the unit is replaced by its
                      mean
     obs              ||W_j||^2 / [C^-1]_jj: the same if the kept units compensate as well (optimal

@@ -8,15 +8,19 @@ inputs in the dense and in the pruned network. The loss of a layer is
 and input channels are removed by a proximal gradient: after every step the norms of all channels'
 weights are reduced until as many are zero as the schedule asks for, from none to all but one.
 
-Where we differ from the paper (equations and schedule follow other people's notes on the authors'
-code):
+Where we differ from the paper (equations and schedule are after descriptions of the authors' code,
+haolibai/Cross-Distillation):
   * The loss is quadratic in W_S. With G = mu X^T X^T' + (1 - mu) X^S X^S', the channels K kept and
     R removed, its minimum is W_T,K + W_T,R G_RK G_KK^-1. We take it (with a ridge) instead of
     training by Adam; the proximal gradient also sees images only through G, in plain steps.
+  * Norms shrink, as in the proximal operator of a sum of norms. The authors' code sets the smallest
+    channels to zero, in the first third of its iterations, and trains the others on.
   * Channels are ranked on the dense network, where X^S = X^T, by the step at which the schedule
     removes them; the target then decides how many are removed. So one ranking serves all strengths.
   * Up to `samples_per_image` positions of a layer's output are used, evenly spaced.
   * In a transformer the channels are hidden units of MLPs, and fc2 is the layer; biases stay.
+  * All layers lose the same fraction; the authors leave ResNet-34's last stage whole.
+  * Fine-tuning is by AdamW; the authors use SGD with the same learning rate.
 """
 
 from __future__ import annotations

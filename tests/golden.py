@@ -40,6 +40,8 @@ RENAMED_ARGUMENTS: dict[str, str] = {
     "method.group_size": "method.together",
     "method.protected": "method.spare",
     "method.gradient_images": "method.loss_images",
+    "method.recoverability=least_squares": "method.adaptors=true",
+    "method.pooled_weight": "method.pooled",
     "method.reconstruct": "method.regression",
 }
 """New key of the command line, or key=value: the old one. What stands below it moves along."""
@@ -68,10 +70,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "cd": ("method.fine_tuning.epochs=1",),
     "dcvit": ("method.tuning.training.epochs=1",),
     "fskd": (),
-    "mir": ("method.tuning.epochs=1",),
+    "mir": ("method.protected=[0,0]", "method.tuning.epochs=1"),
     "mixed_rank": ("method.tuning.training.epochs=1", "method.residual.training.epochs=1"),
     "oneshot": ("method.tuning.training.epochs=1",),
-    "practise": ("method.tuning.epochs=1",),
+    "practise": (
+        *("method.recoverability=least_squares", "method.protected=[0,0]"),
+        *("method.pooled_weight=0.0", "method.tuning.epochs=1"),
+    ),
     "vtp": (
         "method.gating.epochs=1",
         "method.gating.lr=1e-3",

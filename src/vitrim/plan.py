@@ -144,6 +144,8 @@ class Evidence:
         scores: site -> one importance per unit, shape (size,), higher is kept.
         moments: site or layer -> further statistics, by name.
         block_scores: block (the first of a group) -> how much the network loses without it.
+        block_savings: block (the first of a group) -> share of the latency that it takes, where
+            that was measured.
         images: calibration images, (n, C, H, W), for closed forms that need them.
         synthetic: images that the network made up, (n, C, H, W).
         best_trial: the block that is easiest to compress, and the parameters of the network in
@@ -153,6 +155,7 @@ class Evidence:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     block_scores: Mapping[str, float] = field(default_factory=dict)
+    block_savings: Mapping[str, float] = field(default_factory=dict)
     images: Tensor | None = None
     synthetic: Tensor | None = None
     best_trial: tuple[str, Tensor] | None = None

@@ -5,10 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from command import Command
+from command import Command, Done
 
 EARLIER = Path(__file__).parent / "earlier"
 """Folders that 0.1.0 wrote: `vitrim data=none method=METHOD strength=2 latency.repeats=1`."""
+FORMER = {
+    "practise": (
+        "method.recoverability=least_squares",
+        "method.protected=[0,0]",
+        "method.pooled_weight=0.0",
+    ),
+    "mir": ("method.protected=[0,0]",),
+}
+"""What 0.1.0 did by default, where the default is another now."""
+
+
+def of_earlier(command: Command, method: str, *words: str) -> Done:
+    return command("data=none", f"method={method}", "strength=2", "latency.repeats=1", *words)
 
 
 @pytest.mark.parametrize("method", sorted(path.name.split("-")[2] for path in EARLIER.iterdir()))
@@ -16,10 +29,20 @@ def test_a_run_of_an_earlier_version_is_found(command: Command, method: str) -> 
     shutil.copytree(EARLIER, command.out)
     (report,) = command.out.glob(f"*-{method}-*/*/report.json")
     before = report.read_bytes()
-    done = command("data=none", f"method={method}", "strength=2", "latency.repeats=1")
+    done = of_earlier(command, method, *FORMER.get(method, ()))
     assert done.code == 0
     assert done.report == report
     assert report.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", FORMER)
+def test_a_default_that_gives_another_result_does_not_find_the_earlier_run(
+    command: Command, method: str
+) -> None:
+    shutil.copytree(EARLIER, command.out)
+    done = of_earlier(command, method)
+    assert done.code == 0
+    assert not (EARLIER / done.report.parent.parent.name).is_dir()
 
 
 def test_a_changed_recipe_does_not_take_the_earlier_run(command: Command) -> None:

@@ -16,6 +16,7 @@ from vitrim.cli.renamed import RENAMED, present_key, renamed_key
         (["method=dcvit", "+method.spare=[1,1]"], "method.protected"),
         (["method=dcvit", "method.dream.smooth=0.1"], "method.synthetic.tv_weight"),
         (["method=oneshot", "method.tuning={pooled: 1.0}"], "method.tuning.pooled_weight"),
+        (["method=practise", "method.adaptors=false"], "method.recoverability"),
         (["method=mixed_rank", "+method.sampling.given=5"], "available_images"),
     ],
 )

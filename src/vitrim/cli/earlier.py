@@ -25,8 +25,18 @@ CONSTANTS: Config = {
     "method.init_std": 0.02,
     "method.synthetic.betas": [0.5, 0.9],
     "method.synthetic.batch_size": 50,
+    "method.group_size": 1,
+    "method.saving": "macs",
+    "method.latency_repeats": 10,
+    "method.adaptor_training.iterations": 1000,
+    "method.adaptor_training.lr": 0.02,
+    "method.adaptor_training.momentum": 0.9,
+    "method.adaptor_training.weight_decay": 1.0e-4,
+    "method.adaptor_training.decay_every": 0.4,
+    "method.adaptor_training.decay": 0.1,
 }
-"""Numbers that stood in the code of 0.1.0, by the keys that they have now."""
+"""Numbers that stood in the code of 0.1.0, by the keys that they have now, and the defaults of keys
+that it had not and that do not matter for what it did."""
 
 
 def earlier_run(out: Path, label: str, point: str, recipe: Config) -> Path | None:
@@ -84,10 +94,11 @@ def _translated(resolved: Config, recipe: Config) -> Config:
     translated: Config = {}
     for key, value in _leaves(former):
         name = key if key in present else present_key(key)
-        now = RENAMED_VALUES.get((name, value)) if isinstance(value, str) else None
+        now = RENAMED_VALUES.get((name, value)) if isinstance(value, str | bool) else None
         _put(translated, name, now or value)
+    known = dict(_leaves(translated))
     for key, value in CONSTANTS.items():
-        if any(name == key or name.startswith(f"{key}.") for name in present):
+        if key not in known and any(name == key or name.startswith(f"{key}.") for name in present):
             _put(translated, key, value)
     part = identifying(translated, recipe["checkpoint_sha256"], recipe.get("from_run"))
     return part | {"choices": recipe["choices"]}

@@ -21,6 +21,7 @@ RENAMED: Mapping[str, str] = {
     "method.tuning.pooled": "method.tuning.pooled_weight",
     "method.tuning.logits": "method.tuning.logits_weight",
     "method.pooled": "method.pooled_weight",
+    "method.adaptors": "method.recoverability",
     "method.pace": "method.site_rates",
     "method.sampling.readout": "method.sampling.class_token_weight",
     "method.sampling.given": "method.sampling.available_images",
@@ -31,12 +32,14 @@ RENAMED: Mapping[str, str] = {
     "method.ridges.derivatives": "method.ridges.gradient_shrinkage",
 }
 """Former key -> present key; where a key became a choice, what to write instead."""
-RENAMED_VALUES: Mapping[tuple[str, str], str] = {
+RENAMED_VALUES: Mapping[tuple[str, str | bool], str] = {
     ("method.unit_selection", "surgeon"): "obs_greedy",
     ("method.criterion", "surgeon"): "obs_greedy",
     ("method.judging_set", "dream"): "synthetic",
     ("method.qkv", "together"): "fused",
     ("method.qkv", "split"): "separate",
+    ("method.recoverability", True): "least_squares",
+    ("method.recoverability", False): "no_adaptors",
 }
 """Present key and former value -> present value."""
 

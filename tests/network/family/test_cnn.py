@@ -386,7 +386,10 @@ DENSE = ("method=dcvit", "method.protected=[0,0]", "method.tuning.training.epoch
         ("method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
         ("method=fskd",),
         ("method=cd", "method.fine_tuning.epochs=1"),
-        ("method=practise", "target.macs=0.99", "method.tuning.epochs=1"),
+        (
+            *("method=practise", "target.macs=0.99", "method.tuning.epochs=1"),
+            "method.adaptor_training.iterations=1",
+        ),
         ("method=mir", "target.macs=0.99", "method.tuning.epochs=1"),
         (*DENSE, "target.blocks=1"),
         (*DENSE, "target.blocks=1", "method.trial.training.epochs=1"),

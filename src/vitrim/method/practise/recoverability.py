@@ -1,13 +1,13 @@
-"""Recoverability of blocks: the error of the features without a block, once an adaptor replaces it.
+"""Recoverability of blocks in closed form: one linear map replaces a block, or nothing does.
 
-PRACTISE (arXiv 2202.07861) puts linear adaptors around a removed block and trains them. Here one
-linear map x + A x + c replaces the block, solved by least squares on what entered and left it, so
-that all blocks are evaluated in two passes over the images.
+A quick approximation (ours) of PRACTISE's score, whose adaptors are trained end to end
+(`vitrim.method.practise.end_to_end`): the map x + A x + c is solved by least squares on what
+entered and left the blocks, so that all candidates are evaluated in two passes over the images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from vitrim.budget.blocks import Group
 from vitrim.closed_form.moments import Moments
 from vitrim.closed_form.reconstruction import ridge_fit
+from vitrim.method.practise.adaptors import Skip, adapted, channels_of
+from vitrim.method.practise.saving import as_evidence, as_scores, latency_shares
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Sampling, full_precision
 from vitrim.trainer.phase import ResumePoint
 
 
-class Adaptor(nn.Module):
+class LinearReplacement(nn.Module):
     """x + A x + c over the channels of x, which are its dimension `channels`."""
 
     weight: Tensor
@@ -42,11 +45,12 @@ class Adaptor(nn.Module):
 
 
 class Recoverability(LightningModule):
-    """Score blocks by the mean squared error of the features without them (higher: keep it).
+    """Score groups of blocks by the error of the features without them (higher: keep it).
 
-    Evidence has one score a block, its `block_scores`. `adaptors` says whether a removed block is
-    replaced by one, else by the identity; `ridge` is relative to the mean variance of the block's
-    input.
+    Evidence has `block_scores`, mean squared errors, by the first block of each group. `adaptors`
+    says whether removed blocks are replaced by a linear map, else by nothing; `ridge` is relative
+    to the mean variance of what enters them. With `latency_repeats` above 0, what each group saves
+    is measured (`block_savings`); `scores` has a second row then.
     """
 
     resumes_at: ResumePoint = "never"
@@ -58,30 +62,35 @@ class Recoverability(LightningModule):
         self,
         net: nn.Module,
         *,
-        blocks: Sequence[str],
+        groups: Sequence[Group],
         sampling: Sampling,
         adaptors: bool,
         ridge: float,
+        latency_repeats: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.blocks = list(blocks)
+        self.groups = {group[0]: group for group in groups}
         self.calibration_images = sampling.images
         self.sampling = sampling
         self.adaptors = adaptors
         self.ridge = ridge
-        self.epochs = 2 if blocks else 0
+        self.latency_repeats = latency_repeats
+        self.epochs = 2 if groups else 0
         self.settings: dict[str, object] = {
-            "blocks": self.blocks,
+            "blocks": ["+".join(group) for group in groups],
             "sampling": asdict(sampling),
             "adaptors": adaptors,
             "ridge": ridge,
         }
+        if latency_repeats:
+            self.settings["latency_repeats"] = latency_repeats
         self.register_buffer("scores", torch.empty(0))
         self._moments: dict[str, Moments] = {}
         self._replacements: dict[str, nn.Module] = {}
         self._errors: list[float] = []
+        self._savings: list[float] = []
         self._seen = 0
 
     def on_train_start(self) -> None:
@@ -101,18 +110,18 @@ class Recoverability(LightningModule):
         """Solve the adaptors after the first epoch; compute the scores after the second."""
         if self.current_epoch == 0:
             self._replacements = {
-                block: self._replacement(block).to(self.device) for block in self.blocks
+                block: self._replacement(block).to(self.device) for block in self.groups
             }
-            self._errors = [0.0] * len(self.blocks)
+            self._errors = [0.0] * len(self.groups)
         else:
-            self.scores = torch.tensor(self._errors, dtype=torch.float64) / self._seen
+            self.scores = as_scores(self._errors, self._seen, self._savings)
 
     def _gather(self, images: Tensor) -> None:
-        """Add what enters and leaves each block to its moments."""
-        with _captured(self.net, self.blocks) as flows:
+        """Add what enters and leaves each group of blocks to its moments."""
+        with _captured(self.net, self.groups) as flows:
             self.net(images)
         for block, streams in flows.items() if self.adaptors else ():
-            channels = channels_of(self.net, block)
+            channels = channels_of(self.net.get_submodule(block))
             x, y = (stream.movedim(channels, -1).flatten(1, -2) for stream in streams)
             stride = max(1, x.shape[1] // (self.sampling.tokens_per_image or x.shape[1]))
             x, y = (rows[:, ::stride].flatten(0, 1) for rows in (x, y))
@@ -120,54 +129,61 @@ class Recoverability(LightningModule):
             moments.add(torch.cat([x, y - x], dim=-1), torch.ones(len(x), device=x.device))
 
     def _replacement(self, block: str) -> nn.Module:
-        """Return what replaces a block: the adaptor, by least squares, or the identity."""
+        """Return what replaces a group: the linear map, by least squares, or nothing."""
         if not self.adaptors:
-            return nn.Identity()
+            return Skip()
         moments = self._moments.pop(block)
         moments.finish()
         size = len(moments.mean) // 2
         weight, bias = ridge_fit(moments.tensors(), size, self.ridge, biased=True)
         dtype = next(self.net.parameters()).dtype
-        return Adaptor(weight.to(dtype), bias.to(dtype), channels_of(self.net, block))
+        channels = channels_of(self.net.get_submodule(block))
+        return LinearReplacement(weight.to(dtype), bias.to(dtype), channels)
 
     def _evaluate(self, images: Tensor) -> None:
-        """Add the error of the features with each block replaced."""
+        """Add the error of the features with each group replaced."""
+        if self.latency_repeats and not self._savings:
+            groups = [*self.groups.values()]
+            self._savings = latency_shares(self.net, groups, images, self.latency_repeats)
         self._seen += len(images)
         target = self.net.forward_features(images)  # type: ignore[operator]
         for position, (block, replacement) in enumerate(self._replacements.items()):
-            original = self.net.get_submodule(block)
-            self.net.set_submodule(block, replacement)
-            features = self.net.forward_features(images)  # type: ignore[operator]
-            self.net.set_submodule(block, original)
+            others = {other: Skip() for other in self.groups[block][1:]}
+            with adapted(self.net, {block: replacement, **others}, {}):
+                features = self.net.forward_features(images)  # type: ignore[operator]
             self._errors[position] += len(images) * float(F.mse_loss(features, target))
 
     def evidence(self) -> Evidence:
         """Return the scores; empty where no image was seen."""
-        if not self.scores.numel():
-            return Evidence()
-        return Evidence(block_scores=dict(zip(self.blocks, self.scores.tolist(), strict=True)))
+        return as_evidence(self.scores, [*self.groups])
 
 
 @contextmanager
-def _captured(net: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record, by block, what enters and what leaves it while `net` runs."""
+def _captured(
+    net: nn.Module, groups: Mapping[str, Group]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record, by its first block, what enters and what leaves each group while `net` runs."""
+    entered: dict[str, Tensor] = {}
     flows: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook_of(block: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            flows[block] = args[0], output
+    def on_entry(block: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            entered[block] = args[0]
 
         return hook
 
-    handles = [net.get_submodule(block).register_forward_hook(hook_of(block)) for block in blocks]
+    def on_exit(block: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            flows[block] = entered[block], output
+
+        return hook
+
+    handles = []
+    for block, group in groups.items():
+        handles.append(net.get_submodule(block).register_forward_pre_hook(on_entry(block)))
+        handles.append(net.get_submodule(group[-1]).register_forward_hook(on_exit(block)))
     try:
         yield flows
     finally:
         for handle in handles:
             handle.remove()
-
-
-def channels_of(net: nn.Module, block: str) -> int:
-    """Return which dimension of the input of `block` holds the channels."""
-    convolves = any(isinstance(part, nn.Conv2d) for part in net.get_submodule(block).modules())
-    return 1 if convolves else -1

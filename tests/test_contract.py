@@ -5,6 +5,7 @@ removes nothing, and trains the network of an earlier run. A method of another p
 VITRIM_CONTRACT_PACKAGE=FOLDER, which holds the package and conf/method/*.yaml in it.
 """
 
+import copy
 import json
 import shutil
 import signal
@@ -21,7 +22,10 @@ from command import Command, Done, swin
 from conftest import outputs, randomise, relative_error
 from contract import NAMES, PACKAGE, Subject
 from contract import subject as build
+from vitrim.budget.cost import Cost
+from vitrim.budget.target import resolve_target
 from vitrim.files import WEIGHTS, sha256
+from vitrim.measure import count
 from vitrim.network.surgery import cut, masked
 from vitrim.plan import Plan
 from vitrim.trainer import resume
@@ -33,6 +37,16 @@ CNN = (
     "model.pretrained=false",
     "data=none",
 )
+SIZE = (1, 8, 8)
+DIGITS = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
 build = cache(build)
 REMOVING = [name for name in NAMES if build(name).method.granularity != "none"]
 TRAINING = [name for name in NAMES if build(name).method.granularity == "none"]
@@ -88,6 +102,10 @@ def test_every_method_runs_from_yaml_to_report(
     assert logits.shape == (2, 10)
     assert torch.equal(vitrim.load(done.report.parent)[0](images), logits)
     assert_cut_equals_masked(plan)
+    if model == ("model=vit_digits",):
+        run(command, subject, "strength=4", *model)
+        (scored,) = (command.out / "phases").glob("score-*")  # strengths share one scoring
+        assert (scored / "manifest.json").is_file()
 
 
 def assert_cut_equals_masked(plan: Plan) -> None:
@@ -100,22 +118,22 @@ def assert_cut_equals_masked(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("subject", REMOVING, indirect=True)
-def test_strengths_share_one_scoring(command: Command, subject: Subject) -> None:
-    for strength in (2, 4):
-        run(command, subject, f"strength={strength}")
-    (scored,) = (command.out / "phases").glob("score-*")
-    assert (scored / "manifest.json").is_file()
+def test_no_method_grows_with_strength(subject: Subject) -> None:
+    net, method = timm.create_model("vit_tiny_patch16_224", **DIGITS), subject.method
+    cost = Cost(net, SIZE)
+    evidence = method.scorer(copy.deepcopy(net)).evidence()  # without images
 
-
-@pytest.mark.parametrize("subject", REMOVING, indirect=True)
-def test_no_method_grows_with_strength(command: Command, subject: Subject) -> None:
     def params(strength: float) -> int:
-        done = run(command, subject, f"strength={strength}", "data=none")
-        return int(report_of(done)["compact"]["params"])
+        target = resolve_target(
+            strength, {}, levels=method.levels, metric=method.metric, where=subject.name
+        )
+        method.check(cost, target)
+        edits = () if target.is_identity else method.plan(net, evidence, cost, target).edits
+        return count(cut(net, Plan(model={}, edits=edits)), SIZE).params
 
     sizes = [params(strength) for strength in (0, 1, 2, 3, 4, 5)]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes) or subject.method.granularity == "block"
+    assert len(set(sizes)) == len(sizes) or method.granularity == "block"
 
 
 @pytest.mark.parametrize("subject", REMOVING, indirect=True)

@@ -1,7 +1,8 @@
 """`python -m tests.faults`: what runs go through, and what is left of them, as a table.
 
 Kills at random moments, kills during saves, requests to stop, full disks, damaged files, hostile
-files, and a sweep whose jobs fail in every way. `--share 0.05` does a twentieth of it.
+files, and a sweep whose jobs fail in every way. `--share 0.05` does a twentieth of
+it, with shorter runs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> None:
         os.environ["TMPDIR"] = str(_OTHER)
     from tests.faults import damage, runs
 
+    if chosen.share < 1:
+        runs.QUICK = tuple(runs.shortened(runs.QUICK))
     torch.set_num_threads(1)
     logging.getLogger("vitrim").setLevel(logging.ERROR)  # of every save that was cut short
     work = Path(tempfile.mkdtemp(dir=Path.cwd(), prefix=".faults-"))

@@ -35,8 +35,15 @@ QUICK = (
     "progress=false",
     "checkpoint.minutes=0",
 )
+EPOCHS = [word.partition("=")[0] for word in QUICK if "epochs" in word]
 WEIGHTS = "*/s3-*/model.safetensors"
 import_module("vitrim.pipeline")  # before the forks, each of which would import it
+
+
+def shortened(words: Sequence[str]) -> list[str]:
+    """Return the words of a run with every phase one epoch long."""
+    kept = [word for word in words if word.partition("=")[0] not in EPOCHS]
+    return [*kept, *(f"{key}=1" for key in EPOCHS)]
 
 
 def attempt(words: Sequence[str], *, after: float | None, signum: int) -> int:
@@ -170,9 +177,7 @@ def sweep(jobs: int, fates: dict[str, int], work: Path, *, minutes: float) -> di
     by_seed = dict(zip(random.Random(0).sample(range(jobs), len(met)), met, strict=True))
     inject = Path(__file__).parent / "inject"
     path = os.pathsep.join([str(inject), os.environ.get("PYTHONPATH", "")])
-    words = [*QUICK, f"out={out}", f"sweep.minutes={minutes}"]
-    words = [word for word in words if "epochs" not in word]
-    words += ["model.training.epochs=1", "method.gating.epochs=1", "method.fine_tuning.epochs=1"]
+    words = shortened([*QUICK, f"out={out}", f"sweep.minutes={minutes}"])
     command = [sys.executable, "-m", "vitrim", "-m", *words]
     seeds = f"seed={','.join(map(str, range(jobs)))}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

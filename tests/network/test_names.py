@@ -22,10 +22,10 @@ def module_of(name: str) -> str:
 
 
 def sampled() -> list[str]:
-    """Return every thirtieth name of the families, and the last of other modules: a tiny one."""
+    """Return every sixtieth name of the families, and the last of other modules: a tiny one."""
     mine = [name for name in NAMES if module_of(name) in FAMILIES]
     others = {module_of(name): name for name in NAMES if module_of(name) not in FAMILIES}
-    return [*mine[::30], *others.values()]
+    return [*mine[::60], *others.values()]
 
 
 def skeleton(name: str) -> nn.Module:

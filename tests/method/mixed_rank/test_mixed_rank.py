@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -82,11 +83,7 @@ def compact_of(
 def test_every_choice_meets_the_budget_to_within_one_rank(
     decomposition: str, rule: str, qkv: str
 ) -> None:
-    method = built(
-        f"method.decomposition={decomposition}",
-        f"method.allocation={rule}",
-        f"method.qkv={qkv}",
-    )
+    method = replace(built(), decomposition=decomposition, allocation=rule, qkv=qkv)
     compact, plan = compact_of(method, net(), learned(method.scorer(net())), params=0.8)
     cost = Cost(net(), SIZE)
     limit = int(0.8 * cost.dense_count.params)

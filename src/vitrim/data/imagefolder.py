@@ -45,7 +45,7 @@ def image_folder(
         classes: None takes every folder; a list of names takes these; a number draws that many, as
             for ImageNet-100. `vitrim.data.class_names` says which labels they have.
         class_seed: of that draw.
-        samples: size of a class-balanced random subset of the training images; None: all.
+        samples: size of a class-balanced subset of the training images, drawn by `samples_seed`.
         samples_seed: of that draw.
         batch_size: images in a batch.
         workers: loading processes.
@@ -66,24 +66,25 @@ def image_folder(
     folders = ordered(name for split in splits.values() for name in split.images)
     index, _ = label_index(folders, classes, class_seed)
     lists = _image_lists(splits, index, exif_orientation=exif_orientation)
+    _check_samples(samples, Path(root) / train, found=train in lists)
     tolerant = _tolerant(lists[train], bad_images) if train in lists else None
-    few: FewShotSubset | None = None
-    if samples is not None:
-        if tolerant is None:
-            raise ConfigError(f"data.samples={samples}: no folder {Path(root) / train}")
-        used = {label: name for name, label in index.items() if name in folders}
-        few = _few_shot(tolerant, Path(root), used, samples, samples_seed)
-    differs = any(split.differs for split in splits.values())
+    used = {label: name for name, label in index.items() if name in folders}
     return ImageFiles(
-        train=tolerant if few is None else few,
+        train=_drawn(tolerant, Path(root), used, samples, samples_seed),
         val=_strict(lists[val], bad_images),
         classes=tuple(index),
         batch_size=batch_size,
         workers=workers,
         augmentation=augmentation,
         mixing=mixing,
-        listing=2 if differs or (is_numbered(folders) and folders != sorted(folders)) else 1,
+        listing=_listing([*splits.values()], folders),
     )
+
+
+def _listing(splits: Sequence[Split], folders: Sequence[str]) -> int:
+    """Return the version of the rules that find and label these images; 1 where both agree."""
+    reordered = is_numbered(folders) and [*folders] != sorted(folders)
+    return 2 if reordered or any(split.differs for split in splits) else 1
 
 
 def _open_splits(root: Path, train: str, val: str) -> dict[str, Split]:
@@ -176,9 +177,22 @@ def _strict(images: ImageList, settings: BadImageSettings) -> StrictDataset:
     )
 
 
-def _few_shot(
-    images: TolerantDataset, root: Path, classes: Mapping[int, str], samples: int, seed: int
-) -> FewShotSubset:
+def _check_samples(samples: int | None, folder: Path, *, found: bool) -> None:
+    """Raise ConfigError if images are to be drawn from a folder that does not exist."""
+    if samples is not None and not found:
+        raise ConfigError(f"data.samples={samples}: no folder {folder}")
+
+
+def _drawn(
+    images: TolerantDataset | None,
+    root: Path,
+    classes: Mapping[int, str],
+    samples: int | None,
+    seed: int,
+) -> TolerantDataset | FewShotSubset | None:
+    """Return the training images, or the subset of them if `samples` says how many to draw."""
+    if images is None or samples is None:
+        return images
     names = [Path(path).relative_to(root).as_posix() for path in images.names]
     return few_shot(
         images, classes=classes, labels=images.labels, names=names, samples=samples, seed=seed

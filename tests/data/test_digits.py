@@ -45,6 +45,37 @@ def test_calibration_takes_training_images_as_they_are() -> None:
     assert torch.equal(everything, module.train_set.tensors[0])
 
 
+def test_augmented_digits_are_plain_first_then_moved_by_seed_epoch_and_image() -> None:
+    module = DIGITS.module(SPEC)
+    plain = [images for images, _ in module.calibration_dataloader(100, seed=1)]
+
+    def epochs(seed: int) -> list[list[torch.Tensor]]:
+        loader = module.augmented_dataloader(100, seed=seed)
+        seen = []
+        for epoch in range(3):
+            loader.batches.set_epoch(epoch)
+            seen.append([images for images, _ in loader])
+        return seen
+
+    first, second, third = epochs(1)
+    assert all(torch.equal(one, other) for one, other in zip(first, plain, strict=True))
+    assert [len(batch) for batch in second] == [len(batch) for batch in plain]
+    assert not torch.equal(torch.cat(second), torch.cat(third))
+    assert not set(map(key, torch.cat(second))) & set(map(key, torch.cat(first)))
+    again = epochs(1)[2]
+    assert all(torch.equal(one, other) for one, other in zip(third, again, strict=True))
+    loader = module.augmented_dataloader(100, seed=1)
+    loader.load_state_dict({"epoch": 2, "given": 1})
+    assert torch.equal(next(iter(loader))[0], third[1])
+    assert all(
+        torch.equal(one, other) for (one, _), other in zip(loader.first_epoch(), plain, strict=True)
+    )
+
+
+def key(image: torch.Tensor) -> bytes:
+    return image.numpy().tobytes()
+
+
 @pytest.mark.parametrize(
     "constant", [{"n_classes": 5}, {"trainable": False}, {"sample_names": ("a",)}]
 )

@@ -67,6 +67,24 @@ def test_calibration_images_are_training_images_prepared_like_validation(tmp_pat
     assert len(torch.cat([x for x, _ in module.calibration_dataloader(1000, seed=0)])) == 9
 
 
+def test_augmented_images_are_plain_first_then_augmented_in_another_order(tmp_path: Path) -> None:
+    root = make(tmp_path, train={"a": 5, "b": 4}, val={"a": 1, "b": 1})
+    module = images_in(root, augmentation={"auto_augment": "rand-m9-mstd0.5-inc1"}).module(SPEC)
+    loaders = [module.augmented_dataloader(7, seed=seed) for seed in (1, 1, 2)]
+    plain = torch.cat([images for images, _ in module.calibration_dataloader(7, seed=1)])
+    assert torch.equal(torch.cat([images for images, _ in loaders[0]]), plain)
+    for loader in loaders:
+        loader.batches.set_epoch(1)
+    one, same, other = (torch.cat([images for images, _ in loader]) for loader in loaders)
+    assert torch.equal(one, same)
+    assert one.shape == plain.shape
+    assert not torch.equal(one, other)
+    loaders[0].batches.set_epoch(2)
+    assert not torch.equal(torch.cat([images for images, _ in loaders[0]]), one)
+    for images in (one, other):
+        assert not any(torch.equal(image, known) for image in images for known in plain)
+
+
 def test_other_names_are_ranked_over_both_splits(tmp_path: Path) -> None:
     images = images_in(make(tmp_path, train={"a": 1, "c": 1}, val={"b": 1, "c": 1}))
     assert images.n_classes == 3

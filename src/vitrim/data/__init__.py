@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from vitrim.data.dataset import MapDataset
 from vitrim.data.loader import ResumableBatchSampler, ResumableLoader, seed_all
+from vitrim.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,20 @@ class Loaders(LightningDataModule, ABC):
 
         Every process gets all of them.
         """
+
+    def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return the images of `calibration_dataloader`; after the first epoch, augmented.
+
+        From then on they are reshuffled in every epoch, and each is augmented anew, as `seed`, the
+        epoch and the image say (`vitrim.data.loader.plain_then_augmented`).
+
+        Raises:
+            ConfigError: this data set has no augmented images of that kind.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no augmented_dataloader: choose plain images, or a data "
+            "set that has one"
+        )
 
     def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
         """Seed what is drawn for a training batch, by mixup and cutmix and in the network."""

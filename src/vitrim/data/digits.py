@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from vitrim.data import ImageSpec, Loaders, sample_indices
-from vitrim.data.loader import sequential
+from vitrim.data.loader import plain_then_augmented, sequential
 from vitrim.errors import ConfigError, is_count, is_rate, require
 
 _SIDE = 8
@@ -104,6 +104,13 @@ class _DigitsLoaders(Loaders):
         indices = sample_indices(len(self.train_set), samples, seed)
         return sequential(Subset(self.train_set, indices), self.digits.batch_size)
 
+    def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return these images, after the first epoch each of them shifted and rotated."""
+        indices = sample_indices(len(self.train_set), samples, seed)
+        plain = Subset(self.train_set, indices)
+        moved = _MovedDigits(plain, self.digits, self.background)
+        return plain_then_augmented(plain, moved, self.digits.batch_size, seed=seed)
+
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
@@ -115,6 +122,26 @@ class _DigitsLoaders(Loaders):
         soft = mixup_target(labels, digits.n_classes, smoothing=digits.label_smoothing)
         moved = _jitter(images - self.background, digits.shift, digits.rotation)
         return moved + self.background, soft
+
+
+class _MovedDigits(Dataset[tuple[Tensor, Tensor]]):
+    """The digits of `plain`, each shifted and rotated at random when it is read."""
+
+    def __init__(
+        self, plain: Dataset[tuple[Tensor, ...]], digits: Digits, background: float
+    ) -> None:
+        self.plain = plain
+        self.digits = digits
+        self.background = background
+
+    def __len__(self) -> int:
+        return len(self.plain)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.plain[index]
+        shift, rotation = self.digits.shift, self.digits.rotation
+        (moved,) = _jitter((image - self.background)[None], shift, rotation)
+        return moved + self.background, label
 
 
 def _jitter(images: Tensor, shift: float, rotation: float) -> Tensor:

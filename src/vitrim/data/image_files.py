@@ -24,7 +24,7 @@ from torchvision.transforms import Compose
 from vitrim.data import ImageSpec, Loaders, sample_indices
 from vitrim.data.dataset import Example, ImageDataset, LabelledImages, Transform
 from vitrim.data.few_shot import FewShotSubset
-from vitrim.data.loader import sequential
+from vitrim.data.loader import plain_then_augmented, sequential
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError, is_count
 
@@ -168,6 +168,18 @@ class _ImageLoaders(Loaders):
         indices = sample_indices(len(self.calibration_set), samples, seed)
         subset: Subset[Example] = Subset(self.calibration_set, indices)  # type: ignore[arg-type]
         return sequential(subset, self.images.batch_size, workers=self.images.workers)
+
+    def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
+        """Return these images, after the first epoch augmented as `augmentation` says, unmixed."""
+        assert self.train_set is not None
+        assert self.calibration_set is not None
+        indices = sample_indices(len(self.calibration_set), samples, seed)
+        plain, augmented = (
+            Subset[Example](images, indices)  # type: ignore[arg-type]
+            for images in (self.calibration_set, self.train_set)
+        )
+        batch_size, workers = self.images.batch_size, self.images.workers
+        return plain_then_augmented(plain, augmented, batch_size, seed=seed, workers=workers)
 
     def on_after_batch_transfer(
         self, batch: tuple[Tensor, Tensor], dataloader_idx: int

@@ -37,7 +37,8 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
     Each of `world` processes gets every `world`-th index. Shuffled, all processes get the same
     number of full batches, and the remaining images are not seen in this epoch. Sequential, the
-    last batch may be smaller, and every index belongs to exactly one process.
+    last batch may be smaller, and every index belongs to exactly one process. With `reshuffle`
+    the batches are as if sequential, but from the second epoch on their order is random.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         shuffle: bool,
         rank: int = 0,
         world: int = 1,
+        reshuffle: bool = False,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -56,6 +58,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         self.shuffle = shuffle
         self.rank = rank
         self.world = world
+        self.reshuffle = reshuffle
         self.epoch = 0
         self.start = 0
 
@@ -78,7 +81,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = (
             torch.randperm(self.size, generator=generator)
-            if self.shuffle
+            if self.shuffle or (self.reshuffle and self.epoch)
             else torch.arange(self.size)
         )
         own = order[self.rank :: self.world].tolist()
@@ -88,18 +91,24 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class SeededDataset(Dataset[object]):
-    """The items of `dataset` by (epoch, index), which also seeds what their transforms draw."""
+    """The items of `dataset` by (epoch, index), which also seeds what their transforms draw.
 
-    def __init__(self, dataset: MapDataset, seed: int) -> None:
+    `augmented` has the same items for all epochs after the first; None: `dataset` has them.
+    """
+
+    def __init__(self, dataset: MapDataset, seed: int, augmented: MapDataset | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.augmented = augmented
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> object:
         _seed_host(self.seed, *key)
-        _, index = key
+        epoch, index = key
+        if epoch and self.augmented is not None:
+            return self.augmented[index]
         return self.dataset[index]
 
 
@@ -107,15 +116,21 @@ class ResumableLoader(DataLoader[object]):
     """A loader in the order of its batch sampler; it saves its position and resumes from it."""
 
     def __init__(
-        self, dataset: MapDataset, batches: ResumableBatchSampler, *, workers: int = 0
+        self,
+        dataset: MapDataset,
+        batches: ResumableBatchSampler,
+        *,
+        workers: int = 0,
+        augmented: MapDataset | None = None,
     ) -> None:
         super().__init__(
-            SeededDataset(dataset, batches.seed),
+            SeededDataset(dataset, batches.seed, augmented),
             batch_sampler=batches,
             num_workers=workers,
             persistent_workers=workers > 0,
         )
         self.batches = batches
+        self.images = dataset
         self._n_yielded = 0
 
     def __iter__(self) -> Iterator[object]:  # type: ignore[override]
@@ -134,8 +149,33 @@ class ResumableLoader(DataLoader[object]):
         self.batches.epoch = state["epoch"] + ended
         self.batches.start = 0 if ended else state["given"]
 
+    def first_epoch(self) -> ResumableLoader:
+        """Return the batches of the first epoch, of a loader that is not shuffled in it."""
+        return sequential(self.images, self.batches.batch_size)
+
 
 def sequential(dataset: MapDataset, batch_size: int, *, workers: int = 0) -> ResumableLoader:
     """Return every item of `dataset` in order, all of them in every process."""
     batches = ResumableBatchSampler(len(dataset), batch_size=batch_size, seed=0, shuffle=False)
     return ResumableLoader(dataset, batches, workers=workers)
+
+
+def plain_then_augmented(
+    plain: MapDataset, augmented: MapDataset, batch_size: int, *, seed: int, workers: int = 0
+) -> ResumableLoader:
+    """Return every item in every epoch and process: plain and in order, then augmented, reshuffled.
+
+    From the second epoch on, what augmentation draws for an item depends on `seed`, the epoch and
+    the item's index alone, and the order of items on `seed` and the epoch.
+
+    Args:
+        plain: the items of the first epoch.
+        augmented: the same items in all later epochs.
+        batch_size: of all batches but the last of an epoch.
+        seed: of order and augmentation.
+        workers: loading processes.
+    """
+    batches = ResumableBatchSampler(
+        len(plain), batch_size=batch_size, seed=seed, shuffle=False, reshuffle=True
+    )
+    return ResumableLoader(plain, batches, workers=workers, augmented=augmented)

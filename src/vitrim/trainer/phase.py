@@ -10,6 +10,7 @@ submodules such as `net`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast, get_args
 
 from lightning import LightningModule
@@ -19,6 +20,17 @@ from vitrim.errors import ConfigError
 from vitrim.plan import Evidence
 
 ResumePoint = Literal["batch", "epoch", "never"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentedImages:
+    """`images` unlabelled training images, all of them in every epoch and in every process.
+
+    In the first epoch they are plain and in one order; from then on they are reshuffled and
+    augmented anew in every epoch (`vitrim.data.Loaders.augmented_dataloader`).
+    """
+
+    images: int
 
 
 class Phase(Protocol):
@@ -35,10 +47,11 @@ class Phase(Protocol):
         ...
 
     @property
-    def calibration_images(self) -> int | None:
+    def calibration_images(self) -> int | AugmentedImages | None:
         """How many unlabelled training images it sees, in one order and without augmentation.
 
-        None: augmented and labelled batches of the whole training set.
+        `AugmentedImages`: so in the first epoch only. None: augmented and labelled batches of the
+        whole training set.
         """
         ...
 

@@ -25,7 +25,7 @@ from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
-from vitrim.trainer.phase import Phase, check_phase
+from vitrim.trainer.phase import AugmentedImages, Phase, check_phase
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
@@ -159,8 +159,10 @@ class PhaseRunner:
                 weights_only=True,
             )
 
-    def _calibration(self, images: int) -> DataLoader[object]:
-        """Return batches of that many training images, without augmentation."""
+    def _calibration(self, images: int | AugmentedImages) -> DataLoader[object]:
+        """Return batches of that many training images."""
+        if isinstance(images, AugmentedImages):
+            return self.data.augmented_dataloader(images.images, self.seed)
         return self.data.calibration_dataloader(images, self.seed)
 
     def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:

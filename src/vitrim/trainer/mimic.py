@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,26 @@ from vitrim.network.structure import block_order
 from vitrim.trainer.calibrate import classifiers
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine
+
+
+class FeatureLoss(NamedTuple):
+    """The error of a network's features: token_weight * MSE(tokens) + pooled_weight * MSE(pooled).
+
+    `pooled` is what the classifier reads of the features: a class token, say.
+    """
+
+    token_weight: float = 1.0
+    pooled_weight: float = 0.0
+
+    def of(self, net: nn.Module, teacher: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of the features that `net` has, towards those of `teacher`."""
+        loss = self.token_weight * F.mse_loss(features, target)
+        if self.pooled_weight:
+            pooled = net.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            with torch.no_grad():
+                wanted = teacher.forward_head(target, pre_logits=True)  # type: ignore[operator]
+            loss = loss + self.pooled_weight * F.mse_loss(pooled, wanted)
+        return loss
 
 
 class Mimic(LightningModule):
@@ -53,8 +74,7 @@ class Mimic(LightningModule):
         self.epochs = recipe.epochs
         self.clip_norm = recipe.clip_norm
         self.frozen = frozenset(frozen)
-        self.token_weight = token_weight
-        self.pooled_weight = pooled_weight
+        self.loss = FeatureLoss(token_weight, pooled_weight)
         self.logits_weight = logits_weight
         self.temperature = temperature
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
@@ -76,13 +96,7 @@ class Mimic(LightningModule):
         features = self.net.forward_features(images)  # type: ignore[operator]
         with torch.no_grad():
             target = teacher.forward_features(images)  # type: ignore[operator]
-        loss = self.token_weight * F.mse_loss(features, target)
-        if self.pooled_weight:
-            pooled, pooled_target = (
-                net.forward_head(x, pre_logits=True)  # type: ignore[operator]
-                for net, x in ((self.net, features), (teacher, target))
-            )
-            loss = loss + self.pooled_weight * F.mse_loss(pooled, pooled_target)
+        loss = self.loss.of(self.net, teacher, features, target)
         if self.logits_weight:
             logits = self.net.forward_head(features)  # type: ignore[operator]
             with torch.no_grad():

@@ -30,7 +30,7 @@ from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.files import PHASES, digest, writable, write
 from vitrim.jobs import distributed
 from vitrim.measure import count, latencies
-from vitrim.method import Method, Recovers
+from vitrim.method import Method, Recovers, scorer_of
 from vitrim.model.source import Timm
 from vitrim.network.surgery import combine, cut
 from vitrim.plan import Evidence, Plan, Proposal
@@ -224,7 +224,8 @@ def _compressed(
         return Compressed(net, start.plan, Proposal(edits=()), recovery)
     own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
     prune = Prune(job.method, own_cost, job.target, name=identity.method)
-    _score(job.method.scorer(copy.deepcopy(start.net)), prune, runner, identity)
+    scorer = scorer_of(job.method, copy.deepcopy(start.net), own_cost, job.target)
+    _score(scorer, prune, runner, identity)
     plan = replace(prune.plan, provenance={"strength": identity.strength, **prune.proposal.notes})
     plan = plan if job.start is None else combine(dense, start.plan, plan)
     if prune.evidence.synthetic is not None and distributed.is_main_process():

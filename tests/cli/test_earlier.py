@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from command import Command, Done
+from vitrim.method.dcvit.method import DCViT
 
 EARLIER = Path(__file__).parent / "earlier"
 """Folders that 0.1.0 wrote: `vitrim data=none method=METHOD strength=2 latency.repeats=1`."""
@@ -48,5 +49,15 @@ def test_a_default_that_gives_another_result_does_not_find_the_earlier_run(
 def test_a_changed_recipe_does_not_take_the_earlier_run(command: Command) -> None:
     shutil.copytree(EARLIER, command.out)
     done = command("data=none", "method=vtp", "strength=2", "latency.repeats=1", "method.l1=0.5")
+    assert done.code == 0
+    assert not any(done.report.parent.name == path.name for path in EARLIER.glob("*/*"))
+
+
+def test_a_method_whose_results_changed_does_not_take_the_earlier_run(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(EARLIER, command.out)
+    monkeypatch.setattr(DCViT, "revision", 2)
+    done = command("data=none", "method=dcvit", "strength=2", "latency.repeats=1")
     assert done.code == 0
     assert not any(done.report.parent.name == path.name for path in EARLIER.glob("*/*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,12 +214,14 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
 def _check_target(job: Job, cfg: Config) -> list[str]:
     """Return why the method cannot meet the target on this network."""
     from vitrim.budget.cost import Cost
+    from vitrim.method import scorer_of
     from vitrim.trainer.phase import check_scorer
 
     model, method, target = job.model, job.method, job.target
     problems = []
     try:
         cost = Cost(model.shared_skeleton(), model.spec().size, latency_table=job.latency_table)
+        own, net = cost, model.skeleton()
         if job.start is None:
             method.check(cost, target)
         elif target.is_time:
@@ -228,9 +231,10 @@ def _check_target(job: Job, cfg: Config) -> list[str]:
             )
         else:
             problems += _nothing_left(cfg["from_run"], cost, job.start.plan, target)
-            method.check(Cost(job.start.net, cost.input_size, cost), target)
+            own, net = Cost(job.start.net, cost.input_size, cost), copy.deepcopy(job.start.net)
+            method.check(own, target)
         if not target.is_identity:
-            check_scorer(method.scorer(model.skeleton()))
+            check_scorer(scorer_of(method, net, own, target))
     except VitrimError as error:
         problems.append(str(error))
     return problems

@@ -34,6 +34,8 @@ CONSTANTS: Config = {
     "method.adaptor_training.weight_decay": 1.0e-4,
     "method.adaptor_training.decay_every": 0.4,
     "method.adaptor_training.decay": 0.1,
+    "method.trial.views": "plain",
+    "method.drop_mlps": False,
 }
 """Numbers that stood in the code of 0.1.0, by the keys that they have now, and the defaults of keys
 that it had not and that do not matter for what it did."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     """Return the identity of a run and its folder, which is an earlier version's if it has one."""
     from vitrim.data.outputs import listing
+    from vitrim.method import Revised
     from vitrim.pipeline import Identity
 
     resolved = cast(Config, OmegaConf.to_container(cfg, resolve=True))
@@ -31,6 +32,8 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     if listing(job.data) > 1:
         recipe["data"]["listing"] = listing(job.data)
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
+    if isinstance(job.method, Revised) and job.method.revision > 1:
+        recipe["revision"] = job.method.revision
     targets = [name for name, keep in resolved["target"].items() if keep is not None]
     point = "-".join(f"{name}{resolved['target'][name]}" for name in targets)
     point = f"{point or f's{cfg.strength:g}'}-seed{cfg.seed}"

@@ -59,6 +59,7 @@ def of_series(recipe: Config) -> Config:
     series = copy.deepcopy(recipe)
     for key in ("strength", "target", "seed"):
         del series[key]
+    series.pop("revision", None)  # which the seed may decide
     series["method"].pop("seed", None)
     series["data"].pop("samples_seed", None)
     return series

@@ -58,6 +58,29 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class ScoresForTarget(Protocol):
+    """A method whose scorer depends on the target.
+
+    Runs call `scorer_for` in place of `scorer`, and share the scorer only if its settings are
+    equal.
+    """
+
+    def scorer_for(self, net: nn.Module, cost: Cost, target: Target) -> Scorer:
+        """Return the phase that scores `net` for this target."""
+        ...
+
+
+@runtime_checkable
+class Revised(Protocol):
+    """A method of which some settings lead to another result than in an earlier version."""
+
+    @property
+    def revision(self) -> int:
+        """1 as long as the result is what it always was; runs are identified by other numbers."""
+        ...
+
+
+@runtime_checkable
 class Compensates(Protocol):
     """A method that changes kept weights in closed form, right after the cut."""
 
@@ -83,6 +106,13 @@ class Recovers(Protocol):
         A generator may change the net between them.
         """
         ...
+
+
+def scorer_of(method: Method, net: nn.Module, cost: Cost, target: Target) -> Scorer:
+    """Return the phase by which `method` scores `net` in a run with this target."""
+    if isinstance(method, ScoresForTarget):
+        return method.scorer_for(net, cost, target)
+    return method.scorer(net)
 
 
 METHOD = ("levels", "metric", "granularity", "check", "scorer", "plan")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -16,13 +17,20 @@ from torch import nn
 from command import QUICK, Command, Done, swin
 from conftest import randomise, skeleton_net, small_net
 from vitrim import count
-from vitrim.budget.blocks import Group, dense_widths, fewest_groups, groups_of, share_of
+from vitrim.budget.blocks import (
+    Group,
+    dense_widths,
+    fewest_groups,
+    flatten,
+    groups_of,
+    share_of,
+)
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, resolve_target
 from vitrim.cli.compose import CONF
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.method.dcvit.accounting import paper_macs, paper_widths
-from vitrim.method.dcvit.compression import plan_of_trial
+from vitrim.method.dcvit.compression import edits_of, shape_of_trial
 from vitrim.method.dcvit.method import DCViT
 from vitrim.method.dcvit.trial_training import trained_tensors
 from vitrim.network.structure import blocks_of
@@ -82,6 +90,18 @@ def test_the_papers_widths_come_out_with_its_accounting(name: str, widths: tuple
     for n, width in enumerate(widths, start=1):
         by_block = paper_widths(cost, Target(metric="blocks", keep=n), singles(cost))
         assert list(by_block.values()) == [width] * (n + 1)
+
+
+@pytest.mark.parametrize(("n", "width"), [(2, 2303), (3, 1842), (4, 1535)])
+def test_one_block_more_leaves_as_many_macs_of_the_papers_count(n: int, width: int) -> None:
+    cost = cost_of("deit_base_patch16_224")
+    _, block, blocks = paper_macs(cost)
+    target = Target(metric="blocks", keep=n)
+    widths = paper_widths(cost, target, singles(cost), extra_blocks=1)
+    assert list(widths.values()) == [width] * (n + 2)
+    attention, mlp = blocks["blocks.1"]
+    removed = (n + 2) * (attention + mlp * (3072 - width) / 3072)
+    assert 0 <= removed - n * block <= (n + 2) * mlp / 3072
 
 
 def test_the_papers_count_of_vit_base() -> None:
@@ -193,9 +213,13 @@ def test_the_plan_without_images_is_within_the_target(strength: float) -> None:
         (["method.protected=[1]"], r"method\.protected=\[1\]"),
         (["method.extra_blocks=-1"], "method.extra_blocks=-1"),
         (
-            ["method.extra_blocks=1", "method.accounting=paper"],
-            "method.extra_blocks=1: .* 0 with accounting",
+            ["method.extra_blocks=1", "method.drop_mlps=true", "method.reconstruct=false"],
+            "method.extra_blocks=1: .* 0 with drop_mlps",
         ),
+        (["method.drop_mlps=true"], "method.reconstruct=True: .* false with unit_selection=none"),
+        (["method.unit_selection=none"], "method.reconstruct=True: .* false with unit_selection"),
+        (["method.drop_mlps=1"], "method.drop_mlps=1: expected true or false"),
+        (["method.trial.views=shuffled"], r"method\.trial\.views=shuffled: expected plain or"),
         (["method.init_std=-1"], r"method\.init_std=-1"),
         (["method.allowed_blocks=[]"], r"method\.allowed_blocks=\[\]"),
         (["method.trial.width=0"], r"method\.trial\.width=0"),
@@ -245,6 +269,14 @@ def test_bad_settings_are_refused(overrides: list[str], message: str) -> None:
             "expected some of blocks.2, blocks.3",
         ),
         (["method.group_size=5"], "method.group_size=5, method.protected=[1, 1]: no stage has 5"),
+        (
+            ["target.blocks=3", "method.accounting=paper", "method.extra_blocks=1"],
+            "method.extra_blocks=1: 4 blocks and these are more than the 4 candidates",
+        ),
+        (
+            ["target.blocks=5", "method.drop_mlps=true", "method.reconstruct=false"],
+            "all 4 candidates (4 blocks) removed are not enough",
+        ),
         (["target.blocks=9"], "target.blocks=9: the network has 6 blocks"),
         (
             ["target.blocks=4.5", "method.accounting=paper"],
@@ -281,23 +313,8 @@ SHORT = (
 )
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ("method.progressive=false",),
-        ("method.unit_selection=none", "method.reconstruct=false"),
-        ("method.unit_selection=activation", "method.distance=mse", "method.tuning.mimic=class"),
-        (
-            "method.unit_selection=random",
-            "method.tuning.freeze_tail=false",
-            "method.trial.training.epochs=1",
-        ),
-        ("method.judging_set=images", "target.params=0.7"),
-        ("method.accounting=paper", "target.blocks=1"),
-    ],
-)
-def test_every_ablation_runs(command: Command, variant: tuple[str, ...]) -> None:
-    done = command("method=dcvit", "strength=4", *SHORT, *variant)
+def test_few_params_may_remain(command: Command) -> None:
+    done = command("method=dcvit", *SHORT, "method.judging_set=images", "target.params=0.7")
     assert done.code == 0, done.output
 
 
@@ -394,7 +411,8 @@ def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:
     cost = Cost(net, 32)
     scores = {f"blocks.{i}.mlp.hidden": torch.arange(48.0) for i in range(1, 5)}
     block_scores = {f"blocks.{i}": float(i) for i in range(1, 5)}
-    first = plan_of_trial(net, ("blocks.1",), Evidence(scores=scores), 0.9)
+    shape = shape_of_trial(cost.structure, ("blocks.1",), 0.9)
+    first = Plan(model={}, edits=edits_of(cost.structure, shape, scores))
     trained = torch.cat([7 * tensor.flatten() for tensor in trained_tensors(cut(net, first))])
     evidence = Evidence(scores=scores, block_scores=block_scores, best_trial=("blocks.1", trained))
     proposal = method.plan(net, evidence, cost, target)
@@ -525,3 +543,106 @@ def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) ->
         ]
         report = json.loads(done.report.read_text())
         assert set(report["stages"]) == stages  # the best trial is a step, if its width fits
+
+
+def whole(*more: str) -> tuple[str, ...]:
+    return ("method.drop_mlps=true", "method.reconstruct=false", "method.group_size=2", *more)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pairs"),
+    [
+        (("target.blocks=4",), 2),
+        (("target.blocks=4", "method.accounting=paper"), 2),
+        (("target.blocks=3",), 2),
+        (("target.macs=0.82", "method.accounting=paper"), 3),
+        (("target.macs=0.82",), 3),
+        (("target.params=0.8",), 3),
+    ],
+)
+def test_pairs_of_swin_go_whole_where_that_is_asked_for(
+    budget: tuple[str, ...], pairs: int
+) -> None:
+    cost = cost_of(SWIN)
+    method, target = composed(*whole(*budget))
+    order = groups_of(cost.structure, [*blocks_of(cost.structure)][1:-1], 2)[::-1]
+    scores = {group[0]: float(at) for at, group in enumerate(order)}
+    proposal = method.plan(skeleton_net(SWIN), Evidence(block_scores=scores), cost, target)
+    blocks = proposal.notes["blocks"]
+    assert blocks == flatten(order[:pairs])
+    assert proposal.notes["widths"] == []
+    branches = {f"{block}.{part}" for block in blocks for part in ("attn", "mlp")}
+    assert {edit.branch for edit in plan_from(proposal).drops()} == branches
+    assert len(proposal.edits) == len(branches)
+
+
+def test_the_papers_row_of_swin_loses_two_pairs() -> None:
+    method, target = composed("experiment=dcvit/table5_swin", "data.root=anywhere")
+    cost = cost_of(SWIN)
+    proposal = method.plan(skeleton_net(SWIN), Evidence(), cost, target)
+    parts = Counter(edit.branch.rpartition(".")[2] for edit in plan_from(proposal).drops())
+    assert parts == {"attn": 4, "mlp": 4}
+    assert len(proposal.edits) == 8
+
+
+def test_whole_pairs_are_tried_and_the_best_is_the_first_step(command: Command) -> None:
+    trained = ("method.trial.training.epochs=1", "method.tuning.training.epochs=1")
+    where = tuple(w for w in DIGITS_SWIN if "blocks" not in w)
+    done = command(*where, *QUICK, *whole("target.blocks=4"), *trained)
+    assert done.code == 0, done.message
+    assert set(json.loads(done.report.read_text())["stages"]) == {"cut", "mimic", "mimic-2"}
+    assert provenance(done)["reused_trial"] == provenance(done)["blocks"][0]
+
+
+def test_a_width_that_is_not_set_follows_from_the_target(command: Command) -> None:
+    trained = ("method.trial.training.epochs=1", "target.macs=0.6", *SHORT)
+    done = command("method=dcvit", *trained, "method.trial.width=null")
+    assert done.code == 0, done.message
+    assert provenance(done)["widths"] == [80, 79]
+    assert provenance(done)["reused_trial"] == provenance(done)["blocks"][0]
+    assert set(json.loads(done.report.read_text())["stages"]) == {
+        *("cut", "mimic"),
+        *("refit", "mimic-2"),
+    }
+    other = command("method=dcvit", *trained, "method.trial.width=0.5", "method.progressive=true")
+    assert provenance(other)["reused_trial"] is None
+    assert "another shape than the first step" in other.output
+
+
+def test_trials_of_the_targets_width_are_those_of_each_candidate() -> None:
+    net = deep_net()
+    cost = Cost(net, 32)
+    method, target = composed("target.macs=0.7", "method.trial.width=null")
+    width = method.scorer_for(net, cost, target).compression.width
+    assert not isinstance(width, float)
+    for block, shape in width.items():
+        order = [(block,), *(group for group in singles(cost) if group != (block,))]
+        widths, _ = narrowed(cost, target, order)
+        assert shape.widths == {block: widths[block]}
+        assert shape.removed == [block]
+    with pytest.raises(ConfigError, match="follows from a target"):
+        method.scorer(net)
+    shared, same = (
+        composed(f"target.macs={keep}")[0].scorer_for(net, cost, target).settings
+        for keep in (0.7, 0.8)
+    )
+    assert shared == same
+
+
+@pytest.mark.parametrize(
+    ("words", "revision"),
+    [
+        ((), 1),
+        (("method.trial.training.epochs=1", "method.tuning.pooled_weight=0"), 1),
+        (("method.trial.training.epochs=1",), 2),
+        (("method.tuning.mimic=class",), 1),
+        (("method.tuning.mimic=class", "method.trial.training.epochs=1"), 2),
+        (("method.judging_set=synthetic",), 1),
+        (("method.judging_set=synthetic", "seed=1"), 2),
+        (("method.unit_selection=none", "method.reconstruct=false"), 2),
+    ],
+)
+def test_settings_that_mean_something_else_than_before_are_of_another_revision(
+    words: tuple[str, ...], revision: int
+) -> None:
+    assert composed(*words)[0].revision == revision

@@ -28,9 +28,10 @@ SETTINGS: dict[str, Any] = {
 LOW, HIGH = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1.0, 2.0, 3.0])
 
 
-def synthesised(net: nn.Module, **changes: Any) -> tuple[Tensor, Tensor]:
+def synthesised(net: nn.Module, seed: int = 0, **changes: Any) -> tuple[Tensor, Tensor]:
     synthetic = SyntheticImages(**SETTINGS | changes)
-    return synthetic.run(net, n_classes=7, pixels=PixelRange(LOW, HIGH), size=(32, 32))
+    pixels = PixelRange(LOW, HIGH)
+    return synthetic.run(net, n_classes=7, pixels=pixels, size=(32, 32), seed=seed)
 
 
 def test_more_iterations_make_the_network_more_confident() -> None:
@@ -66,9 +67,12 @@ def test_pixels_stay_in_range_and_parameters_as_they_are() -> None:
         assert tensor.grad is None
 
 
-def test_the_same_network_has_the_same_images() -> None:
-    one, other = (synthesised(small_net(dtype=torch.float32), iterations=3) for _ in range(2))
-    assert torch.equal(one[0], other[0])
+def test_the_same_network_and_seed_have_the_same_images() -> None:
+    net = small_net(dtype=torch.float32)
+    one, same, other = (synthesised(net, seed, iterations=3) for seed in (0, 0, 1))
+    assert torch.equal(one[0], same[0])
+    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
 
 
 def test_more_images_than_classes_share_them() -> None:

@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import fit, randomise, small_net
-from vitrim.method.dcvit.compression import Compression, reconstructed, top_units
-from vitrim.method.dcvit.trial_training import trained_tensors
+from vitrim.method.dcvit.compression import (
+    Compression,
+    edits_of,
+    reconstructed,
+    redrawn,
+    shape_of_trial,
+    top_units,
+)
+from vitrim.method.dcvit.trial_training import TrialRecipe, TrialTraining, trained_tensors
 from vitrim.method.dcvit.trials import Trials
+from vitrim.network import structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Drop, Keep, Plan
 from vitrim.trainer.calibrate import Sampling
-from vitrim.trainer.mimic import frozen_parameters
+from vitrim.trainer.mimic import FeatureLoss, frozen_parameters
 from vitrim.trainer.recipe import Recipe
 
 SINGLES = [("blocks.1",), ("blocks.2",)]
@@ -43,17 +51,27 @@ COMPRESSION = Compression(
     order_ridge=1e-3,
     reconstruct=True,
     fold_ridge=1e-6,
+    init_std=0.02,
     seed=0,
 )
 
 
-def tried(net: nn.Module, n: int = 24, *, compression: Any = None, **changes: Any) -> Trials:
+def tried(
+    net: nn.Module,
+    n: int = 24,
+    *,
+    compression: Any = None,
+    recipe: Recipe = NONE,
+    loss: FeatureLoss | None = None,
+    **changes: Any,
+) -> Trials:
     settings: dict[str, Any] = {
         "groups": SINGLES,
         "sampling": Sampling(images=n, tokens=None, class_token_weight=1.0),
         "compression": replace(COMPRESSION, **(compression or {})),
-        "recipe": NONE,
-        "freeze_tail": True,
+        "recipe": TrialRecipe(
+            training=recipe, views="plain", loss=loss or FeatureLoss(), freeze_tail=True
+        ),
         "synthetic": None,
         "distance": "kl",
     }
@@ -208,3 +226,103 @@ def test_surgeon_is_another_name_of_obs_greedy() -> None:
         for name in ("obs_greedy", "surgeon")
     )
     assert all(torch.equal(greedy[site], surgeon[site]) for site in greedy)
+
+
+def trial_nets(monkeypatch: pytest.MonkeyPatch, net: nn.Module, **changes: Any) -> list[nn.Module]:
+    """Return the networks of the trials as their training begins."""
+    begun: list[nn.Module] = []
+
+    class Spy(TrialTraining):
+        def __init__(self, net: nn.Module, *args: Any, **options: Any) -> None:
+            begun.append(copy.deepcopy(net))
+            super().__init__(net, *args, **options)
+
+    monkeypatch.setattr("vitrim.method.dcvit.trials.TrialTraining", Spy)
+    tried(net, recipe=replace(NONE, epochs=1), **changes)
+    return begun
+
+
+def test_redrawn_mlps_are_redrawn_in_trials_as_they_are_in_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = deep()
+    how = {"unit_selection": "none", "reconstruct": False, "seed": 3}
+    for (block,), trial in zip(SINGLES, trial_nets(monkeypatch, net, compression=how), strict=True):
+        plan = Plan(model={}, edits=tuple(Drop(branch=f"{b}.attn") for b in ENDS))
+        values = redrawn(cut(net, plan), plan, std=0.02, seed=3)
+        assert {name.rpartition(".mlp.")[0] for name in values} == set(ENDS)
+        path = f"{block}.mlp.fc2.bias"
+        assert torch.equal(trial.get_parameter(path), values[path])
+        weight = trial.get_parameter(f"{block}.mlp.fc1.weight")
+        assert 0.01 < weight.std() < 0.03
+        dense = net.get_parameter(f"{block}.mlp.fc1.weight")
+        assert (F.normalize(weight, dim=1) @ F.normalize(dense, dim=1).T).max() < 0.95
+
+
+def test_a_block_that_keeps_all_units_is_redrawn_as_well() -> None:
+    net = deep()
+    plan = Plan(model={}, edits=(Drop(branch="blocks.1.attn"),))
+    one, same, other = (redrawn(cut(net, plan), plan, std=0.02, seed=s) for s in (0, 0, 1))
+    assert set(one) == {f"blocks.1.mlp.{n}.{p}" for n in ("fc1", "fc2") for p in ("weight", "bias")}
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["blocks.1.mlp.fc1.weight"], other["blocks.1.mlp.fc1.weight"])
+
+
+def test_a_trial_mimics_what_the_tuning_does() -> None:
+    recipe = Recipe(epochs=8, lr=3e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0)
+    net, how = deep(), {"reconstruct": False}
+    x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
+    shares = []
+    for loss in (FeatureLoss(), FeatureLoss(token_weight=0.0, pooled_weight=1.0)):
+        evidence = tried(net, recipe=recipe, loss=loss, compression=how).evidence()
+        assert evidence.best_trial is not None
+        first, values = evidence.best_trial
+        shape = shape_of_trial(structure(net), (first,), 0.5)
+        trial = cut(net, Plan(model={}, edits=edits_of(structure(net), shape, evidence.scores)))
+        tensors = trained_tensors(trial)
+        parts = values.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+        with torch.no_grad():
+            errors = (net.forward_features(x) - trial.forward_features(x)).square().mean((0, 2))
+        shares.append((errors[0] / errors[1:].mean()).item())
+    assert shares[1] < 0.5 * shares[0]
+
+
+@pytest.mark.parametrize(
+    ("selection", "reconstruct", "kept"),
+    [
+        ("obs_greedy", True, {"target", "cov", "mean", "weight"}),
+        ("obs_greedy", False, {"cov", "mean", "weight"}),
+        ("activation", False, {"mean", "weight"}),
+        ("random", False, set()),
+        ("none", False, set()),
+    ],
+)
+def test_nothing_is_stored_that_nothing_reads(
+    selection: str, reconstruct: bool, kept: set[str]
+) -> None:
+    how = {"unit_selection": selection, "reconstruct": reconstruct}
+    phase = tried(deep(), compression=how)
+    stored = {
+        name: tensor
+        for name, tensor in phase.state_dict().items()
+        if name.startswith("statistics.")
+    }
+    assert {name.replace("/", ".").rpartition(".")[2] for name in stored} == kept
+    largest = max((tensor.numel() for tensor in stored.values()), default=0)
+    units, dims, tokens = 48, 24, 24 * 5
+    sizes = {"target": (units + dims) ** 2, "cov": units**2, "mean": units}
+    expected = next((size for part, size in sizes.items() if part in kept), 0)
+    assert largest == expected or (reconstruct and largest <= max(expected, tokens * dims))
+
+
+def test_a_distance_of_features_is_their_squared_error() -> None:
+    net = deep()
+    phase = tried(net, distance="mse", compression={"width": 1.0, "reconstruct": False})
+    x = loader().dataset.tensors[0]  # type: ignore[attr-defined]
+    for (block,), score in zip(SINGLES, scores(phase).tolist(), strict=True):
+        compact = cut(net, Plan(model={}, edits=(Drop(branch=f"{block}.attn"),)))
+        with torch.no_grad():
+            expected = F.mse_loss(compact.forward_features(x), net.forward_features(x))
+        assert score == pytest.approx(expected.item(), rel=1e-4)

@@ -17,8 +17,10 @@ from vitrim.jobs import signals
 from vitrim.jobs.signals import Preempted
 from vitrim.method.dcvit.compression import Compression
 from vitrim.method.dcvit.synthetic import SyntheticImages
+from vitrim.method.dcvit.trial_training import TrialRecipe, Views
 from vitrim.method.dcvit.trials import Trials
 from vitrim.trainer.calibrate import Sampling
+from vitrim.trainer.mimic import FeatureLoss
 from vitrim.trainer.recipe import Recipe
 
 RECIPE = Recipe(epochs=2, lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_norm=1.0)
@@ -41,6 +43,7 @@ COMPRESSION = Compression(
     order_ridge=1e-3,
     reconstruct=True,
     fold_ridge=1e-6,
+    init_std=0.02,
     seed=0,
 )
 
@@ -51,17 +54,18 @@ def _signals() -> Iterator[None]:
         yield
 
 
-def tried(
-    folder: Path, synthetic: SyntheticImages | None, *callbacks: Callback
-) -> dict[str, Tensor]:
+Case = tuple[SyntheticImages | None, Views]
+
+
+def tried(folder: Path, case: Case, *callbacks: Callback) -> dict[str, Tensor]:
     """Train trials of two blocks, two epochs each; return scores, moments and the best weights."""
+    synthetic, views = case
     trials = Trials(
         small_net(dtype=torch.float32, depth=3, proj_drop_rate=0.2, **DIGITS),
         groups=[("blocks.0",), ("blocks.1",)],
         sampling=Sampling(images=8 * STEPS, tokens=4, class_token_weight=1.0),
         compression=COMPRESSION,
-        recipe=RECIPE,
-        freeze_tail=True,
+        recipe=TrialRecipe(training=RECIPE, views=views, loss=FeatureLoss(), freeze_tail=True),
         synthetic=synthetic,
         distance="kl",
     )
@@ -75,10 +79,14 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.fixture(scope="module", params=[None, SYNTHETIC], ids=["images", "synthetic"])
+@pytest.fixture(
+    scope="module",
+    params=[(None, "plain"), (SYNTHETIC, "plain"), (None, "augmented")],
+    ids=["images", "synthetic", "augmented"],
+)
 def trials(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SyntheticImages | None, dict[str, Tensor]]:
+) -> tuple[Case, dict[str, Tensor]]:
     ended = tried(tmp_path_factory.mktemp("trials"), request.param)
     assert ended["group_scores"].shape == (2,)
     assert ended["best_parameters"].numel() > 1000
@@ -87,23 +95,25 @@ def trials(
 
 @pytest.mark.parametrize("step", [STEPS, 2 * STEPS, 2 * STEPS + 3, 3 * STEPS])
 def test_trials_stopped_anywhere_end_the_same(
-    step: int, trials: tuple[SyntheticImages | None, dict[str, Tensor]], tmp_path: Path
+    step: int, trials: tuple[Case, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    synthetic, ended = trials
+    case, ended = trials
     with pytest.raises(Preempted), signals.handled():
-        tried(tmp_path, synthetic, At(step, stop()))
+        tried(tmp_path, case, At(step, stop()))
     saved = [int(at.name) for at in sorted((tmp_path / "x").glob("checkpoints/*"))]
     epochs = step // STEPS
     assert saved == [STEPS * n for n in (epochs - 1, epochs) if n > 0]
+    newest = torch.load(max((tmp_path / "x").glob("checkpoints/*")) / "state.ckpt")
+    assert not any(name.startswith("net.") for name in newest["state_dict"])
     over = At(1, partial(pytest.fail, "started over"))
-    assert same(tried(tmp_path, synthetic, over), ended)
+    assert same(tried(tmp_path, case, over), ended)
 
 
 def test_trials_killed_again_and_again_end_the_same(
-    trials: tuple[SyntheticImages | None, dict[str, Tensor]], tmp_path: Path
+    trials: tuple[Case, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    synthetic, ended = trials
+    case, ended = trials
     for step in (7, 13, 20):
         with pytest.raises(SystemError):
-            tried(tmp_path, synthetic, At(step, killed))
-    assert same(tried(tmp_path, synthetic), ended)
+            tried(tmp_path, case, At(step, killed))
+    assert same(tried(tmp_path, case), ended)

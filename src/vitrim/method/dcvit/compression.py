@@ -1,13 +1,14 @@
 """How blocks are compressed: their attention is removed, and most units of their MLP.
 
 This module ranks units, makes the edits that remove them, and computes new weights in closed form:
-last layers by least squares, towards what the whole block added to the stream, or redrawn MLPs.
+last layers by least squares, towards what the whole block added to the stream, or MLPs whose
+weights are drawn at random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -16,11 +17,16 @@ from torch import Tensor, nn
 from vitrim.budget.blocks import Group, hidden_of, whole_blocks
 from vitrim.closed_form.obs import obs_greedy
 from vitrim.closed_form.reconstruction import ridge_fit
+from vitrim.files import digest
+from vitrim.method.dcvit.accounting import Shape
+from vitrim.method.dcvit.mlp_statistics import Gathered
 from vitrim.network import structure
 from vitrim.network.structure import Structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Drop, Edit, Evidence, Keep, Plan
 
+TrialWidth = float | Mapping[str, Shape]
+"""The share of each MLP's units that is kept, or what a candidate becomes, by its first block."""
 UnitSelection = Literal["obs_greedy", "surgeon", "activation", "random", "none"]
 """Which units of an MLP stay; `surgeon` is another name for obs_greedy."""
 
@@ -30,26 +36,48 @@ class Compression:
     """How a candidate is compressed for its trial.
 
     Args:
-        width: the share of each MLP's units that is kept.
+        width: see `TrialWidth`.
         unit_selection: which units.
         order_ridge: of their ranking by obs_greedy, relative to the mean variance.
         reconstruct: whether last layers are solved by least squares.
         fold_ridge: of that, relative to the mean variance.
-        seed: of random rankings.
+        init_std: of the weights of redrawn MLPs.
+        seed: of random rankings and redrawn MLPs.
     """
 
-    width: float
+    width: TrialWidth
     unit_selection: UnitSelection
     order_ridge: float
     reconstruct: bool
     fold_ridge: float
+    init_std: float
     seed: int
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What identifies its results, as plain data; the defaults of other choices left out."""
+        settings = asdict(self)
+        if isinstance(self.width, Mapping):
+            settings["width"] = {block: list(shape) for block, shape in self.width.items()}
+        if self.unit_selection != "none":
+            del settings["init_std"]
+        return settings
+
+    @property
+    def gathered(self) -> Gathered:
+        """The statistics of MLPs that it needs."""
+        if self.reconstruct:
+            return "targets"
+        if self.unit_selection in ("obs_greedy", "surgeon"):
+            return "moments"
+        return "mean" if self.unit_selection == "activation" else "none"
 
     def rank(self, statistics: Mapping[str, Tensor], weight: Tensor, position: int) -> Tensor:
         """Return the importance of each unit of one MLP, (M,).
 
         Args:
-            statistics: `mean` and `cov` of the units without the attention, (M + D,).
+            statistics: `mean` and `cov` of the units without the attention, (M,) or (M + D,); they
+                are not read for random rankings.
             weight: of the MLP's last layer, (D, M).
             position: of the MLP among those ranked, so that random rankings differ.
         """
@@ -65,22 +93,20 @@ class Compression:
                 return torch.rand(units, generator=generator)
 
 
-def edits_of(
-    described: Structure,
-    widths: Mapping[str, int],
-    removed: Collection[str],
-    scores: Mapping[str, Tensor],
-) -> tuple[Edit, ...]:
+def edits_of(described: Structure, shape: Shape, scores: Mapping[str, Tensor]) -> tuple[Edit, ...]:
     """Return the edits that compress some blocks.
 
     Args:
         described: the network.
-        widths: block -> how many hidden units stay.
-        removed: blocks that lose their attention; one that has none is removed altogether.
+        shape: what the blocks become.
         scores: hidden site -> importance of its units; without scores the first ones stay.
     """
+    widths, removed = shape
     branches = whole_blocks(described)
-    edits: list[Edit] = [Drop(branch=block) for block in removed if block not in branches]
+    gone = [block for block in removed if block not in widths]
+    edits: list[Edit] = [
+        Drop(branch=branch) for block in gone for branch in branches.get(block, (block,))
+    ]
     for block, width in widths.items():
         attention, mlp = branches[block]
         site = hidden_of(described, mlp)
@@ -93,12 +119,14 @@ def edits_of(
     return tuple(edits)
 
 
-def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float) -> Plan:
-    """Return the plan of one trial: no attention, and the share `width` of the units.
+def shape_of_trial(described: Structure, group: Group, width: TrialWidth) -> Shape:
+    """Return what a candidate becomes in its trial.
 
-    A block without an attention is removed altogether.
+    Where `width` is a share, it loses its attentions and keeps that share of its units; a block
+    without an attention is removed altogether.
     """
-    described = structure(net)
+    if isinstance(width, Mapping):
+        return width[group[0]]
     branches = whole_blocks(described)
     sizes = {
         block: described.sites[hidden_of(described, branches[block][1])].size
@@ -106,7 +134,7 @@ def plan_of_trial(net: nn.Module, group: Group, evidence: Evidence, width: float
         if block in branches
     }
     widths = {block: max(1, round(width * size)) for block, size in sizes.items()}
-    return Plan(model={}, edits=edits_of(described, widths, group, evidence.scores))
+    return Shape(widths, list(group))
 
 
 def compressed(
@@ -122,16 +150,21 @@ def compressed(
         net: the dense network.
         group: the candidate.
         evidence: of `Trials`.
-        compression: how much is cut, and whether last layers are solved.
+        compression: how much is cut, and what becomes of the weights that stay.
         ends: block -> path of its MLP's last layer.
     """
-    plan = plan_of_trial(net, group, evidence, compression.width)
+    described = structure(net)
+    shape = shape_of_trial(described, group, compression.width)
+    plan = Plan(model={}, edits=edits_of(described, shape, evidence.scores))
     compact = cut(net, plan)
-    if compression.reconstruct:
+    values: Mapping[str, Tensor] = {}
+    if compression.unit_selection == "none":
+        values = redrawn(compact, plan, std=compression.init_std, seed=compression.seed)
+    elif compression.reconstruct:
         values = reconstructed(compact, plan, evidence, ends, compression.fold_ridge)
-        with torch.no_grad():
-            for name, value in values.items():
-                compact.get_parameter(name).copy_(value)
+    with torch.no_grad():
+        for name, value in values.items():
+            compact.get_parameter(name).copy_(value)
     return compact.eval()
 
 
@@ -183,7 +216,9 @@ def reconstructed(
 
 
 def redrawn(net: nn.Module, plan: Plan, *, std: float, seed: int) -> dict[str, Tensor]:
-    """Return new parameters of the MLPs that were cut: weights drawn at random, biases 0.
+    """Return new parameters of the compressed blocks' MLPs: random weights, and biases 0.
+
+    The numbers of an MLP depend on `seed` and its path alone, not on what else was cut.
 
     Args:
         net: the compact network.
@@ -191,13 +226,19 @@ def redrawn(net: nn.Module, plan: Plan, *, std: float, seed: int) -> dict[str, T
         std: of the truncated normal distribution of weights.
         seed: of the random numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    described = structure(net)
+    edited = [keep.site for keep in plan.keeps()] + [drop.branch for drop in plan.drops()]
+    attentions = {attention.branch for attention in described.attentions}
     values = {}
-    for keep in plan.keeps():
-        mlp = keep.site.rpartition(".")[0]
-        for name, tensor in net.get_submodule(mlp).named_parameters():
+    for branch in described.branches:
+        if branch.name in attentions or not any(e.startswith(f"{branch.block}.") for e in edited):
+            continue
+        generator = torch.Generator().manual_seed(int(digest([seed, branch.name]), 16))
+        for name, tensor in net.get_submodule(branch.name).named_parameters():
             value = torch.zeros(tensor.shape)
             if tensor.ndim > 1:
                 nn.init.trunc_normal_(value, std=std, generator=generator)
-            values[f"{mlp}.{name}"] = value
+            elif not name.endswith("bias"):  # the weight of a norm
+                value += 1
+            values[f"{branch.name}.{name}"] = value
     return values

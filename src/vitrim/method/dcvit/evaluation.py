@@ -67,14 +67,21 @@ class JudgingSet:
     Args:
         synthetic: how images are made; None: the calibration images themselves.
         distance: see `Evaluation`.
+        seed: of synthetic images.
     """
 
-    def __init__(self, synthetic: SyntheticImages | None, distance: Distance) -> None:
+    def __init__(self, synthetic: SyntheticImages | None, distance: Distance, *, seed: int) -> None:
         self.synthetic = synthetic
         self.distance: Distance = distance
+        self.seed = seed
         self._images: list[Tensor] = []
         self._pixels: PixelRange | None = None
         self._evaluation: Evaluation | None = None
+
+    @property
+    def lacks_images(self) -> bool:
+        """Whether the calibration images that it consists of are still to be added."""
+        return self.synthetic is None and not self._images
 
     def add(self, images: Tensor) -> None:
         """Add a batch of calibration images (B, C, H, W); synthetic ones need their range only."""
@@ -94,7 +101,11 @@ class JudgingSet:
         with torch.no_grad():
             n_classes = dense(example).shape[1]
         images, _ = self.synthetic.run(
-            dense, n_classes=n_classes, pixels=self._pixels, size=(height, width)
+            dense,
+            n_classes=n_classes,
+            pixels=self._pixels,
+            size=(height, width),
+            seed=self.seed,
         )
         return images
 

@@ -2,69 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments, key_of
+from vitrim.closed_form.moments import Moments, add_to, key_of
+from vitrim.network import stream
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import capture
+from vitrim.trainer.calibrate import Sampling, capture, classifiers, full_precision, gather_tokens
+
+Gathered = Literal["none", "mean", "moments", "targets"]
+"""How much is gathered of each MLP (`MLPStatistics`)."""
+
+
+class CompressedMLP(NamedTuple):
+    """The branches of a block's attention and MLP, and the path of the MLP's last layer."""
+
+    attention: str
+    mlp: str
+    end: str
 
 
 class MLPStatistics(nn.Module):
-    """Moments of MLP units without the attention, and of what the whole block adds to the stream.
+    """Means or moments of MLP units without the attention, and targets of regressions.
 
-    Rows have M + D numbers for each token: the units' values, then what attention and MLP together
-    add, before the layer scale.
+    Of `gathered`, "mean" has the units' means, (M,). "moments" has means and covariances of the
+    units' values, (M,) and (M, M). "targets" has those of rows with M + D numbers for each token,
+    the units' values and what attention and MLP together add before the layer scale; and the
+    targets of a later regression: the stream after each MLP at the sampled tokens, and the
+    classifier's input, images x sampled tokens x D numbers an MLP. Nothing else grows with the
+    number of images.
 
     Args:
         net: whose MLPs these are.
-        ends: the last layer of each MLP.
+        mlps: the MLPs, in network order.
+        gathered: how much.
+        sampling: of their tokens.
     """
 
-    def __init__(self, net: nn.Module, ends: Iterable[str]) -> None:
-        super().__init__()
-        self.moments = nn.ModuleDict()
-        for end in ends:
-            rows, columns = net.get_submodule(end).get_parameter("weight").shape
-            self.moments[key_of(end)] = Moments(end, rows + columns)
-
-    def add(
+    def __init__(
         self,
         net: nn.Module,
-        branch: BranchStep,
-        end: str,
-        streams: tuple[Tensor, Tensor],
-        weights: Tensor,
+        mlps: list[CompressedMLP],
+        gathered: Gathered,
+        sampling: Sampling,
     ) -> None:
-        """Add tokens to the statistics of one MLP.
+        super().__init__()
+        self.gathered: Gathered = gathered if mlps else "none"
+        self.mlps = mlps
+        self.sampling = sampling
+        self.moments = nn.ModuleDict()
+        self._classifiers: list[str] = []
+        if self.gathered == "targets":
+            self._classifiers = [name for name, _ in classifiers(net)]
+        if self.gathered != "none":
+            self._stream = stream(net)
+            self._branches = {branch.name: branch for branch in self._stream.branches}
+        for mlp in mlps:
+            rows, columns = net.get_submodule(mlp.end).get_parameter("weight").shape
+            channels = columns + (rows if self.gathered == "targets" else 0)
+            if self.gathered in ("moments", "targets"):
+                self.moments[key_of(mlp.end)] = Moments(mlp.end, channels)
+        for name in self._buffers_of(*(mlp.end for mlp in mlps)):
+            self.register_buffer(key_of(name), torch.empty(0))
+        self._chunks: dict[str, list[Tensor]] = {}
+        self._seen = 0
 
-        Args:
-            net: the dense network.
-            branch: the MLP.
-            end: its last layer.
-            streams: the stream before the block's attention and after its MLP, (B, n, D) each.
-            weights: what each token counts, (B, n).
-        """
-        before, after = streams
+    def _buffers_of(self, *ends: str) -> list[str]:
+        """Return the names of the statistics besides moments."""
+        if self.gathered == "mean":
+            return [f"{end}.{part}" for end in ends for part in ("mean", "weight")]
+        if self.gathered == "targets":
+            return [f"{name}.target" for name in (*ends, *self._classifiers)]
+        return []
+
+    def add(self, net: nn.Module, images: Tensor) -> None:
+        """Add images (B, C, H, W); `net` is the dense network in eval mode."""
+        if self.gathered == "none":
+            return
+        with torch.no_grad(), full_precision(images), capture(net, self._points()) as activations:
+            net(images)
+        with torch.no_grad():
+            for mlp in self.mlps:
+                self._add_mlp(net, mlp, activations)
+            for name in self._classifiers:
+                features = activations[name].float().cpu()
+                self._chunks.setdefault(f"{name}.target", []).append(features)
+        self._seen += len(images)
+
+    def _points(self) -> list[tuple[str, bool]]:
+        """Return the modules whose inputs are captured."""
+        before = [self._branches[mlp.attention].reader for mlp in self.mlps]
+        after = [self._stream.reader_after(self._branches[mlp.mlp]) for mlp in self.mlps]
+        return [(name, False) for name in dict.fromkeys([*before, *after, *self._classifiers])]
+
+    def _add_mlp(
+        self, net: nn.Module, mlp: CompressedMLP, activations: Mapping[str, Tensor]
+    ) -> None:
+        """Add the sampled tokens of a batch to the statistics of one MLP."""
+        branch = self._branches[mlp.mlp]
+        x = activations[self._stream.reader_after(branch)]
+        n_prefix = self._stream.n_prefix_tokens
+        index = self.sampling.index(x, n_prefix, self._seen)
+        before, after = (
+            gather_tokens(part, index)
+            for part in (activations[self._branches[mlp.attention].reader], x)
+        )
+        weights = self.sampling.weights(after, n_prefix, self._stream.n_readout_tokens).flatten()
+        rows = self._units(net, branch, mlp.end, before)
+        if self.gathered == "mean":
+            units, weight = rows.flatten(0, 1).double(), weights.double()
+            add_to(self, f"{mlp.end}.mean", (units * weight[:, None]).sum(0))
+            add_to(self, f"{mlp.end}.weight", weight.sum())
+            return
+        if self.gathered == "targets":
+            rows = torch.cat([rows, branch.unscaled(after - before)], dim=-1)
+            self._chunks.setdefault(f"{mlp.end}.target", []).append(after.float().cpu())
+        moments = self.moments[key_of(mlp.end)]
+        assert isinstance(moments, Moments)
+        moments.add(rows.flatten(0, 1), weights)
+
+    def _units(self, net: nn.Module, branch: BranchStep, end: str, before: Tensor) -> Tensor:
+        """Return the units' values (B, n, M) for the stream before the block's attention."""
         with capture(net, [(end, False)]) as inputs:
             branch.apply(before)
-        added = branch.unscaled(after - before)
-        rows = torch.cat([branch.tokens(inputs[end]), added], dim=-1)
-        self._of(end).add(rows.flatten(0, 1), weights.flatten())
+        return branch.tokens(inputs[end])
 
     def finish(self) -> None:
         """Bring sums into their final form."""
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
             moments.finish()
+        if self.gathered == "mean":
+            for mlp in self.mlps:
+                mean, weight = (
+                    self.get_buffer(key_of(f"{mlp.end}.{part}")) for part in ("mean", "weight")
+                )
+                self.register_buffer(key_of(f"{mlp.end}.mean"), (mean / weight).cpu())
+        for name, chunks in self._chunks.items():
+            self.register_buffer(key_of(name), torch.cat(chunks))
+        self._chunks = {}
 
-    def tensors(self, end: str) -> dict[str, Tensor]:
-        """Return the finished moments of the MLP with the last layer `end`, by name."""
-        return self._of(end).tensors()
-
-    def _of(self, end: str) -> Moments:
-        moments = self.moments[key_of(end)]
-        assert isinstance(moments, Moments)
-        return moments
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what was gathered, by layer: `trial.mean`, `trial.cov` and `target`."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for moments in self.moments.values():
+            assert isinstance(moments, Moments)
+            parts = moments.tensors().items()
+            found[moments.name] = {f"trial.{part}": tensor for part, tensor in parts}
+        for name in self._buffers_of(*(mlp.end for mlp in self.mlps)):
+            owner, _, part = name.rpartition(".")
+            key = part if part == "target" else f"trial.{part}"
+            found.setdefault(owner, {})[key] = self.get_buffer(key_of(name))
+        return found

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group, flatten
-from vitrim.method.dcvit.compression import plan_of_trial
+from vitrim.method.dcvit.settings import DCViTTuning
 from vitrim.method.dcvit.trial_training import trained_tensors
-from vitrim.network.surgery import cut
-from vitrim.plan import Evidence
+from vitrim.trainer.mimic import Mimic, frozen_parameters
+from vitrim.trainer.phase import Phase
+
+_log = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -42,8 +46,49 @@ def compressed_blocks(
     return [blocks for blocks in pairs if blocks]
 
 
+def phases_of_recovery(
+    student: nn.Module,
+    teacher: nn.Module,
+    groups: Sequence[Group],
+    trial: tuple[str, Tensor] | None,
+    *,
+    tuning: DCViTTuning,
+    refit: Callable[[Group], Phase] | None,
+) -> Iterator[Phase]:
+    """Yield regression and mimicking for one group after the other.
+
+    Args:
+        student: the compact network, which changes between the phases (`progressive_steps`).
+        teacher: the dense network.
+        groups: the compressed blocks, by group, in the order in which they enter.
+        trial: the best trial, if the first step may be it: see `progressive_steps`.
+        tuning: how the network mimics.
+        refit: returns the regression of the last layers of some blocks; None: there is none.
+    """
+    for step in progressive_steps(student, teacher, groups, trial):
+        if step.trained:  # a phase without training, so that the result of the trial is evaluated
+            yield Mimic(student, teacher, recipe=replace(tuning.training, epochs=0))
+            continue
+        if refit is not None:
+            yield refit(step.blocks)
+        if tuning.training.epochs:
+            yield Mimic(
+                student,
+                teacher,
+                recipe=tuning.training,
+                token_weight=tuning.loss.token_weight,
+                pooled_weight=tuning.loss.pooled_weight,
+                frozen=frozen_parameters(
+                    student, step.compressed, freeze_tail=tuning.freeze_tail, dense=teacher
+                ),
+            )
+
+
 def progressive_steps(
-    student: nn.Module, teacher: nn.Module, groups: Sequence[Group], trial: nn.Module | None
+    student: nn.Module,
+    teacher: nn.Module,
+    groups: Sequence[Group],
+    trial: tuple[str, Tensor] | None,
 ) -> Iterator[Step]:
     """Change `student` step by step: before each step, the compressed blocks of a group enter it.
 
@@ -53,44 +98,40 @@ def progressive_steps(
         student: the compact network.
         teacher: the dense network.
         groups: the compressed blocks, by group, in the order in which they enter.
-        trial: the network of the best trial, trained. If it is the first step, `student` takes its
-            weights.
+        trial: the first block of the best trial, and what was trained in it (`trained_tensors`),
+            one after another. If the first step has its shape, `student` takes its weights.
     """
     modules = {block: student.get_submodule(block) for block in flatten(groups)}
     for block in flatten(groups[1:]):
         student.set_submodule(block, copy.deepcopy(teacher.get_submodule(block)))
-    trained = trial is not None and _same_shapes(student, trial)
-    if trial is not None and trained:
-        student.load_state_dict(trial.state_dict())
+    trained = trial is not None and bool(groups) and _takes(student, groups[0], trial)
+    if trial is not None and not trained:
+        _log.warning(
+            "the best trial (%s) has another shape than the first step, which is trained from the "
+            "start: the training of trials only ranks blocks; with method.trial.width=null trials "
+            "have the width that the target leaves",
+            trial[0],
+        )
     for n, group in enumerate(groups):
         for block in group:
             student.set_submodule(block, modules[block])
         yield Step(group, tuple(flatten(groups[: n + 1])), trained and n == 0)
 
 
-def best_trial(
-    teacher: nn.Module, evidence: Evidence, candidates: Sequence[Group], width: float
-) -> nn.Module | None:
-    """Return the network of the best trial, if trials were trained, and of the dense network.
+def _takes(student: nn.Module, group: Group, trial: tuple[str, Tensor]) -> bool:
+    """Whether `student`, with this group compressed, has the trial's shape; it takes its weights.
 
-    Args:
-        teacher: the dense network.
-        evidence: of `Trials`.
-        candidates: the groups that were tried.
-        width: of the trials.
+    It has not if the trial kept another number of units, is of another block, or is of a network
+    that an earlier run had compressed.
     """
-    if evidence.best_trial is None:
-        return None
-    first_block, parameters = evidence.best_trial
-    group = next(group for group in candidates if group[0] == first_block)
-    net = cut(teacher, plan_of_trial(teacher, group, evidence, width))
-    tensors = trained_tensors(net)
+    first_block, values = trial
+    tensors = trained_tensors(student)
     sizes = [tensor.numel() for tensor in tensors]
-    if len(parameters) != sum(sizes):
-        return None  # the trial is of a network that an earlier run had compressed
-    for tensor, values in zip(tensors, torch.split(parameters, sizes), strict=True):
-        tensor.copy_(values.view_as(tensor))
-    return net
+    if first_block not in group or len(values) != sum(sizes):
+        return False
+    for tensor, part in zip(tensors, torch.split(values, sizes), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return True
 
 
 def _same_shapes(one: nn.Module, other: nn.Module) -> bool:

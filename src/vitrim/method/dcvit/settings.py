@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vitrim.errors import is_positive, is_rate, require
+from vitrim.method.dcvit.trial_training import Views
+from vitrim.trainer.mimic import FeatureLoss
 from vitrim.trainer.recipe import Recipe
 
 Tokens = Literal["all", "class"]
@@ -35,18 +37,31 @@ class DCViTRidges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One candidate compressed alone: the share `width` of its units is kept, then it is trained.
+    """One candidate compressed alone, then trained.
 
-    With 0 epochs of `training`, candidates are ranked by least squares alone. All strengths share
-    the trials. For the paper's trials, which have the width that the target needs, set that width.
+    The share `width` of its units is kept; all strengths and targets share such trials. With None,
+    as in the paper, a candidate keeps as many units as the target leaves it, and the best trial is
+    the first step of progressive compression. With 0 epochs of `training`, candidates are ranked
+    by least squares alone. `views` are plain images in one order, or, as in the paper, images that
+    are augmented (`data.augmentation`) and reshuffled in every epoch.
     """
 
-    width: float
+    width: float | None
+    views: Views
     training: Recipe
 
     def __post_init__(self) -> None:
-        fits = is_positive(self.width) and self.width <= 1
-        require("method.trial", self, ("width", fits, "a share above 0 and at most 1"))
+        width = self.width
+        require(
+            "method.trial",
+            self,
+            (
+                "width",
+                width is None or (is_positive(width) and width <= 1),
+                "null or a share above 0 and at most 1",
+            ),
+            ("views", self.views in get_args(Views), "plain or augmented"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,3 +86,10 @@ class DCViTTuning:
             ("pooled_weight", is_rate(self.pooled_weight), "a number from 0 on"),
             ("freeze_tail", isinstance(self.freeze_tail, bool), "true or false"),
         )
+
+    @property
+    def loss(self) -> FeatureLoss:
+        """The loss that is trained, in trials as well."""
+        if self.mimic == "class":
+            return FeatureLoss(token_weight=0.0, pooled_weight=1.0)
+        return FeatureLoss(token_weight=1.0, pooled_weight=self.pooled_weight)

@@ -82,7 +82,13 @@ class SyntheticImages:
 
     @torch.enable_grad()
     def run(
-        self, net: nn.Module, *, n_classes: int, pixels: PixelRange, size: tuple[int, int]
+        self,
+        net: nn.Module,
+        *,
+        n_classes: int,
+        pixels: PixelRange,
+        size: tuple[int, int],
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Return images (n, C, H, W), normalised for `net`, and their classes, (n,).
 
@@ -94,9 +100,10 @@ class SyntheticImages:
             n_classes: of its logits.
             pixels: the range that pixel values are clamped to.
             size: height and width in pixels.
+            seed: of the classes, the noise that images begin as, and what moves them.
         """
         low, high = pixels
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         classes = torch.randperm(n_classes, generator=generator)
         labels = classes.repeat(-(-self.images // n_classes))[: self.images].to(low.device)
         images = torch.randn((self.images, len(low), *size), generator=generator).to(low)

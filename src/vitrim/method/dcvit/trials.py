@@ -11,39 +11,45 @@ training compensates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group, flatten, hidden_of, whole_blocks
 from vitrim.method.dcvit.compression import Compression, compressed, last_layers
-from vitrim.method.dcvit.evaluation import Distance, JudgingSet, evaluate_in_order, features_of
-from vitrim.method.dcvit.mlp_statistics import MLPStatistics
+from vitrim.method.dcvit.evaluation import Distance, JudgingSet, evaluate_in_order
+from vitrim.method.dcvit.mlp_statistics import CompressedMLP, MLPStatistics
 from vitrim.method.dcvit.synthetic import SyntheticImages
-from vitrim.method.dcvit.trial_training import TrialState, TrialTraining, trained_tensors
-from vitrim.network import structure
+from vitrim.method.dcvit.trial_training import (
+    Targets,
+    TrialRecipe,
+    TrialState,
+    TrialTraining,
+    trained_tensors,
+)
+from vitrim.network import stream, structure
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Calibrate, Sampling, gather_tokens
+from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import frozen_parameters
-from vitrim.trainer.phase import ResumePoint
-from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.phase import AugmentedImages, ResumePoint
 from vitrim.trainer.resume import size_buffers
 
 
-class Trials(Calibrate):
-    """Calibrate all candidates' blocks, then try each candidate and score it (high: keep it).
+class Trials(LightningModule):
+    """Gather what all candidates' MLPs need, then try each candidate and score it (high: keep it).
 
-    Evidence has, in addition to what `Calibrate` gathers for the candidates' MLPs, `scores` of the
-    units by hidden site, `block_scores` by the first block of each candidate, and `moments` by MLP:
-    `trial.mean` and `trial.cov`, (M + D,), of its units without the attention and of what the whole
-    block adds to the stream. `synthetic` has the images of the judging set, if it is synthetic.
+    Evidence has `scores` of the units by hidden site, `block_scores` by the first block of each
+    candidate, and as `moments` what `MLPStatistics` gathers: as much of it as the compression
+    reads. `synthetic` has the images of the judging set, if it is synthetic.
 
-    Trials are trained on the calibration images, in their order, towards the features that the
-    dense network had for them in the first epoch. `best_trial` has what was trained in the trial
-    with the lowest score: its parameters and the statistics of its BatchNorms.
+    Trials are trained on the calibration images towards the features that the dense network has for
+    them: on plain images in their order, or on augmented views of them. `best_trial` has what was
+    trained in the trial with the lowest score: its parameters and the statistics of its BatchNorms.
 
     Args:
         net: the dense network, which is not changed; copies of it are compressed and trained.
@@ -51,7 +57,6 @@ class Trials(Calibrate):
         sampling: the images, and which of their tokens.
         compression: how a candidate is compressed.
         recipe: how it is trained.
-        freeze_tail: whether the blocks after the neighbour of its last block are not trained.
         synthetic: how the judging set is made; None: it is the calibration images.
         distance: of a trial to the dense network.
     """
@@ -71,57 +76,67 @@ class Trials(Calibrate):
         groups: Sequence[Group],
         sampling: Sampling,
         compression: Compression,
-        recipe: Recipe,
-        freeze_tail: bool,
+        recipe: TrialRecipe,
         synthetic: SyntheticImages | None,
         distance: Distance,
     ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
         described = structure(net)
         branches, ends = whole_blocks(described), last_layers(described)
         blocks = {block: branches[block] for block in flatten(groups) if block in branches}
-        hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
-        sites = list(hidden.values())
-        super().__init__(net, sites=sites, sampling=sampling, taylor=False, targets=bool(blocks))
+        self.net = net
         self.groups = list(groups)
         self.blocks = blocks
-        self.hidden = hidden
+        self.hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
         self.compression = compression
-        self.trial_recipe = recipe
-        self.freeze_tail = freeze_tail
-        self.epochs = 1 + len(groups) * recipe.epochs
-        self.settings |= {
+        self.recipe = recipe
+        self.epochs = 1 + len(groups) * recipe.training.epochs
+        augments = recipe.views == "augmented" and recipe.training.epochs
+        images = sampling.images
+        self.calibration_images = AugmentedImages(images=images) if augments else images
+        self.settings: dict[str, object] = {
             "groups": ["+".join(group) for group in groups],
-            "compression": asdict(compression),
-            "recipe": asdict(recipe),
-            "freeze_tail": freeze_tail,
+            "sampling": asdict(sampling),
+            "compression": compression.settings,
+            "recipe": {**asdict(recipe), "loss": list(recipe.loss)},
             "synthetic": synthetic and asdict(synthetic),
             "distance": distance,
         }
+        self._stream = stream(net) if blocks else None
         self._ends = {block: ends[block] for block in blocks}
-        self._mlps = MLPStatistics(net, self._ends.values())
+        mlps = [CompressedMLP(*blocks[block], end) for block, end in self._ends.items()]
+        self.statistics = MLPStatistics(net, mlps, compression.gathered, sampling)
         for name in ("group_scores", "synthetic_images", "best_parameters", "best_position"):
             self.register_buffer(name, torch.empty(0))
         self._unit_scores: dict[str, Tensor] = {}
-        self._judging_set = JudgingSet(synthetic, distance)
-        self._references: list[Tensor] = []
+        self._judging_set = JudgingSet(synthetic, distance, seed=compression.seed)
+        self._targets = Targets(net, recipe.views)
         self._trial: TrialTraining | None = None
         self._interrupted: TrialState | None = None
+
+    def on_train_start(self) -> None:
+        """Set the network to eval mode, in which it is used."""
+        self.net.eval()
+
+    def configure_optimizers(self) -> None:
+        """Return none: every trial has an optimiser of its own."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Gather statistics of a batch of images (B, C, H, W) in the first epoch; then train."""
         images = batch[0]
         if self.current_epoch == 0:
             self._judging_set.add(images)
-            if self.blocks:
-                super().training_step(batch, batch_index)
-            if self.trial_recipe.epochs:
-                self._references.append(features_of(self.net, images))
+            self.statistics.add(self.net, images)
+            if self.recipe.training.epochs:
+                self._targets.keep(images)
             return
-        if batch_index == len(self._references):  # this process began after the first epoch
-            self._references.append(features_of(self.net, images))
-            self._judging_set.add(images)
         assert self._trial is not None
-        loss = self._trial.step(images, self._references[batch_index], self.manual_backward)
+        if self._targets.lacks(batch_index):  # this process began after the first epoch
+            self._targets.keep(images)
+            self._judging_set.add(images)
+        target = self._targets.of(images, batch_index)
+        loss = self._trial.step(images, target, self.manual_backward)
         self.log("loss", loss, prog_bar=True)
 
     def on_train_epoch_start(self) -> None:
@@ -129,14 +144,19 @@ class Trials(Calibrate):
         interrupted, self._interrupted = self._interrupted, None
         if self.current_epoch == 0:
             return
-        position, epoch = divmod(self.current_epoch - 1, self.trial_recipe.epochs)
+        n_batches = int(self.trainer.num_training_batches)
+        if self.recipe.views == "augmented" and self._judging_set.lacks_images:
+            plain = self.trainer.train_dataloader.first_epoch()  # type: ignore[union-attr]
+            for images, *_ in islice(plain, n_batches):  # this process began after that epoch
+                self._judging_set.add(images.to(self.device))
+        position, epoch = divmod(self.current_epoch - 1, self.recipe.training.epochs)
         if epoch and interrupted is None:
             return
-        group, recipe = self.groups[position], self.trial_recipe
+        group, recipe = self.groups[position], self.recipe
         net = self._compressed(group)
-        frozen = frozen_parameters(net, group, freeze_tail=self.freeze_tail, dense=self.net)
-        steps = int(self.trainer.num_training_batches) * recipe.epochs
-        self._trial = TrialTraining(net, recipe, frozen=frozen, steps=steps)
+        frozen = frozen_parameters(net, group, freeze_tail=recipe.freeze_tail, dense=self.net)
+        steps = n_batches * recipe.training.epochs
+        self._trial = TrialTraining(net, self.net, recipe, frozen=frozen, steps=steps)
         if interrupted is not None:
             self._trial.load_state_dict(interrupted)
 
@@ -145,46 +165,37 @@ class Trials(Calibrate):
         if self.current_epoch == 0:
             self._finish_statistics()
             return
-        position, epoch = divmod(self.current_epoch, self.trial_recipe.epochs)
+        position, epoch = divmod(self.current_epoch, self.recipe.training.epochs)
         if epoch == 0:
             assert self._trial is not None
             net, self._trial = self._trial.net, None
             self._score(position - 1, net)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the trial in training."""
+        """Add the trial in training, and omit the dense network, which does not change."""
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {k: v for k, v in state if not k.startswith("net.")}
         checkpoint["trial"] = None if self._trial is None else self._trial.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give buffers the size of what was gathered, and keep the trial that was in training."""
+        state = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        checkpoint["state_dict"] = state | checkpoint["state_dict"]
         size_buffers(self, checkpoint["state_dict"])
         self._interrupted = checkpoint["trial"]
 
-    def _take_in(self, activations: Mapping[str, Tensor]) -> None:
-        super()._take_in(activations)
-        for block, (attention, mlp) in self.blocks.items():
-            branch = self._branches[mlp]
-            before = activations[self._branches[attention].reader]
-            after = activations[self._stream.reader_after(branch)]
-            index, weights = self._sampled(after)
-            streams = gather_tokens(before, index), gather_tokens(after, index)
-            self._mlps.add(self.net, branch, self._ends[block], streams, weights)
-
     def _finish_statistics(self) -> None:
         """Bring sums into their final form; make the judging set; score what is not trained."""
-        super().on_train_end()
-        self._mlps.finish()
+        self.statistics.finish()
         self.synthetic_images = self._judging_set.synthesise(self.net.eval())
         self.group_scores = torch.zeros(len(self.groups), device=self.device)
-        if not self.trial_recipe.epochs:
-            self._score_all()
-
-    def _score_all(self) -> None:
-        """Score the trials by least squares alone: up to its first block, each is as `net`."""
+        if self.recipe.training.epochs:
+            return
+        # trials by least squares alone: up to its first block, each is as `net`
         nets = (self._compressed(group) for group in self.groups)
         evaluation = self._judging_set.evaluation(self.net, self.synthetic_images)
         distances: Iterable[Tensor] = map(evaluation.of_network, nets)
-        if self.blocks and self._stream.norm_is_features:
+        if self._stream is not None and self._stream.norm_is_features:
             attentions = [self.blocks[group[0]][0] for group in self.groups]
             distances = evaluate_in_order(evaluation, self._stream, attentions, nets)
         for position, distance in enumerate(distances):
@@ -206,13 +217,16 @@ class Trials(Calibrate):
         """Return scores and moments; empty where no image was seen."""
         if not self.group_scores.numel():
             return Evidence()
-        moments = {name: dict(tensors) for name, tensors in super().evidence().moments.items()}
+        moments = self.statistics.tensors()
         scores = {}
         for position, (block, end) in enumerate(self._ends.items()):
-            statistics = self._mlps.tensors(end)
-            moments[end] |= {f"trial.{name}": tensor for name, tensor in statistics.items()}
             if end not in self._unit_scores:
                 weight = self.net.get_submodule(end).get_parameter("weight")
+                statistics = {
+                    name: moments[end][f"trial.{name}"]
+                    for name in ("mean", "cov")
+                    if f"trial.{name}" in moments.get(end, {})
+                }
                 self._unit_scores[end] = self.compression.rank(statistics, weight, position)
             scores[self.hidden[block]] = self._unit_scores[end]
         blocks = [group[0] for group in self.groups]

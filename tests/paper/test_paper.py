@@ -67,12 +67,8 @@ BUDGET = {"target.metric": "blocks", "target.keep": 2, "samples": 50}
 @pytest.mark.parametrize(
     ("experiment", "more", "expected"),
     [
-        (
-            "dcvit/table3",
-            BUDGET | {"variant": "trial.width=0.4997"},
-            "MACs of 2 dropped blocks, 50",
-        ),
-        ("dcvit/table3", BUDGET | {"variant": "trial.width=0.5"}, None),
+        ("dcvit/table3", BUDGET, "MACs of 2 dropped blocks, 50"),
+        ("dcvit/table3", BUDGET | {"variant": "trial.width=0.4997"}, None),
         ("dcvit/table3", BUDGET | {"target.keep": 0.7}, None),
         ("dcvit/table3", BUDGET | {"choices.data": "none"}, "dropping 2 blocks"),
         ("dcvit/table3_practise", BUDGET | {"samples": 100}, "MACs of 2 dropped blocks, 100"),

@@ -463,6 +463,17 @@ def test_the_card_of_a_run_says_what_it_cost_and_how_it_was_made(
     assert config["input_size"] == [1, 8, 8]
 
 
+def test_classes_are_named_where_the_report_names_all(tmp_path: Path, export: Export) -> None:
+    run, names = saved(tmp_path), [*"abcdefg"]
+    for classes, expected in ((names, names), (names[1:], None)):
+        (run / "report.json").write_text(json.dumps({"format": 1, "classes": classes}))
+        folder = Path(export(run, "hf").output.splitlines()[-1])
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert net.pretrained_cfg.get("label_names") == expected
+        listed = "Outputs: 7 logits (a, b, c, d, e, f, g)." in (folder / "README.md").read_text()
+        assert listed == (expected is not None)
+
+
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [

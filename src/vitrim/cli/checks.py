@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate
-from vitrim.files import MANIFEST, sha256
+from vitrim.files import MANIFEST, WEIGHTS, sha256
 
 if TYPE_CHECKING:
     from vitrim.budget.cost import Cost
@@ -170,13 +170,16 @@ def with_outputs(
     if data is None:
         return None
     folder, loaded = None, model.trained and not retrains
+    owner = f"model.name={model.name}"
     if from_run is not None and not retrains:
-        folder, loaded = f"from_run={from_run}", True
+        folder, loaded, owner = Path(from_run), True, f"from_run={from_run}"
     elif loaded and model.checkpoint is not None:
-        folder = f"model.checkpoint={model.checkpoint}"
-    known = [] if folder is None else read_classes(Path(folder.partition("=")[2]))
-    owner = f"the network of {folder or f'model.name={model.name}'}"
-    return for_network(data, model.n_classes, known=known, loaded=loaded, owner=owner)
+        folder, owner = Path(model.checkpoint), f"model.checkpoint={model.checkpoint}"
+        folder = folder.parent if folder.name == WEIGHTS else folder
+    known = [] if folder is None else read_classes(folder)
+    return for_network(
+        data, model.n_classes, known=known, loaded=loaded, owner=f"the network of {owner}"
+    )
 
 
 def network_digest(folder: str | None) -> str | None:

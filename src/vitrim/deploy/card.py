@@ -15,6 +15,8 @@ from vitrim.network.skeleton import shared_skeleton
 from vitrim.plan import Plan
 
 UNKNOWN = "unknown"
+_MAX_CLASSES = 10
+"""Names of outputs that a card lists; config.json has all."""
 _ROWS = {
     "params": "parameters",
     "macs": "MACs of one image",
@@ -63,7 +65,8 @@ def _dense_weights(saved: SavedNetwork) -> str:
 
 
 def _usage(saved: SavedNetwork) -> Iterator[str]:
-    images = saved.images
+    images, names = saved.images, ", ".join(saved.classes[:_MAX_CLASSES])
+    names += ", ..." if len(saved.classes) > _MAX_CLASSES else ""
     yield "```python"
     yield "import timm"
     yield "import vitrim.deploy.compact  # registers the architecture"
@@ -73,7 +76,8 @@ def _usage(saved: SavedNetwork) -> Iterator[str]:
     yield ""
     yield (
         f"Images: {images.channels} x {images.size[0]} x {images.size[1]}, mean "
-        f"{tuple(images.mean)}, std {tuple(images.std)}. Outputs: {saved.net.num_classes} logits."
+        f"{tuple(images.mean)}, std {tuple(images.std)}. Outputs: {saved.net.num_classes} logits"
+        f"{f' ({names})' if names else ''}."
     )
     yield ""
 

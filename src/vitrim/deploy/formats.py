@@ -141,6 +141,7 @@ def _config(saved: SavedNetwork) -> Document:
     return {
         "architecture": ARCHITECTURE,
         "num_classes": net.num_classes,
+        **({"label_names": saved.classes} if saved.classes else {}),
         "model_args": {"plan": plan},
         "pretrained_cfg": {
             **described,

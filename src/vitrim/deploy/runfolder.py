@@ -303,6 +303,13 @@ class SavedNetwork:
     report: Document
     timm_config: Document
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of the outputs, in order; empty where the report does not name all of them."""
+        names = self.report.get("classes", [])
+        fits = isinstance(names, list) and len(names) == self.net.num_classes
+        return [str(name) for name in names] if fits else []
+
 
 def read_network(folder: Path, *, image_size: int | None = None) -> SavedNetwork:
     """Load the network in the folder of a run, or in one that `vitrim.save` wrote.

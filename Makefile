@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench
 
 # Print a table of kills, signals, full disks, damage and hostile files, with N kills of whole runs.
+# Nightly: python -m tests.faults.cuts --cases 50000, random plans cut against masked.
 faults: $(READY)
 	$(BIN)/python -m tests.faults --kills $(N)
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+SLOW = (
+    *("kill -9 of few images", "kill -9 in a sweep", "kill -9 of one of two"),
+    *("a sweep", "cut against masked"),
+)
 ROWS = (
     "kill -9 anywhere",
     "kill -9 while saving",
@@ -16,9 +20,10 @@ ROWS = (
 )
 
 
-@pytest.mark.parametrize("rows", [ROWS, pytest.param(["a sweep"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [ROWS, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_nothing_is_lost(rows: Sequence[str]) -> None:
     command = [sys.executable, "-m", "tests.faults", "--kills", "2", "--share", "0.02"]
+    command += ["--damages", "200", "--cases", "100"]
     done = subprocess.run(
         [*command, "--only", ",".join(rows)],
         capture_output=True,

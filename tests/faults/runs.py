@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from vitrim.cli.app import main
 from vitrim.files import sha256
@@ -75,33 +77,38 @@ def attempt(words: Sequence[str], *, after: float | None, signum: int) -> int:
         time.sleep(0.005)
 
 
-def uninterrupted(work: Path, seed: int) -> tuple[Path, float]:
+def uninterrupted(work: Path, seed: int, words: Sequence[str] | None = None) -> tuple[Path, float]:
     """Return the folder of a run that nothing happened to, and the seconds it took; run it once."""
-    whole = work / f"whole-{seed}"
+    whole = work / f"whole-{seed}{'' if words is None else '-few'}"
     took = whole / "seconds"
     if not took.is_file():
         begun = time.monotonic()
-        attempt((*QUICK, f"seed={seed}", f"out={whole}"), after=None, signum=0)
+        attempt((*(words or QUICK), f"seed={seed}", f"out={whole}"), after=None, signum=0)
         took.write_text(str(time.monotonic() - begun))
     return whole, float(took.read_text())
 
 
 def interrupted(
-    n: int, signums: Sequence[int], allowed: Sequence[int], work: Path, seed: int
+    n: int,
+    signums: Sequence[int],
+    allowed: Sequence[int],
+    work: Path,
+    seed: int,
+    words: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Interrupt runs `n` times in all, each until it ends; count what came of it."""
     generator = random.Random(seed)
     found: Counter[str] = Counter(runs=0, kills=0, lost=0, different=0, wrong_codes=0)
     while found["kills"] < n:
-        words = (*QUICK, f"seed={found['runs'] % 2}")
-        whole, seconds = uninterrupted(work, found["runs"] % 2)
+        of_run = (*(words or QUICK), f"seed={found['runs'] % 2}")
+        whole, seconds = uninterrupted(work, found["runs"] % 2, words)
         out = work / f"run-{found['runs']}"
         code, tries = 1, 0
         while code != 0 and tries < 50:
             stop = found["kills"] < n
-            # later and later, so that slow machines come to an end, too
+            # later and later, so that slow machines reach the end as well
             after = generator.uniform(0.1, 1 + tries / 10) * seconds if stop else None
-            code = attempt((*words, f"out={out}"), after=after, signum=generator.choice(signums))
+            code = attempt((*of_run, f"out={out}"), after=after, signum=generator.choice(signums))
             tries += 1
             if code != 0:
                 found["kills"] += 1
@@ -109,11 +116,17 @@ def interrupted(
                 found["wrong_codes"] += code not in allowed
         found["runs"] += 1
         found["lost"] += code != 0
-        one, other = (next(folder.glob(WEIGHTS), None) for folder in (out, whole))
-        same = one is not None and other is not None and sha256(one) == sha256(other)
-        found["different"] += not same
+        found["different"] += not contents(whole) or contents(out) != contents(whole)
         shutil.rmtree(out, ignore_errors=True)
     return dict(found)
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Return the checksums of the results below `out`: networks, and lists of drawn images."""
+    files = [path for name in ("model.safetensors", "samples.txt") for path in out.rglob(name)]
+    return {
+        str(path.relative_to(out)): sha256(path) for path in files if "phases" not in path.parts
+    }
 
 
 def _stage(out: Path) -> str:
@@ -127,6 +140,31 @@ def _stage(out: Path) -> str:
 def kills(n: int, work: Path, seed: int) -> dict[str, int]:
     """Kill -9 at random moments in every phase."""
     return interrupted(n, [signal.SIGKILL], [-signal.SIGKILL], work, seed)
+
+
+def kills_of_few_images(n: int, work: Path, seed: int) -> dict[str, int]:
+    """Kill -9 at random moments while a few images, drawn from files, are trained on."""
+    root = work / "images"
+    if not root.is_dir():
+        _write_digits(root)
+    kept = [word for word in QUICK if not word.startswith("data.")]
+    words = (
+        *(*kept, "model.args.in_chans=3", "data=imagefolder", f"data.root={root}"),
+        *("data.samples=40", "data.workers=0", "data.batch_size=16"),
+    )
+    return interrupted(n, [signal.SIGKILL], [-signal.SIGKILL], work, seed, words)
+
+
+def _write_digits(root: Path) -> None:
+    """Write 20 digits of each class for training, and 5 for validation, as files."""
+    digits = load_digits()
+    for label in range(10):
+        images = digits.images[digits.target == label][:25]
+        for number, image in enumerate(images):
+            folder = root / ("train" if number < 20 else "val") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = Image.fromarray((15 * image).astype("uint8"))
+            pixels.convert("RGB").save(folder / f"{number}.png")
 
 
 def requests(n: int, work: Path, seed: int) -> dict[str, int]:

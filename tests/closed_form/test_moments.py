@@ -40,6 +40,24 @@ def test_what_is_far_from_zero_loses_no_digits() -> None:
     assert torch.allclose(moments.cov.double(), expected, rtol=1e-4)
 
 
+def test_sums_within_autocast_are_exact() -> None:
+    x, weight = rows(512, 40).float(), torch.linspace(0.5, 2.0, 512)
+    found = {}
+    for enabled in (False, True):
+        moments = Moments("fc2", 40)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for part, its_weight in zip(x.split(100), weight.split(100), strict=True):
+                moments.add(part, its_weight)
+        moments.finish()
+        found[enabled] = moments.tensors()
+    for name, tensor in found[False].items():
+        assert torch.equal(found[True][name], tensor), name
+    mean = (weight[:, None].double() * x.double()).sum(0) / weight.double().sum()
+    centred = weight[:, None].double().sqrt() * (x.double() - mean)
+    cov = centred.T @ centred / weight.double().sum()
+    assert (found[True]["cov"].double() - cov).abs().max() <= 1e-6 * cov.abs().max()
+
+
 def test_groups_have_moments_of_their_own() -> None:
     x = torch.stack([rows(6, 2), rows(6, 2, offset=1.0)])
     moments = Moments("qk", 2, (2,))

@@ -38,6 +38,17 @@ def test_moments_do_not_depend_on_the_batches(batch: int) -> None:
             assert torch.allclose(found[name][what], tensor, rtol=1e-4, atol=1e-6), (name, what)
 
 
+@pytest.mark.parametrize("taylor", [False, True])
+def test_statistics_within_autocast_are_those_of_full_precision(taylor: bool) -> None:
+    net, x = small_net(dtype=torch.float32), images(batch=8, dtype=torch.float32)
+    expected = calibrate(net, x, 4, taylor=taylor).moments
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calibrate(net, x, 4, taylor=taylor).moments
+    for name, tensors in expected.items():
+        for what, tensor in tensors.items():
+            assert torch.equal(found[name][what], tensor), (name, what)
+
+
 def test_targets_are_the_dense_stream_and_the_classifiers_input() -> None:
     net, x = small_net(), images(batch=8)
     found = calibrate(net, x, 4).moments

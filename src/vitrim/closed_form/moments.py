@@ -1,12 +1,13 @@
 """Mean and covariance of activations, gathered in one pass; memory does not grow with the images.
 
 The first batch's mean is subtracted from all rows; products are computed in float32 and summed in
-float64. Activations far from zero lose no digits.
+float64, also within autocast. Activations far from zero lose no digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,11 @@ class Moments(nn.Module):
         Raises:
             MomentsError: an activation is not finite; the message names the layer.
         """
-        rows, root = rows.float(), weights.float().sqrt()[:, None]
+        with full_precision(rows):
+            self._add(rows.float(), weights.float())
+
+    def _add(self, rows: Tensor, weights: Tensor) -> None:
+        root = weights.sqrt()[:, None]
         if self._shift is None:
             self._shift = (rows * root.square()).sum(-2) / root.square().sum()
             groups, channels = self._shift.shape[:-1], self._shift.shape[-1]
@@ -96,6 +101,14 @@ class Moments(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""
         return {"weight": self.weight, "mean": self.mean, "cov": self.cov}
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context without autocast, which rounds the factors of products to half precision.
+
+    Statistics are neither computed from rounded numbers nor rounded themselves.
+    """
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def key_of(name: str) -> str:

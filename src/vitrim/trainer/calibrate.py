@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
-from vitrim.closed_form.moments import Moments, add_to, key_of
+from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.errors import is_count, is_positive, require
 from vitrim.network import stream, structure
 from vitrim.network.structure import Attention, Layer, Structure
@@ -183,13 +183,16 @@ class Calibrate(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add one batch of images (B, C, H, W) to the statistics."""
         images = batch[0]
-        with full_precision(images), capture(self.net, self._points()) as activations:
-            with torch.set_grad_enabled(self.taylor):
+        with full_precision(images):
+            with (
+                torch.set_grad_enabled(self.taylor),
+                capture(self.net, self._points()) as activations,
+            ):
                 logits = self.net(images)
             if self.taylor:
                 self._first_order(logits, activations)
-        with torch.no_grad():
-            self._take_in(activations)
+            with torch.no_grad():
+                self._take_in(activations)
         self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
@@ -296,11 +299,6 @@ def classifiers(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) and any(module is head for head in heads):
             yield name, module
-
-
-def full_precision(images: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast: statistics are not computed from rounded numbers."""
-    return torch.autocast(images.device.type, enabled=False)
 
 
 def _by_head(rows: Tensor, dims: Sequence[int]) -> Tensor:

@@ -18,13 +18,13 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments, MomentsError
+from vitrim.closed_form.moments import Moments, MomentsError, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
 from vitrim.network.stream import BranchStep
 from vitrim.network.structure import Layer
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, full_precision, gather_tokens
+from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 _log = logging.getLogger(__name__)
@@ -108,16 +108,20 @@ class Refit(LightningModule):
     @torch.no_grad()
     def solve(self, epoch: int) -> None:
         """Do `on_train_epoch_end` without a Trainer."""
-        if epoch == 0:
-            for step in self._stream.steps:
-                if isinstance(step, BranchStep) and step.name in self._consumers:
-                    self._solve_layer(step, self._consumers[step.name])
-                self._streams = [step.advance(x) for x in self._streams]
-            self._streams = []
-            return
-        for name, chunks in self._features.items():
-            self._solve_classifier(name, torch.cat(chunks))
-        self._features = {}
+        with full_precision(next(self.net.parameters())):
+            if epoch == 0:
+                self._solve_layers()
+            else:
+                for name, chunks in self._features.items():
+                    self._solve_classifier(name, torch.cat(chunks))
+                self._features = {}
+
+    def _solve_layers(self) -> None:
+        for step in self._stream.steps:
+            if isinstance(step, BranchStep) and step.name in self._consumers:
+                self._solve_layer(step, self._consumers[step.name])
+            self._streams = [step.advance(x) for x in self._streams]
+        self._streams = []
 
     def _solve_layer(self, branch: BranchStep, layer: Layer) -> None:
         """Set weight and bias of `layer` to the solution of the regression."""

@@ -44,6 +44,26 @@ def inputs(name: str) -> Tensor:
     return flows[name]
 
 
+@pytest.mark.parametrize("decomposition", ["asvd", "normalised_output", "mean_input", "loss"])
+def test_statistics_within_autocast_are_those_of_full_precision(
+    decomposition: Decomposition,
+) -> None:
+    found = []
+    for enabled in (False, True):
+        net = small_net(dtype=torch.float32)
+        phase = Profile(
+            net, pieces=PIECES, decomposition=decomposition, sampling=ALL, gradient_images=5
+        )
+        phase.on_train_start()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            phase.training_step((images(batch=8, dtype=torch.float32), None), 0)
+        phase.on_train_end()
+        found.append(phase.evidence().moments)
+    for name, tensors in found[0].items():
+        for what, tensor in tensors.items():
+            assert torch.equal(found[1][name][what], tensor), (name, what)
+
+
 @pytest.mark.parametrize("batch", [5, 24])
 def test_second_moments_are_those_of_the_inputs(batch: int) -> None:
     found = profiled("whitening", batch=batch).evidence().moments

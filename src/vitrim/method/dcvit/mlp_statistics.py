@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments, add_to, key_of
+from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, full_precision, gather_tokens
+from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 
 Gathered = Literal["none", "mean", "moments", "targets"]
 """How much is gathered of each MLP (`MLPStatistics`)."""
@@ -82,9 +82,9 @@ class MLPStatistics(nn.Module):
         """Add images (B, C, H, W); `net` is the dense network in eval mode."""
         if self.gathered == "none":
             return
-        with torch.no_grad(), full_precision(images), capture(net, self._points()) as activations:
-            net(images)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(images):
+            with capture(net, self._points()) as activations:
+                net(images)
             for mlp in self.mlps:
                 self._add_mlp(net, mlp, activations)
             for name in self._classifiers:

@@ -9,13 +9,13 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments, MomentsError, add_to, key_of
+from vitrim.closed_form.moments import Moments, MomentsError, add_to, full_precision, key_of
 from vitrim.method.mixed_rank.metric import CENTRED, Decomposition
 from vitrim.method.mixed_rank.pieces import Piece
 from vitrim.network import stream, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, capture, full_precision, gather_tokens
+from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 _MOMENTS: tuple[Decomposition, ...] = ("whitening", "normalised_output", "centred", "loss")
@@ -100,13 +100,13 @@ class Profile(LightningModule):
         parts = ((images[:n_differentiated], True), (images[n_differentiated:], False))
         for part, differentiate in parts:
             if len(part):
-                self._take_in(part, differentiate=differentiate)
+                with full_precision(part):
+                    self._take_in(part, differentiate=differentiate)
 
     def _take_in(self, images: Tensor, *, differentiate: bool) -> None:
         inputs, outputs = ([(name, after) for name in self._layers] for after in (False, True))
         with (
             torch.set_grad_enabled(differentiate),
-            full_precision(images),
             capture(self.net, inputs) as input_of,
             capture(self.net, outputs if differentiate else []) as output_of,
         ):

@@ -14,11 +14,11 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments
+from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import Sampling, capture, full_precision, gather_tokens
+from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 

@@ -15,11 +15,11 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import key_of
+from vitrim.closed_form.moments import full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, low_rank_layers
-from vitrim.trainer.calibrate import Sampling, capture, full_precision, gather_tokens
+from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine
 

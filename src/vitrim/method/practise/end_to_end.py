@@ -23,6 +23,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group
+from vitrim.closed_form.moments import full_precision
 from vitrim.method.practise.adaptors import (
     Adaptor,
     Place,
@@ -36,7 +37,6 @@ from vitrim.method.practise.saving import as_evidence, as_scores, latency_shares
 from vitrim.method.practise.settings import AdaptorTraining
 from vitrim.network import structure
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import full_precision
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.resume import size_buffers
 

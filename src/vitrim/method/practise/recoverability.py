@@ -17,12 +17,12 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group
-from vitrim.closed_form.moments import Moments
+from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.method.practise.adaptors import Skip, adapted, channels_of
 from vitrim.method.practise.saving import as_evidence, as_scores, latency_shares
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, full_precision
+from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.phase import ResumePoint
 
 

@@ -77,6 +77,23 @@ def compact_of(
     return compact, plan
 
 
+def test_the_papers_overlay_allocates_up_to_the_break_even_rank() -> None:
+    method = built("experiment=mixed_rank/deit_base_paper", "data=none")
+    assert (method.allocation, method.max_rank_fraction) == ("energy", 1.0)
+    assert built().max_rank_fraction == 0.7
+
+
+def test_the_figures_have_a_curve_for_each_matrix_of_a_block() -> None:
+    method = built("experiment=mixed_rank/figures", "data=none")
+    target = Target(metric="params", keep=0.9)
+    proposal = method.plan(net(), Evidence(), Cost(net(), SIZE), target)
+    names = {
+        name.removeprefix("blocks.0.") for name in proposal.diagnostics["curves"] if ".0." in name
+    }
+    matrices = {"attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    assert names == matrices
+
+
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("qkv", ["fused", "separate"])

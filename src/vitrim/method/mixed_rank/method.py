@@ -2,10 +2,12 @@
 
 After "Memory-Efficient Vision Transformers: An Activation-Aware Mixed-Rank Compression Strategy"
 (arXiv 2402.06004). From the paper: decompositions by the normalised output error, or by a mean
-input; greedy ranks by energy per weight; a residual of its own rank, trained by the gradient of
-each layer's output error and merged by concatenation; then training of the uncompressed parameters.
-Its full text was not at hand: these are reconstructions from its abstract and from accounts of it,
-and no number in conf/method/mixed_rank.yaml is the paper's but the -60 % of strength 5.
+input; greedy ranks by energy per weight, up to the break-even rank; a residual of its own rank,
+trained by the gradient of each layer's output error and merged by concatenation; then training of
+the uncompressed parameters. Its full text was not at hand: these are reconstructions from its
+abstract and from accounts of it, and no number in conf/method/mixed_rank.yaml is the paper's but
+the -60 % of strength 5. The defaults are ours; conf/experiment/mixed_rank/deit_base_paper.yaml
+has the paper's choices, `max_rank_fraction` of 1 among them.
 
 Ours: the decomposition and the allocation by loss (`vitrim.network.decompose`), along the hulls of
 error curves (`vitrim.method.mixed_rank.ranks`), and the sequential regression

@@ -5,8 +5,9 @@ more.
 
     uniform   the same fraction of every layer's weights
     greedy    from full ranks down, the component that loses least per weight saved is removed; a
-              layer whose rank saves nothing in the end stays dense (mixed-rank paper, arXiv
-              2402.06004)
+              layer whose rank saves nothing in the end stays dense. With a `max_rank_fraction` of
+              1 that is the mixed-rank paper's (arXiv 2402.06004), as far as it is known; with our
+              default of 0.7, a layer also stays dense at ranks that save a little
     hull      ours: the same along the lower convex hull of each layer's error over its cost, which
               accounts for a layer's first components saving nothing and a dense layer having no
               error

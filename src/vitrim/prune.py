@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
@@ -12,6 +14,8 @@ from vitrim.method import Compensates, Method
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.trainer.phase import Scorer, check_scorer
+
+_log = logging.getLogger(__name__)
 
 
 class Prune(Callback):
@@ -60,9 +64,29 @@ class Prune(Callback):
             method=self.name,
             provenance=self.proposal.notes,
         )
+        self._log_room()
         self.compact = cut(net, self.plan)
         if isinstance(self.method, Compensates):
             values = self.method.compensation_of(net, self.compact, self.plan, self.evidence)
             with torch.no_grad():
                 for name, value in values.items():
                     self.compact.get_parameter(name).copy_(value)
+
+    def _log_room(self) -> None:
+        """Log how far below the target the plan ends (`vitrim.budget.trim` says how far it may)."""
+        if self.target.is_time or self.method.granularity not in ("unit", "rank"):
+            return
+        metric = self.target.counted_metric
+        if metric == "units":  # which are counted is known to the method alone
+            return
+        limit = self.cost.limit(self.target)
+        remaining = self.cost.plan(self.plan).of(metric)
+        _log.info(
+            "target.%s=%s: %s %s remain, %s below the %s that may",
+            self.target.metric,
+            self.target.keep,
+            f"{remaining:,}",
+            metric,
+            f"{limit - remaining:,}",
+            f"{limit:,}",
+        )

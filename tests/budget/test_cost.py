@@ -15,6 +15,7 @@ from torch import nn
 
 from conftest import MODEL, PLANS, SIZE, TINY, plan_of, skeleton_net, small_net
 from vitrim import Drop, Plan, count, cut, save
+from vitrim.budget.blocks import fewest
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.files import WEIGHTS
@@ -130,3 +131,13 @@ def test_a_budget_in_blocks_is_what_remains_without_them() -> None:
 def test_no_more_blocks_go_than_there_are() -> None:
     with pytest.raises(TargetError, match=r"target\.blocks=2: the network has 2 blocks"):
         cost().limit(Target(metric="blocks", keep=2))
+
+
+@pytest.mark.parametrize("metric", ["blocks", "macs"])
+def test_a_network_without_blocks_to_drop_says_so(metric: Any) -> None:
+    swin = skeleton_net("swinv2_tiny_window8_256", depths=(1, 1, 1, 1), window_size=4, img_size=64)
+    formula = Cost(swin, 64)
+    with pytest.raises(
+        TargetError, match=rf"target\.{metric}=0\.5.*no block of this network can be"
+    ):
+        fewest(formula, Target(metric=metric, keep=0.5), [], hint="protect fewer blocks")

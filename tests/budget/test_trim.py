@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import MODEL, SIZE, heads_of, plan_of, small_net
+from conftest import MODEL, SIZE, heads_of, plan_of, skeleton_net, small_net
 from vitrim import Keep, Plan, count, cut
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
@@ -128,16 +128,33 @@ def test_trim_by_site_removes_the_same_share_of_each(seed: int, metric: Any, sha
     assert max(before) > target.keep
 
 
-@given(seed=SEEDS, scope=SCOPES, metric=METRICS, shares=st.lists(SHARES, max_size=4))
+@given(seed=SEEDS, scope=SCOPES, shares=st.lists(SHARES, max_size=4))
 def test_a_smaller_target_keeps_a_part_of_what_a_larger_one_keeps(
-    seed: int, scope: Any, metric: Any, shares: list[float]
+    seed: int, scope: Any, shares: list[float]
 ) -> None:
+    """In units, which all count the same; of MACs and params, others may be kept in the rest."""
     scores = random_scores(seed)
     found = [
-        trim(cost(), scores, budget(metric, share, scores), scope=scope) for share in sorted(shares)
+        trim(cost(), scores, budget("units", share, scores), scope=scope)
+        for share in sorted(shares)
     ]
     for less, more in pairwise(found):
         assert all(set(kept_at(less, name)) <= set(kept_at(more, name)) for name in scores)
+
+
+@settings(max_examples=12)
+@given(seed=SEEDS, metric=METRICS, shares=st.lists(SHARES, min_size=2, max_size=3))
+def test_a_smaller_target_keeps_little_that_a_larger_one_does_not(
+    seed: int, metric: Any, shares: list[float]
+) -> None:
+    scores = random_scores(seed)
+    found = [trim(cost(), scores, budget(metric, share, scores)) for share in sorted(shares)]
+    without_a_head = plan_of({"blocks.0.attn.v": range(8, 24)}).edits
+    head = left((), metric, list(scores)) - left(without_a_head, metric, list(scores))
+    for less, more in pairwise(found):
+        both = {name: sorted({*kept_at(less, name)} & {*kept_at(more, name)}) for name in scores}
+        rest = left(less, metric, list(scores)) - left(plan_of(both).edits, metric, list(scores))
+        assert rest <= head
 
 
 @given(seed=SEEDS, scope=SCOPES, keep=st.floats(0.4, 1.0))
@@ -316,6 +333,59 @@ def test_a_target_out_of_reach_names_the_least_that_is_in_reach(
     target = Target(metric=metric, keep=floor)
     edits = trim(cost(), scores, target, scope=scope, round_to=round_to)
     assert left(edits, metric, list(scores)) == floor
+
+
+STAGES = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": 4}
+
+
+@cache
+def swin_cost() -> Cost:
+    """Return the formula of a Swin, whose units cost differently in its two stages."""
+    args = {**STAGES, "img_size": 32, "patch_size": 2, "num_classes": 7}
+    return Cost(skeleton_net("swin_tiny_patch4_window7_224", **args), SIZE)
+
+
+def larger_by_a_step(edits: tuple[Keep, ...], scores: Mapping[str, Tensor]) -> list[int]:
+    """Return the params of all plans that keep a unit more, in heads that are there."""
+    found, described = [], swin_cost().structure
+    kept = {name: range(described.sites[name].size) for name in scores}
+    kept |= {keep.site: keep.index for keep in edits if keep.site in scores}
+    for name, units in kept.items():
+        for head in heads_of(described.sites[name]):
+            gone = sorted({*head} - {*units})
+            if gone and len(gone) < len(head):
+                more = plan_of({**kept, name: sorted((*units, gone[0]))})
+                found.append(swin_cost().plan(more).params)
+    return found
+
+
+@settings(max_examples=12)
+@given(seed=SEEDS, keep=st.floats(0.5, 0.95))
+def test_a_plan_ends_less_than_its_cheapest_unit_below_the_target(seed: int, keep: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        name: torch.rand(site.size, generator=generator)
+        for name, site in swin_cost().structure.sites.items()
+        if name.split(".")[-1] in ("v", "hidden")
+    }
+    target = Target(metric="params", keep=keep)
+    edits = trim(swin_cost(), scores, target)
+    limit = swin_cost().limit(target)
+    assert swin_cost().plan(plan(edits)).params <= limit
+    larger = larger_by_a_step(edits, scores)
+    assert larger
+    assert min(larger) > limit
+
+
+def test_where_a_head_goes_dims_of_others_stay_for_it() -> None:
+    """Its query-key dims go with its last value dim, and would leave room for 25 value dims."""
+    score = torch.arange(24.0)
+    score[:8] = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 7.5])
+    scores = {"blocks.0.attn.v": score}
+    dense = cost().dense_count.params
+    edits = trim(cost(), scores, Target(metric="params", keep=dense - 7 * 49 - 25))
+    reached = left(edits, "params", [*scores])
+    assert dense - 7 * 49 - 25 - 49 < reached <= dense - 7 * 49 - 25
 
 
 HEAD_WARS = {

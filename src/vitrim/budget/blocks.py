@@ -153,6 +153,15 @@ def fewest(cost: Cost, target: Target, order: Sequence[str], *, hint: str) -> li
         amount = cost.cost_of(dense, dropped=dropped).of(metric)
         if amount <= limit:
             return list(order[:n])
+    if not order:
+        raise TargetError(
+            f"target.{target.metric}={target.keep} cannot be reached: "
+            + (
+                f"there are no candidates; {hint}"
+                if branches
+                else "no block of this network can be dropped; choose a method that removes units"
+            )
+        )
     raise TargetError(
         f"target.{target.metric}={target.keep} cannot be reached: dropping all "
         f"{len(order)} candidate blocks leaves {_shortfall(cost, target, amount)}; {hint}"

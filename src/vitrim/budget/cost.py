@@ -153,6 +153,11 @@ class Cost:
         if target.metric != "blocks":
             return target.limit(total)
         n_blocks, macs = self._origin.blocks()
+        if not n_blocks:
+            raise TargetError(
+                f"target.blocks={target.keep}: no block of this network can be dropped, so there "
+                "is nothing to count in blocks; set target.macs"
+            )
         if target.keep >= n_blocks:
             raise TargetError(f"target.blocks={target.keep}: the network has {n_blocks} blocks")
         return total - math.ceil(target.keep * macs / n_blocks - 1e-6)

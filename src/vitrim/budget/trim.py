@@ -1,19 +1,36 @@
-"""From scores and a target to a plan: the fewest removals of units that meet the target."""
+"""From scores and a target to a plan: the fewest removals of units that meet the target.
+
+How far below the target a plan may end. A step is what is removed at a time:
+
+    one unit                  by default
+    `round_to` units          of a head, where the site has heads; fewer at first, where the width
+                              is no multiple
+    these, of every head      with `even_heads`
+    a head                    where heads are scored; also where the last value dim of a head goes:
+                              its query-key dims go with it
+
+Ranked over all sites (`scope="global"`), a plan is as large as it can be: to give back any step
+would exceed the target, so that it ends less than the cheapest step below it. In place of the last
+head, dims of others go if the plan then ends nearer to the target. With the same fraction of every
+site (`scope="site"`), only steps of the sites that lost the largest fraction are given back; the
+others have lost as much to within one step, and stay as they are.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vitrim.budget.cost import Cost
+from vitrim.budget.fill import Removal, Scale, largest, units_left
 from vitrim.budget.target import Target, TargetError
 from vitrim.network.structure import Site, Structure
-from vitrim.network.survivors import Kept, propagate, to_edits
+from vitrim.network.survivors import propagate, to_edits
 from vitrim.plan import Keep
 
 Scope = Literal["global", "site"]
@@ -36,10 +53,13 @@ def trim(
     kept. Widths (of a head, where the site has heads) shrink to multiples of `round_to`. The best
     unit of a site is never removed.
 
+    Removals of units that still fit in the end are undone, the most important ones first. How far
+    below the target the plan may be is said above.
+
     Args:
         cost: the dense network's closed formula.
         scores: site name -> importance, higher is kept, shape (size,), finite.
-        target: the plan reaches at most this, and less than one removal's cost below it.
+        target: the plan reaches at most this.
         scope: how sites are compared.
         round_to: units removed in one step.
         even_heads: remove the same number of dims from every head of a site.
@@ -54,7 +74,7 @@ def trim(
     scale = _scale(cost, [*scores], target, even_heads=even_heads)
 
     def reached(n: int) -> int:
-        return scale.amount(propagate(cost.structure, _kept(cost.structure, removals, n)))
+        return scale.amount(propagate(cost.structure, units_left(cost.structure, removals[:n])))
 
     lowest = reached(len(removals))
     if lowest > scale.limit:
@@ -67,28 +87,16 @@ def trim(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) <= scale.limit else (middle + 1, high)
-    kept = _kept(cost.structure, removals, low)
+    kept = largest(cost.structure, removals, low, scale, equal_shares=scope == "site")
     return to_edits(cost.structure, propagate(cost.structure, kept), kept)
 
 
-class _Scale(NamedTuple):
-    """The whole numbers in which a plan is compared with a target.
-
-    `limit` is what may remain of `total`; `amount` returns what remains with some survivors.
-    """
-
-    limit: int
-    total: int
-    unit: str
-    amount: Callable[[Kept], int]
-
-
-def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> _Scale:
+def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> Scale:
     """Return how plans for the sites `scored` are compared with `target`."""
     if target.is_time:
         return _time_scale(cost, scored, target, even_heads=even_heads)
     metric = target.counted_metric
-    return _Scale(
+    return Scale(
         limit=cost.limit(target, scored),
         total=cost.total(metric, scored),
         unit=metric,
@@ -96,7 +104,7 @@ def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: boo
     )
 
 
-def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> _Scale:
+def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> Scale:
     """Return a scale in millionths of the dense network's latency."""
     described = cost.structure
     if not even_heads and any(described.sites[name].head_dims for name in scored):
@@ -109,20 +117,12 @@ def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads
     table = cost.latency_table()
     table.check(described, scored)
     fraction = target.keep if target.metric == "latency" else target.keep / table.dense_ms
-    return _Scale(
+    return Scale(
         limit=min(math.floor(1e6 * fraction), 10**6),
         total=10**6,
         unit="ppm of the latency",
         amount=lambda survivors: math.ceil(1e6 * table.ratio(described, survivors)),
     )
-
-
-class _Removal(NamedTuple):
-    """Units of one site that are removed together; removals happen in the order of their keys."""
-
-    key: tuple[float, ...]
-    site: str
-    units: list[int]
 
 
 def _removals(
@@ -133,9 +133,9 @@ def _removals(
     site_rates: Mapping[str, float],
     *,
     even_heads: bool,
-) -> list[_Removal]:
+) -> list[Removal]:
     """Return every possible removal in order, without the last one of each site."""
-    removals: list[_Removal] = []
+    removals: list[Removal] = []
     protected_heads = _protected_heads(described, scores)
     for order, (name, score) in enumerate(scores.items()):
         site = _checked_site(described, name, score, even_heads=even_heads)
@@ -173,20 +173,20 @@ def _checked_site(described: Structure, name: str, score: Tensor, *, even_heads:
 
 def _removals_of(
     site: Site, score: Tensor, order: int, round_to: int, *, even_heads: bool
-) -> list[_Removal]:
+) -> list[Removal]:
     """Return all removals of a site, the least important first; `order` is its place among all."""
     values = score.double().tolist()
     chunks = [list(_chunks(head, values, round_to)) for head in _heads(site)]
     if even_heads:
         chunks = [[_merged(level) for level in zip(*chunks, strict=True)]]
     return sorted(
-        _Removal((value, -max(units) / site.size, order), site.name, units)
-        for head in chunks
-        for value, units in head
+        Removal((value, -max(units) / site.size, order), site.name, units, head)
+        for head, of_head in enumerate(chunks)
+        for value, units in of_head
     )
 
 
-def _by_fraction(removals: Sequence[_Removal], size: float, order: int) -> list[_Removal]:
+def _by_fraction(removals: Sequence[Removal], size: float, order: int) -> list[Removal]:
     """Return the removals of a site with keys that rise with the fraction of `size` removed."""
     fractions = list(accumulate(len(removal.units) / size for removal in removals))
     return [
@@ -205,7 +205,7 @@ def _protected_heads(described: Structure, scores: Mapping[str, Tensor]) -> dict
     }
 
 
-def _is_protected(removal: _Removal, site: Site, protected_heads: Mapping[str, int]) -> bool:
+def _is_protected(removal: Removal, site: Site, protected_heads: Mapping[str, int]) -> bool:
     """Whether the removal takes units that the last head of the site needs."""
     if site.name not in protected_heads:
         return True
@@ -239,16 +239,3 @@ def _merged(level: Sequence[tuple[float, list[int]]]) -> tuple[float, list[int]]
     """Return one removal that takes the same number of units from every head."""
     units = [unit for _, chunk in level for unit in chunk]
     return _mean([value for value, _ in level]), units
-
-
-def _kept(structure: Structure, removals: Sequence[_Removal], n: int) -> dict[str, Tensor]:
-    """Return the units that the first `n` removals leave at every site that they change."""
-    removed: dict[str, list[int]] = {}
-    for removal in removals[:n]:
-        removed.setdefault(removal.site, []).extend(removal.units)
-    kept = {}
-    for name, units in removed.items():
-        is_kept = torch.ones(structure.sites[name].size, dtype=torch.bool)
-        is_kept[units] = False
-        kept[name] = is_kept.nonzero()[:, 0]
-    return kept

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitrim.method.vtp import GateTraining
 from vitrim.network import structure
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.recipe import Recipe, adamw_cosine
+from vitrim.trainer.recipe import Recipe, optimizer_and_schedule
 
 from .timing import Row, Side, take_turns
 
@@ -92,7 +92,7 @@ def _step(
     """Return one optimiser step of `phase`, without a Trainer and thus without logging."""
     phase.log = phase.log_dict = lambda *args, **kwargs: None
     group = {"params": list(gates), "lr": RECIPE.lr, "weight_decay": 0.0}
-    optimizer = adamw_cosine(phase.net, RECIPE, steps=10_000, extra=[group])["optimizer"]
+    optimizer, _ = optimizer_and_schedule(phase.net, RECIPE, steps=10_000, extra=[group])
 
     def step(_: Any) -> None:
         optimizer.zero_grad()

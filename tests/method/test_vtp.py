@@ -1,22 +1,26 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import SIZE, fit, images, outputs, relative_error, small_net
+from conftest import SIZE, fit, images, outputs, relative_error, skeleton_net, small_net
 from targets import target_of
 from vitrim import Evidence, Keep, Plan, cut, masked
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError
-from vitrim.method.vtp import VTP, GateTraining
+from vitrim.cli.compose import CONF
+from vitrim.method.vtp import VTP, GateTraining, gates_of, longest_move
 from vitrim.network import sites
 from vitrim.trainer.recipe import Recipe
 
@@ -310,6 +314,113 @@ def test_the_loss_is_cross_entropy_plus_the_weighted_sum_of_gates(
     penalty = sum(float(gate.detach().abs().sum()) for gate in phase.gates)
     expected = F.cross_entropy(phase(x), labels).item() + 1e-4 * penalty
     assert phase.training_step((x, labels), 0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def untrained(net: nn.Module) -> Evidence:
+    return gate_training(net).evidence()
+
+
+def heads_left(net: nn.Module, plan: Plan) -> list[list[int]]:
+    """Return the value dims that are left in every head, by block."""
+    return [list(block.attn.v_dims) for block in cut(net, plan).blocks]
+
+
+def test_gates_that_were_not_trained_give_random_scores_by_the_seed() -> None:
+    net = small_net(dtype=torch.float32)
+    plans = [planned(vtp(seed=seed), net, untrained(net), cost()) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    lost = {edit.site: edit.index for edit in plans[0].keeps()}
+    assert all(index != tuple(range(len(index))) for index in lost.values())  # not the low ones
+    assert all(0 not in dims for dims in heads_left(net, plans[0]))  # nor whole heads
+
+
+def test_the_plan_says_that_its_scores_are_random() -> None:
+    net = small_net(dtype=torch.float32)
+    for evidence, notes in (
+        (untrained(net), {"criterion": "random"}),
+        (with_random_gates(net).evidence(), {}),
+    ):
+        proposal = vtp().plan(net, evidence, cost(), target_of(vtp(), 3))
+        assert proposal.notes == notes
+
+
+PAPER = [
+    ("imagenet", 2, {"params": 67.3e6, "macs": 13.8e9}),
+    ("imagenet", 4, {"params": 48.0e6, "macs": 10.0e9}),
+    ("imagenet100", 2, {"macs": 0.78 * 17_563_137_024}),
+    ("imagenet100", 4, {"params": 0.547 * 85_875_556}),
+]
+IMAGES = {"imagenet": 1_281_167, "imagenet100": 126_689}
+
+
+@cache
+def deit_base(classes: int) -> Cost:
+    return Cost(skeleton_net("deit_base_patch16_224", num_classes=classes), 224)
+
+
+@pytest.mark.parametrize(("overlay", "strength", "sizes"), PAPER)
+def test_the_overlays_reach_the_sizes_of_the_papers_rows(
+    overlay: str, strength: float, sizes: dict[str, float]
+) -> None:
+    """Params are met; MACs, which do not quite go with them, may be up to 2 % below."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[f"experiment=vtp/{overlay}", "data=none"])
+    method: VTP = instantiate(cfg.method, _convert_="all")
+    cost = deit_base(cfg.model.num_classes or 1000)
+    gated = dict.fromkeys(gates_of(cost.structure).values())
+    ones = Evidence(scores={site: torch.ones(cost.structure.sites[site].size) for site in gated})
+    kept = cost.plan(planned(method, nn.Identity(), ones, cost, strength))
+    for metric, size in sizes.items():
+        slack = 0.02 if metric == "macs" else 1e-4
+        assert (1 - slack) * size <= kept.of(metric) <= size
+    steps = method.gating.epochs * (IMAGES[overlay] // 1024)
+    assert method.gating.reference_batch == 1024
+    assert longest_move(method.gate_lr, steps) > 0.35
+
+
+def test_gates_that_all_moved_alike_rank_nothing_either() -> None:
+    phase = trained(gate_training(deaf_net(), l1=1e-3))
+    proposal = vtp().plan(phase.net, phase.evidence(), cost(), target_of(vtp(), 3))
+    assert proposal.notes == {"criterion": "random"}
+
+
+def test_levels_are_of_the_metric() -> None:
+    evidence = with_random_gates(small_net(dtype=torch.float32)).evidence()
+    plan = planned(vtp(metric="params"), small_net(), evidence, cost(), 2)
+    dense = cost().dense_count.params
+    assert 0.8 * dense - 73 < cost().plan(plan).params <= 0.8 * dense
+    with pytest.raises(ValueError, match="metric=blocks"):
+        vtp(metric="blocks")
+
+
+@pytest.mark.parametrize(("gate_lr", "warned"), [(0.01, True), (0.1, False)])
+def test_gates_that_cannot_leave_1_are_warned_of(
+    gate_lr: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    phase = GateTraining(small_net(dtype=torch.float32), recipe=RECIPE, l1=1e-4, gate_lr=gate_lr)
+    trained(phase)  # 4 steps
+    messages = [message for message in caplog.messages if "gate_lr" in message]
+    assert bool(messages) == warned
+    if warned:
+        assert "method.gate_lr=0.01: in 4 steps of 2 images" in messages[0]
+        assert "by 0.02 at most" in messages[0]
+        assert "raise method.gate_lr (to 0.25" in messages[0]
+
+
+def test_both_rates_are_scaled_to_the_batch() -> None:
+    recipe = replace(RECIPE, lr=1e-3, reference_batch=8)
+    phase = GateTraining(small_net(dtype=torch.float32), recipe=recipe, l1=1e-4, gate_lr=0.4)
+    trained(phase)  # steps of 2 images
+    groups = phase.optimizers().param_groups
+    assert {group["initial_lr"] for group in groups} == {1e-3 / 4, 0.4 / 4}
+
+
+def test_what_identifies_the_gates_is_as_before_there_was_a_reference_batch() -> None:
+    settings = gate_training(small_net()).settings["recipe"]
+    assert "reference_batch" not in settings
+    recipe = replace(RECIPE, reference_batch=8)
+    phase = GateTraining(small_net(), recipe=recipe, l1=1e-4, gate_lr=0.4)
+    assert phase.settings["recipe"] == {**settings, "reference_batch": 8}
 
 
 def test_training_moves_weights_and_gates() -> None:

@@ -102,6 +102,9 @@ def _translated(resolved: Config, recipe: Config) -> Config:
     for key, value in CONSTANTS.items():
         if key not in known and any(name == key or name.startswith(f"{key}.") for name in present):
             _put(translated, key, value)
+    method = translated.get("method", {})
+    if "method.seed" in present and recipe["choices"]["data"] != "none":
+        method.setdefault("seed", former["seed"])  # it now decides what is removed without images
     part = identifying(translated, recipe["checkpoint_sha256"], recipe.get("from_run"))
     return part | {"choices": recipe["choices"]}
 

@@ -12,7 +12,7 @@ LATENCY_TARGETS = ("latency", "latency_ms")
 NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 """Keys that change where and how a run works, not its result."""
 
-ADDED = {"data.val_labels": None, "data.exif_orientation": False}
+ADDED = {"data.val_labels": None, "data.exif_orientation": False, "method.metric": "units"}
 """Keys that later versions added, with the values by which earlier ones acted."""
 
 
@@ -21,7 +21,7 @@ def identifying(resolved: Config, fingerprint: str | None, started_from: str | N
 
     Addresses of classes are no part of it, so that a class can move.
     """
-    recipe = cast(Config, without_addresses(resolved))
+    recipe = cast(Config, _without_unset_batches(without_addresses(resolved)))
     recipe = {key: value for key, value in recipe.items() if key not in NOT_RECIPE}
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
@@ -52,6 +52,20 @@ def without_addresses(node: object) -> object:
     if isinstance(node, dict):
         return {key: without_addresses(value) for key, value in node.items() if key != "_target_"}
     return [without_addresses(item) for item in node] if isinstance(node, list) else node
+
+
+def _without_unset_batches(node: object) -> object:
+    """Return a copy of `node` without the `reference_batch` of trainings whose lr is not scaled.
+
+    Such trainings are as they were before there was that key.
+    """
+    if isinstance(node, dict):
+        return {
+            key: _without_unset_batches(value)
+            for key, value in node.items()
+            if key != "reference_batch" or value is not None
+        }
+    return [_without_unset_batches(item) for item in node] if isinstance(node, list) else node
 
 
 def of_series(recipe: Config) -> Config:

@@ -59,8 +59,7 @@ class Classify(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        return adamw_cosine(self.net, self.recipe, steps=steps)
+        return adamw_cosine(self.net, self.recipe, self.trainer)
 
 
 def validate(

@@ -109,8 +109,7 @@ class Mimic(LightningModule):
         """Return AdamW and the cosine schedule of the recipe, for what is not frozen."""
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return adamw_cosine(self.net, self.recipe, steps=steps)
+        return adamw_cosine(self.net, self.recipe, self.trainer)
 
 
 class Distill(LightningModule):
@@ -143,8 +142,7 @@ class Distill(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        return adamw_cosine(self.net, self.recipe, steps=steps)
+        return adamw_cosine(self.net, self.recipe, self.trainer)
 
 
 def soft_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
+from lightning import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -21,7 +22,8 @@ class Recipe:
 
     `lr` is the peak. `weight_decay` does not apply to biases and norms. `clip_norm` bounds the norm
     of the gradients (0: unbounded). `epochs` and `warmup_epochs` count passes over the training
-    set.
+    set. `reference_batch` is the number of images per step, over all devices, that `lr` is for:
+    with other batches `lr` is scaled linearly, as DeiT does. None: `lr` is not scaled.
     """
 
     epochs: int
@@ -29,6 +31,7 @@ class Recipe:
     weight_decay: float
     warmup_epochs: float
     clip_norm: float
+    reference_batch: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs != 0 and not is_count(self.epochs):
@@ -36,13 +39,65 @@ class Recipe:
         for name in ("lr", "weight_decay", "warmup_epochs", "clip_norm"):
             if not is_rate(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a number from 0 on")
+        if self.reference_batch is not None and not is_count(self.reference_batch):
+            raise ConfigError(
+                f"reference_batch={self.reference_batch}: expected null or a whole number from 1 on"
+            )
+
+    def lr_factor(self, images_per_step: int) -> float:
+        """Return what learning rates are multiplied by in steps of so many images.
+
+        >>> numbers = ("epochs", "lr", "weight_decay", "warmup_epochs", "clip_norm")
+        >>> none = dict.fromkeys(numbers, 0)
+        >>> Recipe(**none, reference_batch=1024).lr_factor(2048), Recipe(**none).lr_factor(2048)
+        (2.0, 1.0)
+        """
+        return 1.0 if self.reference_batch is None else images_per_step / self.reference_batch
+
+    def scaled(self, images_per_step: int) -> Recipe:
+        """Return the recipe with `lr` as it is in steps of so many images."""
+        lr = self.lr * self.lr_factor(images_per_step)
+        return replace(self, lr=lr, reference_batch=None)
+
+    def settings(self) -> dict[str, object]:
+        """Return the numbers that identify a result, without a `reference_batch` that is not set.
+
+        So results from before there was a `reference_batch` are still found.
+        """
+        numbers = asdict(self)
+        if self.reference_batch is None:
+            del numbers["reference_batch"]
+        return numbers
+
+
+def images_per_step(trainer: Trainer) -> int:
+    """Return the number of images in one optimiser step of `trainer`, over all its processes.
+
+    The trainer has loaded its training data already (`Trainer.estimated_stepping_batches` does).
+    """
+    loader = trainer.train_dataloader
+    assert loader is not None
+    batch: int = loader.batch_sampler.batch_size
+    return batch * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def scaled_to(trainer: Trainer, recipe: Recipe) -> Recipe:
+    """Return the recipe with the learning rate for the batches of `trainer`."""
+    if recipe.reference_batch is None:
+        return recipe
+    return recipe.scaled(images_per_step(trainer))
 
 
 def adamw_cosine(
-    net: nn.Module, recipe: Recipe, *, steps: int, extra: Sequence[Mapping[str, object]] = ()
+    net: nn.Module, recipe: Recipe, trainer: Trainer, *, extra: Sequence[Mapping[str, object]] = ()
 ) -> OptimizerLRSchedulerConfig:
-    """Return what `configure_optimizers` returns: see `optimizer_and_schedule`."""
-    optimizer, scheduler = optimizer_and_schedule(net, recipe, steps=steps, extra=extra)
+    """Return what `configure_optimizers` returns, for the steps and batches of `trainer`.
+
+    See `optimizer_and_schedule`; the learning rates in `extra` are not scaled to the batch.
+    """
+    steps = int(trainer.estimated_stepping_batches)
+    scaled = scaled_to(trainer, recipe)
+    optimizer, scheduler = optimizer_and_schedule(net, scaled, steps=steps, extra=extra)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

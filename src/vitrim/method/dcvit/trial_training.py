@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from torch import Tensor, nn
 
 from vitrim.method.dcvit.evaluation import features_of
 from vitrim.trainer.mimic import FeatureLoss
-from vitrim.trainer.recipe import Recipe, optimizer_and_schedule
+from vitrim.trainer.recipe import Recipe, optimizer_and_schedule, scaled_to
 
 TrialState = dict[str, dict[str, Any]]
 """State dicts of the network, the optimiser and the schedule."""
@@ -35,6 +36,10 @@ class TrialRecipe:
     views: Views
     loss: FeatureLoss
     freeze_tail: bool
+
+    def scaled_to(self, trainer: Trainer) -> TrialRecipe:
+        """Return the recipe with the learning rate for the batches of `trainer`."""
+        return replace(self, training=scaled_to(trainer, self.training))
 
 
 class Targets:

@@ -152,7 +152,7 @@ class Trials(LightningModule):
         position, epoch = divmod(self.current_epoch - 1, self.recipe.training.epochs)
         if epoch and interrupted is None:
             return
-        group, recipe = self.groups[position], self.recipe
+        group, recipe = self.groups[position], self.recipe.scaled_to(self.trainer)
         net = self._compressed(group)
         frozen = frozen_parameters(net, group, freeze_tail=recipe.freeze_tail, dense=self.net)
         steps = n_batches * recipe.training.epochs

@@ -132,8 +132,7 @@ class Residual(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe, for the residual alone."""
         self.net.requires_grad_(False)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return adamw_cosine(self, self.recipe, steps=steps)
+        return adamw_cosine(self, self.recipe, self.trainer)
 
     def on_fit_end(self) -> None:
         """Merge what was trained into the network."""

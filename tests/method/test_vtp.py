@@ -345,10 +345,10 @@ def test_the_plan_says_that_its_scores_are_random() -> None:
 
 
 PAPER = [
-    ("imagenet", 2, {"params": 67.3e6, "macs": 13.8e9}),
+    pytest.param("imagenet", 2, {"params": 67.3e6, "macs": 13.8e9}, marks=pytest.mark.slow),
     ("imagenet", 4, {"params": 48.0e6, "macs": 10.0e9}),
     ("imagenet100", 2, {"macs": 0.78 * 17_563_137_024}),
-    ("imagenet100", 4, {"params": 0.547 * 85_875_556}),
+    pytest.param("imagenet100", 4, {"params": 0.547 * 85_875_556}, marks=pytest.mark.slow),
 ]
 IMAGES = {"imagenet": 1_281_167, "imagenet100": 126_689}
 

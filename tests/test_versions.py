@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from importlib.util import module_from_spec, spec_from_file_location
@@ -57,9 +58,51 @@ def test_a_repository_around_vitrim_is_not_recorded(repository: Path) -> None:
     assert installed.versions()["dirty"] is None
 
 
+@pytest.mark.parametrize("path", ["lib/site-packages/vitrim", "third_party/vitrim/src/vitrim"])
+def test_a_repository_that_tracks_vitrims_files_is_not_recorded(
+    repository: Path, path: str
+) -> None:
+    copied = module_at(repository / path / "versions.py")
+    if "third_party" in path:
+        write_project(repository / "third_party" / "vitrim", "vitrim")
+    write_project(repository, "theirs")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "-m", "with their copy of vitrim")
+    assert copied.versions()["commit"] is None
+
+
+def test_a_commit_that_pip_recorded_is_that_of_an_installed_vitrim(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = module_at(repository / "venv" / "vitrim" / "versions.py")
+    info = repository / "venv" / "vitrim-0.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vitrim\nVersion: 0.9\n")
+    source = {"url": "https://example.org", "vcs_info": {"vcs": "git", "commit_id": "0123abcd"}}
+    (info / "direct_url.json").write_text(json.dumps(source))
+    monkeypatch.syspath_prepend(str(repository / "venv"))
+    recorded = installed.versions()
+    assert (recorded["vitrim"], recorded["commit"], recorded["dirty"]) == ("0.9", "0123abcd", False)
+    elsewhere = module_at(repository / "other" / "vitrim" / "versions.py")
+    assert elsewhere.versions()["commit"] is None
+
+
+def test_a_hook_of_another_repository_does_not_matter(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(repository))
+    assert own.versions()["commit"] != git(repository, "rev-parse", "HEAD")
+
+
+def write_project(folder: Path, name: str) -> None:
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n')
+
+
 def test_the_commit_of_vitrim_itself_is_recorded(repository: Path) -> None:
-    checkout = module_at(repository / "src" / "versions.py")
-    git(repository, "add", "src")
+    checkout = module_at(repository / "src" / "vitrim" / "versions.py")
+    write_project(repository, "vitrim")
+    git(repository, "add", "src", "pyproject.toml")
     git(repository, "commit", "--quiet", "-m", "vitrim")
     recorded = checkout.versions()
     assert recorded["commit"] == git(repository, "rev-parse", "HEAD")

@@ -22,6 +22,20 @@ def test_metrics_are_on_disk_whatever_the_service(tmp_path: Path) -> None:
     assert json.loads(lines[0]) == {"phase": "dense", "step": 3, "loss": 1.5}
 
 
+def test_steps_grow_over_the_phases_and_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    for phases in ((("dense", (0, 9)), ("score", (4,))), (("score", (9,)), ("classify", (0, 3)))):
+        tracker = Tracker(tmp_path, "none", group="g", config={})
+        for phase, steps in phases:
+            tracker.phase = phase
+            for step in steps:
+                tracker.log_metrics({"loss": 1.5}, step=step)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        *(("dense", 0), ("dense", 9), ("score", 14), ("score", 19)),
+        *(("classify", 20), ("classify", 23)),
+    ]
+
+
 def test_a_service_that_fails_does_not_hurt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

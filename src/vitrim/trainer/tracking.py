@@ -28,7 +28,10 @@ Sink = Callable[[Mapping[str, float], int], None]
 
 
 class Tracker(Logger):
-    """Write all phases' metrics to `metrics.jsonl` in the run's folder, and to one service."""
+    """Write all phases' metrics to `metrics.jsonl` in the run's folder, and to one service.
+
+    Steps grow over the phases: those of a phase begin after the last one of the phase before.
+    """
 
     phase: str = ""
 
@@ -38,6 +41,7 @@ class Tracker(Logger):
         super().__init__()
         self._file = folder / "metrics.jsonl"
         self._torn = False
+        self._first_steps: dict[str, int] = {}
         self._finish: Callable[[Mapping[str, object]], None] = lambda summary: None
         self._sink: Sink | None = None
         if tracking in ("offline", "online"):
@@ -65,6 +69,8 @@ class Tracker(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line of metrics, then send them to the service."""
         named = {f"{self.phase}/{name}": value for name, value in metrics.items()}
+        if step is not None:
+            step += self._first_step()
         self._append(json.dumps({"phase": self.phase, "step": step, **metrics}))
         sink = self._sink
         if sink is not None:
@@ -73,6 +79,26 @@ class Tracker(Logger):
     def close(self, summary: Mapping[str, object]) -> None:
         """Send the report to the service, nested values included, and end its run."""
         self._guard(lambda: self._finish(summary))
+
+    def _first_step(self) -> int:
+        """Return the step at which this phase begins, the same when it resumes."""
+        if self.phase not in self._first_steps:
+            self._first_steps[self.phase] = 1 + max(self._earlier_steps(), default=-1)
+        return self._first_steps[self.phase]
+
+    def _earlier_steps(self) -> Iterator[int]:
+        """Iterate over the logged steps of the phases before this one."""
+        try:
+            lines = self._file.read_bytes().splitlines() if self._file.is_file() else []
+        except OSError:
+            return
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # incomplete: the disk was full, or the run was killed
+                continue
+            if isinstance(entry, dict) and entry.get("phase") != self.phase:
+                yield from (step for step in [entry.get("step")] if isinstance(step, int))
 
     def _append(self, line: str) -> None:
         """Write a line; a full or missing disk costs lines, but does not stop the run."""
@@ -112,6 +138,8 @@ class Tracker(Logger):
                 config=dict(config),
                 settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, **limits),
             )
+        run.define_metric("trainer/step")
+        run.define_metric("*", step_metric="trainer/step")
         run.define_metric("top1", step_metric="strength")
         run.define_metric("macs", step_metric="strength")
 

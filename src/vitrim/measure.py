@@ -148,6 +148,14 @@ def latencies(
     ]
 
 
+def conditions(net: nn.Module) -> dict[str, object]:
+    """Return what a latency depends on besides its settings: precision and threads of PyTorch."""
+    types = {tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()}
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    precision = "+".join(sorted(names.get(kind, str(kind)) for kind in types))
+    return {"precision": precision or "fp32", "threads": torch.get_num_threads()}
+
+
 def interleaved_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
     """Return milliseconds of `repeats` interleaved rounds of all calls, after an untimed round."""
     durations: list[list[float]] = [[] for _ in calls]

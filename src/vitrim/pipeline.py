@@ -29,9 +29,10 @@ from vitrim.deploy.pictures import image_grid
 from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.files import PHASES, digest, writable, write
 from vitrim.jobs import distributed
-from vitrim.measure import count, latencies
+from vitrim.measure import conditions, count, latencies
 from vitrim.method import Method, Recovers, scorer_of
 from vitrim.model.source import Timm
+from vitrim.model.weights import describe_weights
 from vitrim.network.surgery import combine, cut
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.prune import Prune
@@ -167,7 +168,8 @@ def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
         **_predicted(job, cost, plan),
         **int8,
         **identity.facts,
-        "latency": asdict(job.latency),
+        "weights": _weights(job, dense),
+        "latency": {**asdict(job.latency), **conditions(compressed.net)},
         **outputs.report_entry(job.data),
         **bad_images.report_entry(job.data),
         "seconds": {"total": round(time.perf_counter() - started, 3)},
@@ -309,6 +311,12 @@ def _predicted(job: Job, cost: Cost, plan: Plan) -> dict[str, object]:
     if job.latency_table is None:
         return {}
     return {"predicted_latency": job.latency_table().predicted(cost.structure, plan)}
+
+
+def _weights(job: Job, dense: nn.Module) -> dict[str, object]:
+    """Return where the dense weights came from; without images, nothing was downloaded."""
+    unused = job.data is None or (job.retrains and not job.model.has_weights)
+    return describe_weights(job.model, dense, downloaded=not unused)
 
 
 def _finish(folder: Path, report: Mapping[str, object], runner: PhaseRunner | None) -> None:

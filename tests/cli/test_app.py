@@ -165,6 +165,12 @@ def test_one_run_from_command_line_to_a_network_that_loads(command: Command) -> 
     for name in ("latency_ms", "params"):
         assert report["compact"][name] > 0
     assert report["seed"] == 0
+    assert report["evaluated_images"] == 360
+    assert (report["weights"]["source"], len(report["weights"]["sha256"])) == ("trained", 64)
+    assert (report["dataset"]["name"], report["dataset"]["classes"]) == ("digits", 10)
+    assert "strength=3" in report["overrides"]
+    assert not any(word.startswith("out=") for word in report["overrides"])
+    assert report["latency"].keys() >= {"batch", "device", "precision", "threads"}
     assert report["recipe_hash"] in done.report.parent.name
     assert (done.report.parent / "metrics.jsonl").is_file()
 

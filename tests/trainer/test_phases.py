@@ -100,7 +100,7 @@ def test_a_phase_that_lacks_a_member_is_refused_before_anything_is_written(tmp_p
 def test_an_accuracy_is_computed_once(tmp_path: Path) -> None:
     net = small_net(dtype=torch.float32, **DIGITS)
     first = runner(tmp_path).evaluate(tmp_path / "x", net, 10)
-    assert first.keys() == {"top1", "top5"}
+    assert first.keys() == {"top1", "top5", "images"}
     other = randomise(small_net(dtype=torch.float32, **DIGITS), seed=5)
     assert runner(tmp_path).accuracy(other, 10) != first
     assert runner(tmp_path).evaluate(tmp_path / "x", other, 10) == first

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from vitrim.cli.checks import Config, network_digest
 from vitrim.cli.compose import GROUPS, choice
 from vitrim.cli.earlier import earlier_run
-from vitrim.cli.recipe import identifying, of_series
+from vitrim.cli.recipe import NOT_RECIPE, identifying, of_series
 from vitrim.files import digest
 from vitrim.versions import versions
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     """Return the identity of a run and its folder, which is an earlier version's if it has one."""
+    from vitrim.data.content import describe_images
     from vitrim.data.outputs import listing
     from vitrim.method import Revised
     from vitrim.pipeline import Identity
@@ -56,6 +57,8 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
             "strength": strength,
             "seed": cfg.seed,
             "samples": resolved["data"].get("samples"),
+            "dataset": {"name": choices["data"], **describe_images(job.data)},
+            "overrides": _overrides(),
             "recipe_hash": recipe_hash,
             "series": series,
             "variant": _variant(job),
@@ -64,6 +67,14 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     )
     found = earlier_run(job.out, label, point, recipe)
     return identity, found or job.out / identity.series / identity.name
+
+
+def _overrides() -> list[str]:
+    """Return the words of the command line that decide the result, without those with paths."""
+    words = HydraConfig.get().overrides.task
+    unsaid = (*NOT_RECIPE, "data.root", "model.checkpoint", "from_run")
+    keys = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    return [w for w, key in keys.items() if not any(f"{key}.".startswith(f"{k}.") for k in unsaid)]
 
 
 def _variant(job: Job) -> str:

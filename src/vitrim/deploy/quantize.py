@@ -91,11 +91,13 @@ def evaluate_schemes(
 
     `evaluate` returns top1 and top5 in percent; it is None where there are no images.
     """
+    names = ("top1", "top5")
     rows: dict[str, dict[str, float | None]] = {}
     for scheme in schemes:
         int8 = quantized(net, scheme)
-        accuracy = {"top1": None, "top5": None} if evaluate is None else evaluate(int8)
-        rows[scheme] = {**accuracy, "mb": megabytes(int8)}
+        accuracy = None if evaluate is None else evaluate(int8)
+        percent = {name: None if accuracy is None else accuracy[name] for name in names}
+        rows[scheme] = {**percent, "mb": megabytes(int8)}
     return {"float_mb": megabytes(net), "quantized": rows}
 
 

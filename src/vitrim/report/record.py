@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vitrim.deploy.runfolder import FORMAT
 from vitrim.paper import flops_blog
+from vitrim.paper.counts import paper_flops
 from vitrim.plan import Plan
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vitrim.measure import Count, Latency
 
 Accuracy = Mapping[str, float] | None
-"""Percent by name (top1, top5), or None where there were no images."""
+"""Percent by name (top1, top5) and the number of `images`; None where there were no images."""
 
 
 def record(
@@ -43,14 +44,16 @@ def record(
     if (formula.params, formula.macs) != (compact_count.params, compact_count.macs):
         raise AssertionError(f"the plan's formula gives {formula}, the counter {compact_count}")
     dense_count, final = cost.dense_count, [*stages.values()][-1]
-    dense = _side(dense_count, dense_accuracy, times[0], _flops_blog(cost, plan, edits=False))
-    compact = _side(compact_count, final, times[1], _flops_blog(cost, plan, edits=True))
+    nothing = Plan(model=plan.model, edits=())
+    dense = _side(dense_count, dense_accuracy, times[0], _as_published(cost, nothing))
+    compact = _side(compact_count, final, times[1], _as_published(cost, plan))
     return {
         "format": FORMAT,
         "dense": dense,
         "compact": compact,
         "cut": _percent(stages["cut"]),
         "stages": {name: _percent(accuracy) for name, accuracy in stages.items()},
+        "evaluated_images": None if final is None else final.get("images"),
         "target": {"metric": target.metric, "keep": target.keep},
         "kept": {
             "params": compact_count.params / dense_count.params,
@@ -60,20 +63,17 @@ def record(
 
 
 def _side(
-    counted: Count, accuracy: Accuracy, latency: Latency, published_flops: int | None
+    counted: Count, accuracy: Accuracy, latency: Latency, published: Mapping[str, object]
 ) -> dict[str, object]:
-    return {
-        **counted._asdict(),
-        **_percent(accuracy),
-        **_milliseconds(latency),
-        **({} if published_flops is None else {"flops_blog": published_flops}),
-    }
+    return {**counted._asdict(), **_percent(accuracy), **_milliseconds(latency), **published}
 
 
-def _flops_blog(cost: Cost, plan: Plan, *, edits: bool) -> int | None:
-    """Return the FLOPs of one side as AIminify's blog counts them, where that differs."""
-    part = plan if edits else Plan(model=plan.model, edits=())
-    return flops_blog(str(plan.model.get("name")), cost, part)
+def _as_published(cost: Cost, plan: Plan) -> dict[str, object]:
+    """Return the FLOPs of one side as every paper counts them, and AIminify's where they differ."""
+    name = str(plan.model.get("name"))
+    blog = flops_blog(name, cost, plan)
+    counts: dict[str, object] = {"paper_flops": paper_flops(name, cost, plan)}
+    return counts if blog is None else {**counts, "flops_blog": blog}
 
 
 def _milliseconds(latency: Latency) -> dict[str, object]:

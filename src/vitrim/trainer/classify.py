@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from vitrim.trainer.phase import ResumePoint
@@ -32,6 +32,8 @@ class Classify(LightningModule):
                 for k in (1, 5)
             }
         )
+        self.images = SumMetric()
+        self.n_evaluated = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch: images (B, C, H, W) and targets."""
@@ -48,6 +50,7 @@ class Classify(LightningModule):
         """Count the hits of one batch."""
         images, labels = batch
         self.accuracy.update(self.net(images), labels)
+        self.images.update(len(labels))
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over all samples, in percent; return to training mode if training."""
@@ -55,6 +58,8 @@ class Classify(LightningModule):
         percent = {name: 100 * share for name, share in hits.items()}
         self.log_dict(percent, prog_bar=True, sync_dist=True)  # equal in every process
         self.accuracy.reset()
+        self.n_evaluated = round(float(self.images.compute()))
+        self.images.reset()
         self.net.train(self.trainer.training)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -65,8 +70,12 @@ class Classify(LightningModule):
 def validate(
     net: nn.Module, trainer: Trainer, data: LightningDataModule, *, n_classes: int
 ) -> dict[str, float]:
-    """Return top-1 and top-5 of `net` in percent over the whole validation set of `data`."""
+    """Return top-1 and top-5 of `net` in percent over the validation set of `data`.
+
+    `images` is how many images were evaluated: fewer than the set has where the trainer limits the
+    batches.
+    """
     recipe = Recipe(epochs=0, lr=0.0, weight_decay=0.0, warmup_epochs=0.0, clip_norm=0.0)
     classify = Classify(net, recipe=recipe, n_classes=n_classes)
     (metrics,) = trainer.validate(classify, datamodule=data, verbose=False)
-    return {name: metrics[name] for name in ("top1", "top5")}
+    return {"top1": metrics["top1"], "top5": metrics["top5"], "images": classify.n_evaluated}

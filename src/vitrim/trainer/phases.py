@@ -179,7 +179,7 @@ class PhaseRunner:
         return accuracy
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
-        """Return top-1 and top-5 of `net` in percent over the whole validation set."""
+        """Return top-1 and top-5 of `net` in percent, and the number of `images` evaluated."""
         signals.raise_if_stopped()
         resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes, resumes_at="never")
         with quiet_lightning():

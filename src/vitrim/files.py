@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from mmap import ACCESS_READ, mmap
@@ -53,6 +54,28 @@ def writable(folder: Path) -> Path:
             f"out: cannot write to {folder} ({error}); choose another with out=DIR"
         ) from None
     return folder
+
+
+def own_folder(folder: Path) -> None:
+    """Create `folder`, unless there is a symbolic link of that name, which is not followed.
+
+    Raises:
+        StoreError: `folder` is a symbolic link, or no folder.
+    """
+    refuse_link(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{folder} is a file, and a folder is needed: move it away") from None
+
+
+def refuse_link(path: Path) -> None:
+    """Raise StoreError if `path` is a symbolic link, which somebody else may have set."""
+    if path.is_symlink():
+        raise StoreError(
+            f"{path} is a symbolic link, and what is written there would land elsewhere: remove "
+            "it, or choose another folder"
+        )
 
 
 class StoreError(VitrimError):
@@ -130,11 +153,24 @@ def _is_entry(entry: object) -> bool:
 
 def read_text(path: Path, limit: int) -> str:
     """Return the text of a file of up to `limit` bytes; invalid UTF-8 is replaced."""
-    with path.open("rb") as file:
+    return read_bytes(path, limit).decode(errors="replace")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of up to `limit` bytes.
+
+    Raises:
+        StoreError: it is larger, or a pipe, a socket or a device, which might never end.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise StoreError(f"{path}: no regular file")
         content = file.read(limit + 1)
     if len(content) > limit:
         raise StoreError(f"{path}: expected at most {limit:,} bytes")
-    return content.decode(errors="replace")
+    return content
 
 
 def _with_checksum(manifest: Mapping[str, object]) -> str:

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vitrim import escape
 from vitrim.cli import checks, guard
 from vitrim.cli.compose import CONF, build_job, explain, register_resolvers
 from vitrim.cli.help import help_text
@@ -119,4 +120,4 @@ def main() -> None:
         except _user_errors() as error:
             message = explain(error, sys.argv[1:])
             status.write_refusal(message)
-            sys.exit(f"vitrim: {message}")
+            sys.exit(f"vitrim: {escape.lines(message)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vitrim import escape
 from vitrim.deploy.bench import bench, show
 from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for folder in options.runs:
             show(bench(folder, settings, repeats=options.repeats))
     except (VitrimError, OSError) as error:
-        sys.exit(f"vitrim-bench: {error}")
+        sys.exit(f"vitrim-bench: {escape.lines(error)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.deploy.runfolder import RECIPE
+from vitrim import escape
+from vitrim.deploy.runfolder import RECIPE, read_recipe
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.files import digest, write
+from vitrim.files import digest, own_folder, write
 
 if TYPE_CHECKING:
     from vitrim.data import Data
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         path, result = evaluate(options.run, options.choices)
     except (VitrimError, OSError) as error:
-        sys.exit(f"vitrim-eval: {error}")
+        sys.exit(f"vitrim-eval: {escape.lines(error)}")
     accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     images = f"{result['images']} images of {result['choices']['data']}"
     if result["classes"] < result["outputs"]:
         images += f" ({result['classes']:,} of {result['outputs']:,} classes)"
-    sys.stdout.write(f"{accuracy} on {images}: {path}\n")
+    sys.stdout.write(f"{escape.terminal(f'{accuracy} on {images}: {path}')}\n")
 
 
 def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -57,6 +58,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
         raise ConfigError(
             f"{folder}: no {RECIPE}: expected the folder of a run, in which report.json is"
         )
+    read_recipe(folder)  # refuses what is no recipe
     net, _ = load(folder)
     config, built = compose_for_run("eval", arguments, recipe)
     data = _checked(folder, config, built)
@@ -72,7 +74,6 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     result = {
         "format": 1,
         **validate(net, trainer, loaders, n_classes=data.n_classes),
-        "images": len(loaders.val_dataloader().dataset),
         "classes": n_present(data),
         "outputs": data.n_classes,
         "network": checks.network_digest(str(folder)),
@@ -80,7 +81,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
         **settings,
         **versions(),
     }
-    path.parent.mkdir(exist_ok=True)
+    own_folder(path.parent)
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     write(path, lambda file: file.write_text(text))
     return path, result

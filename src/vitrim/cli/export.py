@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitrim import escape
 from vitrim.deploy import export as module
 from vitrim.deploy.export import FILES, PRECISIONS, export
 from vitrim.errors import VitrimError
@@ -24,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=options.image_size,
         )
     except (VitrimError, OSError) as failure:
-        print(f"vitrim-export: {_explain(failure, options.out or options.run)}", file=sys.stderr)
+        message = _explain(failure, options.out or options.run)
+        print(f"vitrim-export: {escape.terminal(message)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"{options.format}: {error}")
-    print(path, flush=True)
+    print(escape.terminal(path), flush=True)
 
 
 def _explain(error: Exception, folder: Path) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitrim import escape
 from vitrim.deploy.runfolder import Run, RunFolderError, find_runs, read_run
 from vitrim.errors import VitrimError
 from vitrim.jobs.status import unfinished_lines
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     try:
         if options.paper:
-            show_papers(options.roots, options.out)
+            _show_papers(options.roots, options.out)
             return
         finished, unfinished = find_runs(options.roots)
         runs = _readable(finished)
@@ -30,24 +31,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes = unfinished_lines(unfinished, options.roots)
         paths = write(folder, runs, rows, unfinished, page=options.html, notes=notes)
     except (VitrimError, OSError) as error:
-        print(f"vitrim-report: {error}", file=sys.stderr)
+        print(f"vitrim-report: {escape.terminal(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     show(rows)
-    for line in trial_figure.lines(runs):
-        print(line)
-    print(f"unfinished: {len(notes)}", *notes, sep="\n  ")
-    print(*paths, sep="\n")
-    for run in runs:
-        print(f"{run.folder}  {budget_of(run.record)} seed={run.record['seed']}", flush=True)
+    lines = [*trial_figure.lines(runs), f"unfinished: {len(notes)}"]
+    lines += [f"  {note}" for note in notes]
+    lines += map(str, paths)
+    lines += [f"{run.folder}  {budget_of(run.record)} seed={run.record['seed']}" for run in runs]
+    print(*map(escape.terminal, lines), sep="\n", flush=True)
     if options.wandb != "disabled":
         log_wandb(rows, paths[0], mode=options.wandb)
+
+
+def _show_papers(roots: Sequence[Path], out: Path | None) -> None:
+    """Compare the runs below `roots` with all published rows.
+
+    Without runs, and without a folder for them, nothing is written and every row is "not run".
+    """
+    existing = [root for root in roots if root.is_dir() or roots != OUTPUTS]
+    finished, _ = find_runs(existing, empty=True)
+    folder = out or next(iter(existing), None)
+    show_papers(_readable(finished), None if folder is None else folder / "report")
 
 
 def _readable(folders: Sequence[Path]) -> list[Run]:
     """Return the runs that can be read, in order; print what is wrong with the others.
 
     Raises:
-        RunFolderError: none can be read.
+        RunFolderError: there are runs, and none can be read.
     """
     runs, problems = [], []
     for folder in folders:
@@ -58,10 +69,10 @@ def _readable(folders: Sequence[Path]) -> list[Run]:
             runs.append(run)
         except RunFolderError as error:
             problems.append(str(error))
-    if not runs:
+    if folders and not runs:
         raise RunFolderError("; ".join(problems))
     for problem in problems:
-        print(f"vitrim-report: omitted: {problem}", file=sys.stderr)
+        print(f"vitrim-report: omitted: {escape.terminal(problem)}", file=sys.stderr)
     return sorted(runs, key=order)
 
 

@@ -23,6 +23,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from vitrim import escape
 from vitrim.deploy.engine import Setting, prepare
 from vitrim.deploy.runfolder import read_recipe
 from vitrim.deploy.table import terminal_table
@@ -147,12 +148,13 @@ def show(result: Benchmark) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 140
-    console = Console(width=width, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{result['run']}: {result['threads']} threads, {result['repeats']} repeats")
+    console = Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    title = f"{result['run']}: {result['threads']} threads, {result['repeats']} repeats"
+    console.print(escape.terminal(title))
     rows = [_cells(row, result["macs_ratio"]) for row in result["rows"]]
     console.print(terminal_table([_HEAD, *rows], left=1))
     for line in result["advice"]:
-        console.print(f"advice: {line}")
+        console.print(escape.terminal(f"advice: {line}"))
 
 
 _HEAD = (

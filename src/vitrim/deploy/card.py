@@ -8,6 +8,7 @@ from itertools import chain
 from huggingface_hub import ModelCardData
 from timm import __version__ as timm_version
 
+from vitrim import escape
 from vitrim.deploy.runfolder import SavedNetwork
 from vitrim.deploy.table import markdown_table
 from vitrim.network import structure
@@ -31,12 +32,12 @@ def model_card(saved: SavedNetwork) -> str:
     """Return README.md: licence, usage, measurements, what was removed, how it was made."""
     name = saved.plan.model["name"]
     data = ModelCardData(
-        license=licence(saved),
+        license=escape.yaml(licence(saved)),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "vitrim", "pruning", "compression"],
     )
-    title = f"# {name}, compressed by vitrim"
+    title = f"# {escape.cell(name)}, compressed by vitrim"
     sections = chain(_usage(saved), _measurements(saved), _edits(saved.plan), _origin(saved))
     return "\n".join(["---", data.to_yaml(), "---", "", title, "", *sections])
 
@@ -112,11 +113,11 @@ def _edits(plan: Plan) -> Iterator[str]:
         sums[path] = (n_sites + 1, kept + len(keep.index), size + sites[keep.site].size)
     yield from ("## What was removed", "", "The complete list is in `plan.json`.", "")
     for path, (n_sites, kept, size) in sums.items():
-        yield f"* `{path}`: {kept:,} of {size:,} units kept, in {n_sites} sites"
+        yield f"* {escape.code(path)}: {kept:,} of {size:,} units kept, in {n_sites} sites"
     ranks = [edit.rank for edit in plan.low_ranks()]
     if ranks:
         yield f"* {len(ranks)} layers in two factors, of ranks {min(ranks)} to {max(ranks)}"
-    dropped = [f"`{edit.branch}`" for edit in plan.drops()]
+    dropped = [escape.code(edit.branch) for edit in plan.drops()]
     if dropped:
         yield f"* dropped: {', '.join(dropped)}"
     if not plan.edits:
@@ -128,16 +129,18 @@ def _origin(saved: SavedNetwork) -> Iterator[str]:
     """Iterate over how to reproduce the network, as far as the run's folder says."""
     report = saved.report
     yield from ("## How it was made", "", f"Dense weights: {_dense_weights(saved)}.", "")
-    if "choices" in report:
+    if isinstance(report.get("choices"), dict):
         yield from ("```", _command(saved), "```", "")
         yield "Paths and other settings of the model and the data are not repeated here."
         yield ""
     for key in ("vitrim", "commit", "recipe_hash"):
         if report.get(key):
-            yield f"* {key}: {report[key]}"
-    versions = report.get("versions") or {"timm": timm_version}
-    yield f"* versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
-    yield f"* licence of timm's weights of this name: {_timm_licence(saved)}"
+            yield f"* {key}: {escape.cell(report[key])}"
+    known = report.get("versions")
+    versions = known if isinstance(known, dict) and known else {"timm": timm_version}
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield f"* versions: {escape.cell(listed)}"
+    yield f"* licence of timm's weights of this name: {escape.cell(_timm_licence(saved))}"
     yield ""
 
 
@@ -150,6 +153,6 @@ def _command(saved: SavedNetwork) -> str:
         words.append(f"target.{target.get('metric')}={target.get('keep')}")
     else:
         words.append(f"strength={report['strength']:g}")
-    if report["choices"]["method"] != "transfer":  # its variant names the run that it began with
-        words += [f"method.{word}" for word in (report.get("variant") or "").split()]
-    return " ".join(["vitrim", *words, f"seed={report.get('seed')}"])
+    if report["choices"].get("method") != "transfer":  # its variant names the run it began with
+        words += [f"method.{word}" for word in str(report.get("variant") or "").split()]
+    return " ".join(["vitrim", *map(escape.word, words), f"seed={report.get('seed')}"])

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vitrim.errors import VitrimError
+from vitrim.files import refuse_link
 
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "", "hf": ""}
 """The file of each format, in its folder; empty where it is the folder itself."""
@@ -63,6 +64,8 @@ def export(
     saved = read_network(run, image_size=image_size)
     formats.check_images(saved)
     folder = run / "export" / format_name if out is None else out
+    for path in (folder.parent, folder) if out is None else ():
+        refuse_link(path)
     with _staged(folder.absolute()) as stage:
         try:
             match format_name:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import yaml
 
-from vitrim.files import PHASES, PLAN, StoreError
+from vitrim.errors import is_count
+from vitrim.files import PHASES, PLAN, StoreError, read_bytes
 from vitrim.plan import MAX_BYTES, Plan, loads
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ _OPTIONAL: Mapping[str, tuple[type, ...]] = {
 _RENAMED = {"foretold": "predicted_latency"}
 """Keys of reports of version 0.1.0, and their names today."""
 _MAX_REPORT, _MAX_RECIPE = 2**22, 2**20  # bytes
-_MAX_KEYS, _MAX_TEXT, _MAX_NUMBER = 10_000, 500, 2.0**63
+_MAX_KEYS, _MAX_TEXT, _MAX_NUMBER, _MAX_PATH = 10_000, 500, 2.0**63, 2_000
+_MAX_SIDE, _MAX_CHANNELS = 2**16, 64
 _LARGEST = {"top1": 100.0, "top5": 100.0, "strength": 5.0}
 
 
@@ -120,7 +122,7 @@ def read_run(folder: Path) -> Run:
         RunFolderError: naming the file and what is wrong with it.
     """
     path = folder / REPORT
-    record = _flat(read_report(folder))
+    record = _flat(path, read_report(folder))
     names = (record.get("choices.method"), record.get("variant"))
     record["label"] = " ".join(name for name in names if isinstance(name, str) and name)
     schema = {**_REQUIRED, **{key: _MAYBE for key in record if key.startswith(QUANTIZED)}}
@@ -177,13 +179,37 @@ def read_recipe(folder: Path) -> Document:
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(_read_bytes(path, _MAX_RECIPE))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        recipe = yaml.safe_load(read_bytes(path, _MAX_RECIPE))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from None
     groups = ("model", "data")
     if not isinstance(recipe, dict) or any(type(recipe.get(g, {})) is not dict for g in groups):
         raise RunFolderError(f"{path} cannot be read: expected keys and values")
+    wrong = [key for key, check in _OF_MODEL.items() if not check(recipe.get("model", {}).get(key))]
+    if wrong:
+        raise RunFolderError(f"{path}: of a wrong type or out of range: model.{wrong[0]}")
     return recipe
+
+
+def _is_side(value: object) -> bool:
+    return value is None or (is_count(value) and value <= _MAX_SIDE)
+
+
+def _are_pixels(value: object) -> bool:
+    """Whether `value` is None or has a number per channel."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_CHANNELS:
+        return False
+    return all(type(n) in (int, float) and abs(n) < _MAX_NUMBER for n in value)
+
+
+_OF_MODEL: Mapping[str, Callable[[object], bool]] = {
+    "image_size": _is_side,
+    "mean": _are_pixels,
+    "std": _are_pixels,
+}
+"""What a recipe says of the images of its network, and whether that can be so."""
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -196,8 +222,8 @@ def read_plan(folder: Path) -> Plan | None:
     if not path.is_file():
         return None
     try:
-        return loads(_read_bytes(path, MAX_BYTES).decode(errors="replace"))
-    except ValueError as error:
+        return loads(read_bytes(path, MAX_BYTES).decode(errors="replace"))
+    except (ValueError, RecursionError, OSError) as error:
         raise RunFolderError(f"{path}: {error}; restore it or run again") from None
 
 
@@ -229,8 +255,12 @@ def _mentions(path: Path, key: str) -> bool:
     """Whether a JSON file may have this key: most plans do not, and need not be parsed."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return f'"{key}"'.encode() in file.read(MAX_BYTES)
+    try:
+        return f'"{key}"'.encode() in read_bytes(path, MAX_BYTES)
+    except StoreError:
+        return True  # too large: `read_plan` says so
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _steps(plan: Plan | None) -> tuple[Sequence[Mapping[str, object]], bool]:
@@ -244,31 +274,27 @@ def _steps(plan: Plan | None) -> tuple[Sequence[Mapping[str, object]], bool]:
 
 def _read_json(path: Path, limit: int) -> object:
     try:
-        return json.loads(_read_bytes(path, limit).decode(), parse_constant=_refuse_constant)
+        content = read_bytes(path, limit).decode()
+        return json.loads(content, parse_constant=_refuse_constant)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path}: no valid JSON ({error}); delete it and run again") from None
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"expected at most {limit:,} bytes")
-    return content
+        reason = str(error).removeprefix(f"{path}: ")
+        raise RunFolderError(f"{path}: no valid JSON ({reason}); delete it and run again") from None
 
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
 
 
-def _flat(report: Document) -> Document:
+def _flat(path: Path, report: Document) -> Document:
     """Return the values in `report`, nested keys joined by dots, in their order."""
     flat: Document = {}
     pending = [*reversed(report.items())]
     while pending:
         key, value = pending.pop()
+        if len(flat) > _MAX_KEYS or len(key) > _MAX_PATH:
+            raise RunFolderError(f"{path}: out of range, or no plain text: {key[:_MAX_TEXT]}")
         if isinstance(value, dict):
             pending += [(f"{key}.{name}", inner) for name, inner in reversed(value.items())]
         else:
@@ -326,7 +352,10 @@ def read_network(folder: Path, *, image_size: int | None = None) -> SavedNetwork
 
     net, plan = load(folder)
     recipe = read_recipe(folder)
-    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    report: Document = {}
+    if (folder / REPORT).exists():
+        read_run(folder)  # refuses what cannot be shown in a card
+        report = read_report(folder)
     preparation = {
         key: value for key, value in recipe.get("model", {}).items() if value is not None
     }

@@ -1,4 +1,4 @@
-"""The two writers of tables: for a terminal, by rich, and as Markdown.
+"""The two writers of tables: for a terminal, by rich, and as Markdown; both escape every cell.
 
 A table is a sequence of lines of texts, the headings first.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from vitrim import escape
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,18 +20,19 @@ def terminal_table(lines: Lines, *, left: int) -> Table:
     """Return a table for rich; the first `left` columns are aligned to the left and may wrap."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     head, *rest = lines
     for i, name in enumerate(head):
         table.add_column(
-            name.replace(" ", "\n"),
+            Text(escape.terminal(name).replace(" ", "\n")),
             justify="left" if i < left else "right",
             no_wrap=i >= left,
             vertical="bottom",
         )
     for line in rest:
-        table.add_row(*line)
+        table.add_row(*(Text(escape.terminal(cell)) for cell in line))
     return table
 
 
@@ -44,5 +47,5 @@ def markdown_table(lines: Lines, *, left: int) -> list[str]:
     if not lines:
         return []
     align = [":---" if i < left else "---:" for i in range(len(lines[0]))]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[escape.cell(cell) for cell in line] for line in lines]
     return [f"| {' | '.join(line)} |" for line in (cells[0], align, *cells[1:])]

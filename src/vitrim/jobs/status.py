@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vitrim.files import write
+from vitrim.files import read_bytes, write
 from vitrim.jobs.signals import Preempted
 
 _log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 def read_status(path: Path) -> dict[str, object]:
     """Return the content of a status file; empty where it is missing, damaged or too large."""
-    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
-        content = json.loads(file.read(_MAX_BYTES))
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_bytes(path, _MAX_BYTES))
         if isinstance(content, dict):
             return content
     return {}
@@ -102,9 +102,17 @@ def status_of(folder: Path) -> tuple[str, str]:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a run holds the lock of `folder`, or that cannot be known."""
+    """Whether a run holds the lock of `folder`, or that cannot be known.
+
+    A lock that is no regular file, as a link in somebody else's folder, is not opened.
+    """
+    lock = folder / LOCK
+    if not lock.is_symlink() and not lock.exists():
+        return False
+    if lock.is_symlink() or not lock.is_file():
+        return True
     try:
-        with FileLock(folder / LOCK, timeout=0):
+        with FileLock(lock, timeout=0):
             return False
     except (Timeout, OSError):
         return True

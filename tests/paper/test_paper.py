@@ -165,8 +165,9 @@ def test_a_malformed_result_is_refused_by_name(tmp_path: Path, content: str, exp
 def test_a_result_in_a_papers_setting_is_compared_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(RESULT))
     vtp = sections([], results(tmp_path))[0]
-    line = next(line for line in vtp.lines if "20%" in line[2])
-    assert line[3:12] == [
+    line = next(line for line in vtp.lines if "20%" in line[3])
+    assert line[2] == "ImageNet-1K"
+    assert line[4:13] == [
         "67.300",
         "not run",
         "-",

@@ -471,9 +471,12 @@ def test_the_prediction_of_an_earlier_version_has_its_present_name(tmp_path: Pat
 
 def test_a_published_row_without_a_strength_is_compared_with_ours(tmp_path: Path) -> None:
     target = {"metric": "params", "keep": 22050664}
-    report = document(method="mixed_rank", model="deit_base", strength=None, target=target)
+    no_images = {"top1": None, "cut": None, "dense": None}
+    choices = {"method": "mixed_rank", "model": "deit_base", "strength": None, "target": target}
+    report = document(**choices, **no_images)
     report["choices"]["experiment"] = "mixed_rank/deit_base_at_small"
     folder = save(tmp_path / "run")
     (folder / "report.json").write_text(json.dumps(report))
     (line,) = comparison(summarise([read_run(folder)]))
-    assert line[:2] == ["mixed_rank/deit_base_at_small", "-"]
+    assert line[1].startswith("ImageNet-1K")
+    assert [line[0], line[2]] == ["mixed_rank/deit_base_at_small", "-"]

@@ -37,7 +37,8 @@ _RENAMED = {
 class Published(NamedTuple):
     """A row of a paper's table; None is what the paper does not say.
 
-    `params` and `flops` are numbers of things, `top1` and `top5` percent.
+    `params` and `flops` are numbers of things, `top1` and `top5` percent. `params_step` and
+    `flops_step` are the units of the last digit that was printed.
     """
 
     paper: str
@@ -56,6 +57,8 @@ class Published(NamedTuple):
     experiment: str
     strength: float | None
     overrides: str
+    params_step: float
+    flops_step: float
 
     @property
     def evidence_level(self) -> str:
@@ -83,7 +86,7 @@ def published() -> tuple[Published, ...]:
 
 
 def match(record: Record) -> Published | None:
-    """Return the row that a run reproduces, or None.
+    """Return the row that a run was started for, or None (`agreement` says how they differ).
 
     That is the row of its experiment (or of its method and model of that name), strength and
     overrides; of several, the one with the most overrides. A run with other options of the method
@@ -140,7 +143,11 @@ def _row(line: Mapping[str, str]) -> Published:
         value = number(name)
         return None if value is None else round(value * unit)
 
+    def step(name: str, unit: float) -> float:
+        return unit * 10.0 ** -len(line[name].partition(".")[2])
+
     macs = count("macs_G", 1e9)
+    of_flops = step("flops_G", 1e9) if line["flops_G"] else step("macs_G", 2e9)
     return Published(
         **{name: line[name] for name in ("paper", "table", "dataset", "model", "method")},
         setting=line["setting"],
@@ -154,4 +161,6 @@ def _row(line: Mapping[str, str]) -> Published:
         experiment=line["experiment"],
         strength=number("strength"),
         overrides=line["overrides"],
+        params_step=step("params_M", 1e6),
+        flops_step=of_flops,
     )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from vitrim import escape
+from vitrim.deploy.runfolder import Record
 from vitrim.deploy.table import Lines, markdown_table
 from vitrim.paper import Published, match, published
-from vitrim.report.summary import Row, fixed
+from vitrim.paper.agreement import differences
+from vitrim.paper.counts import COUNTS
+from vitrim.report.summary import Row, budget_of, fixed
 
 HEAD = [
     "row",
+    "data set",
     "strength",
     "params",
     "delta",
@@ -25,22 +31,69 @@ HEAD = [
 ]
 TITLE = "Comparison with published numbers"
 NOTE = (
-    "*delta* is ours minus the published number. FLOPs as published are counted as in the paper "
-    "where its count differs from the true one; MB are params / 2^20, one byte each. *lost* is the "
-    "loss of accuracy in percent of the dense accuracy: evaluations differ between papers, so "
-    "compare it before the accuracies."
+    "*delta* is ours minus the published number, 0 where they agree in all digits that were "
+    "printed. FLOPs as published are counted as the paper counts them; MB are params / 2^20, one "
+    "byte each. *lost* is the loss of accuracy in percent of the dense accuracy: evaluations "
+    "differ between papers, so compare it before the accuracies. Only runs with the weights, data "
+    "set, number of evaluated images and recipe of a row are compared with it."
 )
+
+
+class Repeated(NamedTuple):
+    """The rows that repeat a published one, and a sentence on each that differs from its row."""
+
+    pairs: list[tuple[Row, Published]]
+    others: list[str]
+
+
+def repeated(rows: Sequence[Row]) -> Repeated:
+    """Return which rows repeat a published row, and in what the others differ from theirs."""
+    matched = [(row, paper) for row in rows if (paper := match(row.record)) is not None]
+    found = [(row, paper, differences(row.record, paper)) for row, paper in matched]
+    return Repeated(
+        [(row, paper) for row, paper, differing in found if not differing],
+        [
+            f"{row.record['series']} {budget_of(row.record)}: not compared with {_name(paper)}: "
+            f"{'; '.join(differing)}"
+            for row, paper, differing in found
+            if differing
+        ],
+    )
+
+
+def _name(paper: Published) -> str:
+    parts = (paper.paper, paper.table, paper.model, paper.method, paper.dataset)
+    return ", ".join(filter(None, parts))
 
 
 def comparison(rows: Sequence[Row]) -> list[list[str]]:
     """Return a line per row that a paper published, ours first; a dash means unknown."""
-    pairs = [(row, match(row.record)) for row in rows]
-    return [_line(row, paper) for row, paper in pairs if paper is not None]
+    return [_line(row, paper) for row, paper in repeated(rows).pairs]
+
+
+def counted_flops(record: Record, paper: Published) -> int | None:
+    """Return the FLOPs of a run as the paper counts them; None where its report does not say."""
+    key = COUNTS.get(paper.paper, "")
+    counted = record.get(f"compact.paper_flops.{key}")
+    if counted is None and key != "dcvit":  # of a report that has no other count
+        counted = record.get("compact.flops_blog", record["compact.flops"])
+    return counted if isinstance(counted, int) else None
+
+
+def difference(ours: float, theirs: float | None, step: float) -> float | None:
+    """Return ours minus theirs; 0 where both have the same digits down to `step`.
+
+    >>> difference(86_567_656, 86_600_000, 1e5), difference(86_549_999, 86_600_000, 1e5)
+    (0, -50001)
+    """
+    if theirs is None:
+        return None
+    return 0 if abs(ours - theirs) <= step / 2 else ours - theirs
 
 
 def _line(row: Row, paper: Published) -> list[str]:
     params, flops = row.record["compact.params"], row.record["compact.flops"]
-    counted = row.record.get("compact.flops_blog", flops)
+    counted = counted_flops(row.record, paper)
     dense = next(
         (
             other.top1
@@ -51,11 +104,12 @@ def _line(row: Row, paper: Published) -> list[str]:
     )
     return [
         paper.experiment,
+        paper.dataset,
         fixed(row.record["strength"], "g"),
         f"{params:,}",
-        _difference(params, paper.params),
-        f"{counted:,}",
-        _difference(counted, paper.flops),
+        _signed(difference(params, paper.params, paper.params_step)),
+        "-" if counted is None else f"{counted:,}",
+        "-" if counted is None else _signed(difference(counted, paper.flops, paper.flops_step)),
         f"{flops:,}",
         f"{params / 2**20:.2f}",
         fixed(row.mean("compact.top1")),
@@ -66,8 +120,8 @@ def _line(row: Row, paper: Published) -> list[str]:
     ]
 
 
-def _difference(ours: int, theirs: int | None) -> str:
-    return "-" if theirs is None else f"{ours - theirs:+,}" if ours != theirs else "0"
+def _signed(number: float | None) -> str:
+    return "-" if number is None else f"{number:+,.0f}" if number else "0"
 
 
 def _lost(accuracy: float | None, dense: float | None) -> str:
@@ -76,8 +130,12 @@ def _lost(accuracy: float | None, dense: float | None) -> str:
     return f"{100 * (dense - accuracy) / dense:.2f}"
 
 
-def markdown(lines: Lines) -> list[str]:
-    """Return the comparison as a section of Markdown; none if there is nothing to compare."""
-    if not lines:
+def markdown(lines: Lines, others: Sequence[str] = ()) -> list[str]:
+    """Return the comparison as a section of Markdown; none if there is nothing to compare.
+
+    `others` are the sentences on rows that differ from their published one.
+    """
+    if not lines and not others:
         return []
-    return [f"## {TITLE}", "", *markdown_table([HEAD, *lines], left=1), "", NOTE, ""]
+    table = [*markdown_table([HEAD, *lines], left=2), "", NOTE, ""] if lines else []
+    return [f"## {TITLE}", "", *table, *(f"* {escape.markdown(line)}" for line in others), ""]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vitrim import escape
 from vitrim.report.summary import NAMES, Row, macs_unit, sections
 
 if TYPE_CHECKING:
@@ -122,10 +124,10 @@ def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
     """Return the figure as a PNG, its legend above it."""
     content = io.BytesIO()
     columns = _columns([str(handle.get_label()) for handle in handles])
-    legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may have dollars in it
-    figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in any script
+        figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
     return content.getvalue()
 
 
@@ -149,7 +151,8 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
         for by_target, part in groupby(series, key=_target_metric):
             look = line_look(index) | (_BY_TARGET if by_target else {})
             if points := line_of([*part], panel, panel.y):
-                axes.errorbar(points.x, points.y, points.std, **look, capsize=2, elinewidth=0.8)
+                look |= {"capsize": 2, "elinewidth": 0.8, "clip_on": False}
+                axes.errorbar(points.x, points.y, points.std, **look)
     if panel.y in (ACCURACY[0], _BEFORE_RECOVERY[0]):
         axes.label_outer()
         for level in dense_levels(rows):
@@ -191,7 +194,8 @@ def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], label=label, **line_look(i)) for i, label in enumerate(labelled(rows))
+        Line2D([], [], label=escape.figure(label), **line_look(i))
+        for i, label in enumerate(labelled(rows))
     ]
     if any(_target_metric(row) for row in rows):
         look = line_look(0) | _BY_TARGET | {"color": "0.4"}

@@ -14,14 +14,15 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from vitrim import escape
 from vitrim.deploy.runfolder import Run, read_plan
 from vitrim.deploy.table import Lines
 from vitrim.errors import VitrimError
 from vitrim.jobs.status import status_of
-from vitrim.paper import match, published
+from vitrim.paper import Published, published
 from vitrim.report import compare
 from vitrim.report.heatmap import Heatmap, heatmap
-from vitrim.report.summary import budget_of, fixed
+from vitrim.report.summary import budget_of, fixed, summarise
 
 ALTS = {
     "curve.png": "Accuracy by strength and by MACs",
@@ -36,13 +37,15 @@ _FILES = ("report.json", "plan.json", "recipe.yaml", "bench.json")
 class Tables(NamedTuple):
     """The tables of a page, headings first, and the sentences that belong to them.
 
-    `results` are pairs of a caption and a table; `int8` and `compared` may be empty.
+    `results` are pairs of a caption and a table; `int8` and `compared` may be empty. `others` says
+    which rows differ from the published row that they were started for.
     """
 
     results: Sequence[tuple[str, Lines]]
     int8: Lines
     int8_note: str
     compared: Lines
+    others: Sequence[str]
     commits: str
     settings: str
 
@@ -74,6 +77,7 @@ def html(
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_printable,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
@@ -86,24 +90,29 @@ def html(
         alts=ALTS,
         comparison=compare.TITLE,
         comparison_note=compare.NOTE,
-        not_run=not_run(runs),
+        not_run=not_run([paper for _, paper in compare.repeated(summarise(runs)).pairs]),
         block_numbers={block: _numbers(block) for block in blocks},
         tables=tables,
     )
 
 
-def not_run(runs: Sequence[Run]) -> list[list[str]]:
-    """Return headings, and a line per published row that none of the runs reproduces."""
-    reproduced = [match(run.record) for run in runs]
-    head = ["paper", "table", "model", "method", "setting", "MACs G", "top-1", "verified"]
+def _printable(value: object) -> object:
+    """Return a text in which every character can be printed; jinja escapes its tags."""
+    return escape.html(value) if type(value) is str else value
+
+
+def not_run(reproduced: Sequence[Published]) -> list[list[str]]:
+    """Return headings, and a line per published row that is none of those reproduced."""
+    head = ["paper", "table", "data set", "model", "method", "setting"]
+    head += ["MACs G", "top-1", "verified"]
     return [
         head,
         *(
             [
-                *(row.paper, row.table, row.model, row.method, row.setting),
+                *(row.paper, row.table, row.dataset, row.model, row.method, row.setting),
                 fixed(None if row.flops is None else row.flops / 2e9, ".3f"),
                 fixed(row.top1),
-                "yes" if row.verified else "no",
+                row.evidence_level,
             ]
             for row in published()
             if row not in reproduced

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vitrim.deploy.table import Lines
-from vitrim.paper import Published, match, published
+from vitrim.paper import Published, published
 from vitrim.paper.results import Result
+from vitrim.report.compare import counted_flops, difference, repeated
 from vitrim.report.summary import Row, fixed
 
 SOURCES = ("VTP", "AIminify blog", "DC-ViT", "Mixed-rank (2402.06004)")
-OTHER_COUNT = ("DC-ViT",)
-"""Papers whose MACs omit the matrix products of attention: ours are not comparable with them."""
 HEAD = [
-    *("table", "network", "method"),
+    *("table", "network", "data set", "method"),
     *("params M", "ours", "delta"),
     *("MACs G", "ours", "delta"),
     *("top-1", "ours", "delta"),
@@ -25,8 +24,10 @@ NOTE = (
     "A dash: not known. *delta* is ours minus the published number. *evidence* says how a "
     "published number is known: primary (read in the paper, or its authors' own page or code), "
     "derived (by the rules of their code), quoted (read in another publication's table), summary "
-    "(second-hand), memory, none (not recovered). DC-ViT counts MACs in another way, so there is "
-    "no delta. Accuracies of AIminify are by an evaluation of its own: compare what is lost."
+    "(second-hand), memory, none (not recovered). MACs are counted as the paper counts them; a "
+    "delta of 0 agrees in all digits that were printed. A run is shown next to a row only if it "
+    "has its weights, data set, number of evaluated images and recipe; without images it repeats "
+    "the structure. Accuracies of AIminify are by an evaluation of its own: compare what is lost."
 )
 
 
@@ -39,17 +40,17 @@ class Ours(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A table with its title, and a note below; its first `left` columns are texts."""
+    """A table with its title, and notes below; its first `left` columns are texts."""
 
     title: str
     lines: Lines
     left: int
-    note: str = ""
+    notes: Sequence[str] = ()
 
 
 def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
     """Return a section per source, and one per result that was measured in a setting of our own."""
-    known = dict(_ours(rows, results))
+    known, others = dict(_ours(rows, results)), repeated(rows).others
     papers = [
         Section(
             f"{source}: published and ours",
@@ -57,7 +58,8 @@ def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
                 HEAD,
                 *(_line(row, known.get(_key(row))) for row in published() if row.paper == source),
             ],
-            left=3,
+            left=4,
+            notes=[line for line in others if f"not compared with {source}, " in line],
         )
         for source in SOURCES
     ]
@@ -87,12 +89,10 @@ def _ours(rows: Sequence[Row], results: Sequence[Result]) -> Iterator[tuple[_Key
         if result.setting == "paper":
             for figure in result.figures:
                 yield _committed(figure)
-    for row in sorted(rows, key=lambda row: row.mean("compact.top1") is not None):
-        paper = match(row.record)
-        if paper is not None:
-            record = row.record
-            flops = record.get("compact.flops_blog", record["compact.flops"])
-            yield _key(paper), Ours(record["compact.params"], flops, row.mean("compact.top1"))
+    ordered = sorted(rows, key=lambda row: row.mean("compact.top1") is not None)
+    for row, paper in repeated(ordered).pairs:
+        flops = counted_flops(row.record, paper)
+        yield _key(paper), Ours(row.record["compact.params"], flops, row.mean("compact.top1"))
 
 
 def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ours]:
@@ -100,7 +100,8 @@ def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ou
         value = figure.get(name)
         return None if value is None else float(value)
 
-    params, flops = number("params"), number("flops")
+    flops_key = "paper_flops" if "paper_flops" in figure else "flops"
+    params, flops = number("params"), number(flops_key)
     ours = Ours(
         None if params is None else round(params),
         None if flops is None else round(flops),
@@ -112,13 +113,13 @@ def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ou
 
 def _line(row: Published, ours: Ours | None) -> list[str]:
     params, flops, top1 = ours or Ours(None, None, None)
-    macs = "other count" if row.paper in OTHER_COUNT and row.flops and flops else None
     return [
         row.table,
         row.model,
+        row.dataset,
         ", ".join(filter(None, (row.method, row.setting))),
-        *_triple(row.params, params, 1e6),
-        *_triple(row.flops, flops, 2e9, instead=macs),
+        *_triple(row.params, params, 1e6, row.params_step),
+        *_triple(row.flops, flops, 2e9, row.flops_step),
         *_triple(row.top1, top1),
         row.evidence,
         row.evidence_level,
@@ -126,25 +127,23 @@ def _line(row: Published, ours: Ours | None) -> list[str]:
 
 
 def _triple(
-    theirs: float | None, ours: float | None, unit: float = 1, *, instead: str | None = None
+    theirs: float | None, ours: float | None, unit: float = 1, step: float = 0
 ) -> list[str]:
     """Return a published number, ours and the difference, in this unit."""
     form = ".2f" if unit == 1 else ".3f"
-    scaled = [None if value is None else value / unit for value in (theirs, ours)]
-    difference = None if theirs is None or ours is None else ours - theirs
-    text = "-" if difference is None else f"{difference / unit:+{form}}" if difference else "0"
+    delta = None if ours is None else difference(ours, theirs, step)
     return [
-        fixed(scaled[0], form),
-        NOT_RUN if ours is None else fixed(scaled[1], form),
-        instead or text,
+        fixed(None if theirs is None else theirs / unit, form),
+        NOT_RUN if ours is None else fixed(ours / unit, form),
+        "-" if delta is None else f"{delta / unit:+{form}}" if delta else "0",
     ]
 
 
 def _own(result: Result) -> Section:
     head = [name.replace("_", " ") for name in result.columns]
     lines = [[_cell(figure.get(name)) for name in result.columns] for figure in result.figures]
-    note = f"`{result.command}`. {result.provenance}"
-    return Section(f"Our own setting: {result.title}", [head, *lines], left=1, note=note)
+    note = f"{result.command}. {result.provenance}"
+    return Section(f"Our own setting: {result.title}", [head, *lines], left=1, notes=[note])
 
 
 def _cell(value: str | int | float | None) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from operator import lt
 from typing import NamedTuple
 
+from vitrim import escape
 from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
 from vitrim.report.figure import (
     ACCURACY,
@@ -31,6 +32,7 @@ from vitrim.report.summary import NAMES, Row
 
 MAX_POINTS = 10_000
 MAX_CHARTS = 12
+_TITLE_WIDTH = 50  # characters of a title's line above one of two columns
 _KEYS = ("rank", "energy", "error", "plain_error")
 _LARGEST = {"energy": 1.0, "error": 1e6, "plain_error": 1e6}
 _NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)  # nothing that a label would take for mathematics
@@ -204,10 +206,11 @@ def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
         grid = [*figure.subplots(height, columns, squeeze=False, sharey=True).flat]
         for axes, chart in zip(grid, shown, strict=False):
             frame(axes, x_label, y_label)
-            axes.set_title(chart.title, fontsize=8, parse_math=False)
+            width = _TITLE_WIDTH * 2 // columns
+            axes.set_title(escape.figure(chart.title, width=width), fontsize=8)
             for line in chart.lines:
                 look = looks[line.label] | (dashed if line.reference else {})
-                axes.plot(line.x, line.y, **look)
+                axes.plot(line.x, line.y, **look, clip_on=False)  # markers on the axes are whole
             axes.set(xlim=(0, None), ylim=(0, None))
         for axes in grid[len(shown) :]:
             axes.remove()

@@ -87,13 +87,19 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
     return [_row([_derive(run.record) for run in cell]) for _, cell in cells]
 
 
-def order(run: Run) -> tuple[str, bool, float, str, float, int, str]:
-    """Sort by series, then the mildest cut first, then seed; all but the last two make a row."""
+def order(run: Run) -> tuple[str, bool, float, str, float, str, int, str]:
+    """Sort by series, then the mildest cut first, then seed; all but the last two make a row.
+
+    Runs on other weights or images, or on fewer images, are rows of their own.
+    """
     record, strength = run.record, run.record["strength"]
     metric, keep = record["target.metric"], record["target.keep"]
     mildest_first = keep if metric == "blocks" else -keep
     budget = (strength is None, strength or 0.0, metric, mildest_first)
-    return (record["series"], *budget, record["seed"], str(run.folder))
+    evaluated = [record.get(key) for key in ("evaluated_images", "dataset.content")]
+    if record.get("weights.source") in ("timm", "checkpoint"):  # others depend on the seed
+        evaluated.append(record.get("weights.sha256"))
+    return (record["series"], *budget, repr(evaluated), record["seed"], str(run.folder))
 
 
 def _derive(record: Record) -> Record:
@@ -112,7 +118,9 @@ def _row(records: Sequence[Record]) -> Row:
     quantized = sorted({key for record in records for key in record if key.startswith(QUANTIZED)})
     measures = (*MEASURED, "kept_macs", "kept_params", "delta", *quantized)
     spreads = {measure: spread_of(per_seed(records, measure)) for measure in measures}
-    if len({tuple(map(record.get, SETTINGS)) for record in records}) > 1:
+    settings = {tuple(map(record.get, SETTINGS)) for record in records}
+    unknown = any(None in setting for setting in settings)  # of earlier versions: threads
+    if len(records) > 1 and (len(settings) > 1 or unknown):
         spreads.update(dict.fromkeys(LATENCY))  # a mean over machines means nothing
     return Row(records[0], spreads)
 

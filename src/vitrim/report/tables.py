@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from vitrim import files
-from vitrim.deploy.runfolder import SETTINGS, Run, find_runs, read_run
+from vitrim import escape, files
+from vitrim.deploy.runfolder import SETTINGS, Run
 from vitrim.deploy.table import markdown_table, terminal_table
 from vitrim.paper.results import ABSENT, results
 from vitrim.report import compare, papers, trial_figure
@@ -28,7 +28,6 @@ from vitrim.report.summary import (
     budget_of,
     fixed,
     macs_unit,
-    order,
     sections,
     summarise,
 )
@@ -122,50 +121,51 @@ def show(rows: Sequence[Row]) -> None:
     from rich.console import Console
 
     width = max(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
-    console = Console(width=width, markup=False, highlight=False)
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
     for (model, data), part in sections(rows).items():
-        title = f"{model} on {data}"
+        title = escape.terminal(f"{model} on {data}")
         table = terminal_table(_without_names(results_table(part)), left=2)
         console.print(title, table, "", sep="\n")
         if int8 := int8_table(part):
             table = terminal_table(_without_names(int8), left=3)
             console.print(f"{title} in int8", table, "", sep="\n")
-    lines = compare.comparison(rows)
+    lines, others = compare.comparison(rows), compare.repeated(rows).others
     if lines:
-        console.width = max(console.width, 165)  # numbers are not cut short
-        table = terminal_table([compare.HEAD, *lines], left=1)
+        console.width = max(console.width, 190)  # numbers are not cut short
+        table = terminal_table([compare.HEAD, *lines], left=2)
         console.print(compare.TITLE, table, "", sep="\n")
+    if others:
+        print(*map(escape.terminal, others), "", sep="\n")
 
 
-def show_papers(roots: Sequence[Path], out: Path | None) -> None:
-    """Print every published row with our numbers, and write report/paper.md.
-
-    Without runs, and without a folder for them, nothing is written and every row is "not run".
-    """
+def show_papers(runs: Sequence[Run], folder: Path | None) -> None:
+    """Print every published row with our numbers, and write paper.md into `folder`, if any."""
     from rich.console import Console
 
-    existing = [root for root in roots if root.is_dir() or roots != OUTPUTS]
-    finished, _ = find_runs(existing, empty=True)
-    rows = summarise(sorted((read_run(folder) for folder in finished), key=order))
-    measured = results()
+    if folder is not None:
+        files.own_folder(folder)
+    rows, measured = summarise(runs), results()
     parts, notes = papers.sections(rows, measured), [papers.NOTE, *([] if measured else [ABSENT])]
-    console = Console(width=165, markup=False, highlight=False)
+    console = Console(width=190, markup=False, highlight=False, emoji=False)
     for part in parts:
         table = terminal_table(part.lines, left=part.left)
-        console.print(part.title, table, part.note, "", sep="\n")
+        console.print(part.title, table, sep="\n")
+        console.print(*map(escape.terminal, part.notes), "", sep="\n")
     console.print(*notes, sep="\n")
-    folder = out or next(iter(existing), None)
     if folder is not None:
         content = "\n".join(_papers_markdown(parts, notes)).encode()
-        print(*_write(folder / "report", {"paper.md": content}), sep="\n")
+        print(*map(escape.terminal, _write(folder, {"paper.md": content})), sep="\n")
 
 
 def _papers_markdown(parts: Sequence[papers.Section], notes: Sequence[str]) -> Iterator[str]:
     for part in parts:
-        yield from (f"## {part.title}", "", *markdown_table(part.lines, left=part.left))
-        yield from ("", part.note, "")
+        yield from (f"## {escape.markdown(part.title)}", "")
+        yield from (*markdown_table(part.lines, left=part.left), "")
+        yield from (f"* {escape.markdown(note)}" for note in part.notes)
+        yield ""
     yield from (*notes, "", "## Commands of the published rows", "")
-    yield from (f"- {name}: `{command}`" for name, command in papers.commands())
+    for name, command in papers.commands():
+        yield f"- {escape.markdown(name)}: {escape.code(command)}"
     yield ""
 
 
@@ -182,6 +182,7 @@ def write(
 
     `notes` are lines on the unfinished runs. `page` adds report.html, which needs no other file.
     """
+    files.own_folder(folder)
     pictures = {"curve.png": draw(rows), **figures(runs, rows), **trial_figure.figure(runs)}
     contents = {
         **pictures,
@@ -194,7 +195,7 @@ def write(
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+    files.own_folder(folder)
     for name, content in contents.items():
         files.write(folder / name, partial(Path.write_bytes, data=content))
     return [folder.absolute() / name for name in contents]
@@ -209,7 +210,7 @@ def _page(
 ) -> str:
     from vitrim.report.page import Tables, html
 
-    compared = compare.comparison(rows)
+    compared, others = compare.comparison(rows), compare.repeated(rows).others
     tables = Tables(
         results=[
             (f"{model} on {data}", _without_names(results_table(part)))
@@ -218,6 +219,7 @@ def _page(
         int8=int8_table(rows),
         int8_note=INT8_NOTE,
         compared=[compare.HEAD, *compared] if compared else [],
+        others=others,
         commits=_distinct(runs, ("commit", "dirty")),
         settings=_distinct(runs, SETTINGS),
     )
@@ -228,9 +230,11 @@ def csv_text(runs: Sequence[Run]) -> str:
     """Return one line per run, every entry of its report in full precision; empty means null."""
     keys = sorted({key for run in runs for key in run.record})
     text = io.StringIO()
-    lines = csv.DictWriter(text, ["folder", *keys], lineterminator="\n")
-    lines.writeheader()
-    lines.writerows({"folder": run.folder.as_posix(), **run.record} for run in runs)
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(map(escape.csv, ["folder", *keys]))
+    for run in runs:
+        values = [run.folder.as_posix(), *map(run.record.get, keys)]
+        lines.writerow(map(escape.csv, values))
     return text.getvalue()
 
 
@@ -242,22 +246,29 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], notes: Sequence[str]) -> 
     explanation = [
         "Accuracies in percent: *cut* before recovery, *final* after it, as mean ± sample standard",
         "deviation over n seeds; *delta* is final minus dense. MACs of one image.",
-        f"Latency (batch, device, precision, threads): {_distinct(runs, SETTINGS)}.",
-        f"Commit (uncommitted changes): {_distinct(runs, ('commit', 'dirty'))}.",
+        f"Latency (batch, device, precision, threads): {_markdown_distinct(runs, SETTINGS)}.",
+        f"Commit (uncommitted changes): {_markdown_distinct(runs, ('commit', 'dirty'))}.",
         f"Runs: {len(runs)} finished; {len(notes)} unfinished, omitted.",
-        *(f"\n* {line}" for line in notes),
+        *(f"\n* {escape.markdown(line)}" for line in notes),
     ]
     int8 = markdown_table(int8_table(rows), left=5)
     parts = ["## In int8", "", *int8, "", INT8_NOTE, ""] if int8 else []
-    parts += compare.markdown(compare.comparison(rows))
-    parts += [line for sentence in trial_figure.lines(runs) for line in (f"{sentence}.", "")]
+    parts += compare.markdown(compare.comparison(rows), compare.repeated(rows).others)
+    for sentence in trial_figure.lines(runs):
+        parts += [f"{escape.markdown(sentence)}.", ""]
     table = markdown_table(results_table(rows), left=4)
     return "\n".join([*table, "", *explanation, "", *parts, "![curves](curve.png)", ""])
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
-    texts = {" ".join(str(run.record[key]) for key in keys if key in run.record) for run in runs}
+    """Return the different values of `keys` in the runs; a dash is what a report does not say."""
+    values = [[run.record.get(key) for key in keys] for run in runs]
+    texts = {" ".join("-" if value is None else str(value) for value in line) for line in values}
     return "; ".join(sorted(texts))
+
+
+def _markdown_distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
+    return escape.cell(_distinct(runs, keys))
 
 
 def log_wandb(rows: Sequence[Row], png: Path, *, mode: Literal["offline", "online"]) -> None:
@@ -265,6 +276,7 @@ def log_wandb(rows: Sequence[Row], png: Path, *, mode: Literal["offline", "onlin
     try:
         import wandb
 
+        files.own_folder(png.parents[1] / "wandb")
         with wandb.init(
             project="vitrim",
             job_type="report",

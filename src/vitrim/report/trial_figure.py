@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vitrim import escape
 from vitrim.deploy.runfolder import Run, RunFolderError, read_diagnostic
 from vitrim.report.summary import target_of
+
+_LARGEST = 1e12
+"""Of a trial's score."""
 
 
 class TrialCorrelation(NamedTuple):
@@ -87,7 +91,7 @@ def trials_of(run: Run) -> tuple[dict[str, float], list[str]]:
     trials, blocks = diagnostic.value, diagnostic.notes.get("blocks")
     if not isinstance(trials, dict) or not isinstance(blocks, list):
         return {}, []
-    if not all(type(score) in (int, float) for score in trials.values()):
+    if not all(type(n) in (int, float) and abs(n) <= _LARGEST for n in trials.values()):
         raise RunFolderError(f"{diagnostic.where}: expected a number by block")
     return trials, [block for block in blocks if isinstance(block, str)]
 
@@ -121,8 +125,8 @@ def figure(runs: Sequence[Run]) -> dict[str, bytes]:
             look = line_look(index) | {"linestyle": ""}
             axes.plot(group.scores, group.lost, **look)
             for block, x, y in zip(group.blocks, group.scores, group.lost, strict=True):
-                number = block.rpartition(".")[2]
+                number = escape.figure(block.rpartition(".")[2])
                 axes.annotate(number, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-            label = f"{group.label}: rank correlation {group.correlation:.2f}"
+            label = escape.figure(f"{group.label}: rank correlation {group.correlation:.2f}")
             handles.append(Line2D([], [], label=label, **look))
         return {"scores.png": png(picture, handles)}

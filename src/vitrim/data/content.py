@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from torchvision.datasets.cifar import CIFAR10
 
@@ -39,8 +39,8 @@ def describe_images(data: Data | None) -> dict[str, object]:
 def _entries(images: object) -> list[str] | None:
     """Return a line per image, its name and label; None where they are not known."""
     if isinstance(images, TolerantDataset | StrictDataset):
-        names = ("/".join(Path(name).parts[-2:]) for name in images.names)
-        return [f"{name} {label}" for name, label in zip(names, images.labels, strict=True)]
+        names = (name.replace(os.sep, "/").rsplit("/", 2)[-2:] for name in images.names)
+        return [f"{'/'.join(n)} {label}" for n, label in zip(names, images.labels, strict=True)]
     if isinstance(images, CIFAR10):
         return [str(label) for label in images.targets]
     return None

@@ -53,6 +53,8 @@ _REQUIRED: Mapping[str, tuple[type, ...]] = {
 _OPTIONAL: Mapping[str, tuple[type, ...]] = {
     **{"choices.experiment": (str, type(None)), "compact.flops_blog": _COUNT},
     **dict.fromkeys(SETTINGS, (*_MAYBE, str)),
+    **dict.fromkeys(("evaluated_images", "dataset.classes"), (int, type(None))),
+    **dict.fromkeys(("weights.name", "weights.source", "weights.sha256"), (str, type(None))),
 }
 _RENAMED = {"foretold": "predicted_latency"}
 """Keys of reports of version 0.1.0, and their names today."""

@@ -70,9 +70,10 @@ def sections(rows: Sequence[Row], results: Sequence[Result]) -> list[Section]:
 def commands() -> list[tuple[str, str]]:
     """Return the names of the rows that a command of ours runs, and that command."""
     return [
-        (", ".join(filter(None, (row.paper, row.table, row.model, row.method, row.setting))), words)
+        (", ".join(filter(None, names)), words)
         for row in published()
         if row.paper in SOURCES and (words := row.command)
+        for names in [(row.paper, row.table, row.model, row.dataset, row.method, row.setting)]
     ]
 
 

@@ -16,9 +16,8 @@ import yaml
 from vitrim.cli.checks import Config
 from vitrim.cli.recipe import LATENCY_TARGETS, NOT_RECIPE, identifying
 from vitrim.cli.renamed import RENAMED_VALUES, present_key
-from vitrim.files import digest, read_text
+from vitrim.files import digest
 
-_MAX_BYTES = 2**20  # of a recipe
 CONSTANTS: Config = {
     "batchnorm_images": 512,
     "method.power_iterations": 30,
@@ -54,7 +53,7 @@ def earlier_run(out: Path, label: str, point: str, recipe: Config) -> Path | Non
     for report in sorted(out.glob(f"{escape(label)}-*/{escape(point)}-*/report.json")):
         folder = report.parent
         try:
-            known = cast(Config, yaml.safe_load(read_text(folder / "recipe.yaml", _MAX_BYTES)))
+            known = cast(Config, yaml.safe_load((folder / "recipe.yaml").read_text()))
             named = f"{point}-{digest(_identifying_then(known, recipe))}"
             if folder.name == named and _translated(known, recipe) == recipe:
                 return folder

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     """Return the identity of a run and its folder, which is an earlier version's if it has one."""
-    from vitrim.data.content import describe_images
+    from vitrim.data.description import describe_images
     from vitrim.data.outputs import listing
     from vitrim.method import Revised
     from vitrim.pipeline import Identity

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from conftest import MIXED
-from vitrim.data.content import describe_images
+from vitrim.data.description import describe_images
 from vitrim.data.digits import Digits
 from vitrim.data.imagefolder import image_folder
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from conftest import MIXED
+from conftest import images_in
 from vitrim.data.description import describe_images
 from vitrim.data.digits import Digits
-from vitrim.data.imagefolder import image_folder
 
 
 def folder_of(root: Path, **changes: Any) -> Any:
@@ -20,10 +19,7 @@ def folder_of(root: Path, **changes: Any) -> Any:
                 (root / split / name).mkdir(parents=True)
                 for index in range(n):
                     Image.new("RGB", (8, 8)).save(root / split / name / f"{index}.png")
-    known = {"root": str(root), "train": "train", "val": "val", "classes": None, "class_seed": 0}
-    known |= {"samples": None, "samples_seed": 0, "batch_size": 2, "workers": 0}
-    known |= {"bad_images": {"limit": 0.0, "evaluation": "fail"}, "augmentation": {}}
-    return image_folder(**{**known, "mixing": MIXED, **changes})
+    return images_in(root, **changes)
 
 
 def test_a_folder_of_images_is_known_by_names_and_labels(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ SHORT = (
     "method.trial.training.epochs=1",
     "method.tuning.training.epochs=1",
     "method.sampling.images=128",
+    "trainer.limit_val_batches=1",
 )
 
 

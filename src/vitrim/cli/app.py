@@ -70,6 +70,7 @@ def _job(cfg: DictConfig) -> str:
     hydra_cfg = HydraConfig.get()
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
+        sweep.refuse_nested()
         checks.one_process(cfg.trainer)
         out = Path(cfg.out).absolute()
         return sweep.run_job(_job_arguments(), out=out, minutes=cfg.sweep.minutes)
@@ -77,13 +78,13 @@ def _job(cfg: DictConfig) -> str:
 
 
 def _job_arguments() -> list[str]:
-    """Return the command line of one job of a sweep."""
+    """Return the command line of one job of a sweep, which is a single run whatever yamls say."""
     cfg = HydraConfig.get()
     of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
     kept = [word for word in cfg.overrides.hydra if not word.lstrip("+~").startswith(of_sweeps)]
     sources = [source for source in cfg.runtime.config_sources if source.provider == "command-line"]
     folders = [word for source in sources for word in ("--config-dir", str(source.path))]
-    return [*folders, *kept, *cfg.overrides.task]
+    return [*folders, *kept, "hydra.mode=RUN", *cfg.overrides.task]
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

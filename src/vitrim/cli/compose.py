@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitrim.cli import checks, guard
 from vitrim.cli.checks import Config
+from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import PHASES, writable
@@ -56,7 +57,7 @@ def build_job(cfg: DictConfig) -> Job:
     """
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
     built, wrong = _build(cfg, GROUPS)
-    problems = [*checks.check_keys(raw), *wrong]
+    problems = [*root_problems(raw, CONF / "run.yaml", GROUPS), *checks.check_keys(raw), *wrong]
     if "method" in built:  # its target is checked with the other choices, whatever is wrong there
         try:
             built["target"] = _target(cfg, built["method"])
@@ -137,17 +138,38 @@ def _latency_table(model: Timm, latency: Config, grid: Config, out: Path) -> Lat
     )
 
 
-def _build(cfg: DictConfig, groups: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Build what these groups choose; return it by group, and what is wrong with the others."""
-    built, problems = {}, []
+def _build(
+    cfg: DictConfig, groups: Iterable[str], *, saved: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Build what these groups choose; return it by group, and what is wrong with the others.
+
+    Keys of the groups in `saved` are those of an earlier run, whatever they are called now.
+    """
+    built: dict[str, Any] = {}
+    problems: list[str] = []
     for group in groups:
         try:
             values = OmegaConf.to_container(cfg[group], resolve=True, throw_on_missing=True)
             guard.check_targets(values, group)
-            built[group] = instantiate(values, _convert_="all")
+            wrong = [] if group in saved else _wrong_keys(cast(Config, values), group)
+            problems += wrong
+            if not wrong:
+                built[group] = instantiate(values, _convert_="all")
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     return built, problems
+
+
+def _wrong_keys(values: Config, group: str) -> list[str]:
+    """Return what is wrong with the keys of a group, and with numbers of processes."""
+    from vitrim.jobs.distributed import check_processes, check_workers
+
+    problems = group_problems(values, group)
+    if group == "trainer" and not problems:
+        check_processes(values)
+    if group == "data":
+        check_workers(values.get("workers"))
+    return problems
 
 
 def compose_for_run(
@@ -173,9 +195,11 @@ def compose_for_run(
         raw = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, arguments, config)) from None
-    built, problems = _build(cfg, ("data", "trainer", "model"))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    groups = ("data", "trainer", "model")
+    unknown = root_problems(raw, CONF / f"{config}.yaml", groups)
+    built, problems = _build(cfg, groups, saved=("model",))
+    if unknown or problems:
+        raise ConfigError("\n".join([*unknown, *problems]))
     return {**raw, "choices": choices}, built
 
 

@@ -34,12 +34,67 @@ def requested_processes(trainer: Mapping[str, object]) -> int:
     if isinstance(devices, list | tuple):
         return len(devices)
     if devices in ("auto", -1, "-1"):
-        on_gpu = trainer.get("accelerator") in ("gpu", "cuda") and torch.cuda.is_available()
-        return torch.cuda.device_count() if on_gpu else 1
+        return max(torch.cuda.device_count(), 1) if _is_on_gpu(trainer) else 1
     if isinstance(devices, int | float | str):
         with suppress(ValueError):
             return int(devices)
     raise ConfigError(f"trainer.devices={devices}: expected a number, a list or auto")
+
+
+def check_processes(trainer: Mapping[str, object]) -> None:
+    """Refuse more processes than this machine has room for, where this command would start them.
+
+    There may be one for each core (and two on a machine of one core), or one for each GPU.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    processes, nodes = requested_processes(trainer), trainer.get("num_nodes", 1)
+    if processes < 1:
+        raise ConfigError(
+            f"trainer.devices={trainer.get('devices')}: expected a number from 1 on, or auto"
+        )
+    if not isinstance(cluster_environment(), LightningEnvironment):
+        return  # torchrun or SLURM has started them
+    if nodes != 1:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes}: this command starts processes on this machine only: run "
+            "it under torchrun or with hydra/launcher=slurm, or set trainer.num_nodes=1"
+        )
+    on_gpu = _is_on_gpu(trainer)
+    limit = torch.cuda.device_count() if on_gpu else max(cores(), 2)
+    if processes > max(limit, 1):
+        raise ConfigError(
+            f"trainer.devices={trainer.get('devices')}: this machine has {limit} "
+            f"{'GPUs' if on_gpu else 'cores for processes'}: set trainer.devices={max(limit, 1)} "
+            "or fewer"
+        )
+
+
+def check_workers(workers: object) -> None:
+    """Refuse more loading processes than four for each core, and than 16.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    limit = max(4 * cores(), 16)
+    if isinstance(workers, int) and workers > limit:
+        raise ConfigError(
+            f"data.workers={workers}: expected at most {limit}, four for each core of this machine"
+        )
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_on_gpu(trainer: Mapping[str, object]) -> bool:
+    """Whether a trainer's options request GPUs of CUDA."""
+    accelerator = trainer.get("accelerator", "auto")
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 def is_main_process() -> bool:
@@ -58,6 +113,7 @@ def broadcast(value: T | None) -> T:
 @contextmanager
 def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
     """Join the processes of a run, started here if nothing else has; alone, do nothing."""
+    check_processes(trainer)
     processes = requested_processes(trainer)
     if processes * int(str(trainer.get("num_nodes", 1))) == 1:
         yield

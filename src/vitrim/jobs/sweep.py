@@ -24,6 +24,12 @@ class JobError(VitrimError):
     """A job of a sweep that did not finish."""
 
 
+def refuse_nested() -> None:
+    """Raise JobError in a job of a sweep, which must not start jobs of its own."""
+    if STATUS_COPY in os.environ:
+        raise JobError("a job of a sweep cannot be a sweep: remove hydra.mode=MULTIRUN")
+
+
 def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> str:
     """Run `vitrim` with `arguments` and return the path of its report.
 

@@ -1,0 +1,184 @@
+"""Keys of a configuration that a run would ignore or overrule, or that nothing takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import get_type_hints, is_typeddict
+
+import yaml
+
+from vitrim.cli.checks import Config
+from vitrim.errors import is_count, is_rate
+
+TRAINER = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches"),
+    *("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"),
+    *("num_sanity_val_steps", "log_every_n_steps", "enable_model_summary", "profiler"),
+    *("deterministic", "benchmark", "inference_mode", "detect_anomaly", "sync_batchnorm"),
+)
+"""Arguments of lightning.Trainer that a run takes."""
+_EPOCHS = "each phase has its epochs: model.training.epochs, and the epochs below method"
+_CLIP = "each phase has its clip_norm: model.training.clip_norm, and those below method"
+_CHECKPOINTS = "set checkpoint.minutes"
+_WHOLE = "set the epochs of the phases, and trainer.limit_train_batches for a part of each"
+INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("trainer.max_epochs", "trainer.min_epochs"), _EPOCHS),
+    **dict.fromkeys(("trainer.max_steps", "trainer.min_steps", "trainer.fast_dev_run"), _WHOLE),
+    "trainer.max_time": "set sweep.minutes for the jobs of a sweep, or the epochs of the phases",
+    "trainer.overfit_batches": "set data.samples for a part of the training images",
+    "trainer.gradient_clip_val": _CLIP,
+    "trainer.gradient_clip_algorithm": _CLIP,
+    "trainer.callbacks": "a run has its own callbacks; from Python, vitrim.Prune is one of them",
+    "trainer.plugins": "a run has its own: hydra/launcher=slurm or torchrun start processes",
+    "trainer.logger": "set tracking",
+    "trainer.enable_progress_bar": "set progress",
+    "trainer.enable_checkpointing": _CHECKPOINTS,
+    "trainer.default_root_dir": "set out",
+    "trainer.use_distributed_sampler": "the processes share out the images by themselves",
+    "callbacks": "a run has its own callbacks; from Python, vitrim.Prune is one of them",
+    "logger": "set tracking",
+    "model.args.img_size": "set model.image_size",
+    "model.args.num_classes": "set model.num_classes",
+    "model.args.pretrained": "set model.pretrained",
+    "model.args.checkpoint_path": "set model.checkpoint",
+    "data.n_classes": "the images tell the number of classes; data.classes selects some of them",
+    "data.augmentation.input_size": "set model.image_size",
+    "data.augmentation.mean": "set model.mean",
+    "data.augmentation.std": "set model.std",
+}
+"""Key that a run would ignore or overrule: what to set instead."""
+_OPEN = ("model.args",)
+"""Mappings whose keys are checked by the network that takes them."""
+_NOT_TRAINING = (
+    *("input_size", "mean", "std", "interpolation", "is_training", "crop_pct", "crop_mode"),
+    *("crop_border_pixels", "tf_preprocessing", "use_prefetcher", "normalize", "separate"),
+)
+"""Arguments of timm's create_transform that the run sets, or that training does not look at."""
+
+
+def root_problems(cfg: Config, file: Path, groups: Collection[str]) -> list[str]:
+    """Return which keys of a configuration outside its groups nothing takes, a sentence each.
+
+    Args:
+        cfg: the configuration.
+        file: the yaml that has all its keys.
+        groups: the keys that are groups.
+    """
+    known = yaml.safe_load(file.read_text())
+    known = {key: value for key, value in known.items() if key not in ("defaults", "hydra")}
+    return [*_beyond(cfg, {**known, **{group: None for group in groups}}, "")]
+
+
+def _beyond(node: Config, known: Config, where: str) -> Iterator[str]:
+    """Iterate over what is wrong with keys that `known` lacks, there and below."""
+    for key, value in node.items():
+        name = f"{where}{key}"
+        if key not in known:
+            yield _unknown(name, known)
+        elif isinstance(known[key], dict) and isinstance(value, dict):
+            yield from _beyond(value, known[key], f"{name}.")
+
+
+def group_problems(node: Config, group: str) -> list[str]:
+    """Return which keys of a group nothing takes, and values of trainer that cannot work.
+
+    Args:
+        node: the group, resolved, its addresses checked (`vitrim.cli.guard`).
+        group: its name.
+    """
+    if group == "trainer":
+        return [*_surplus(node, TRAINER, group, special=("_target_", "_partial_")), *_limits(node)]
+    return [*_of_call(node, group)]
+
+
+def _of_call(node: Config, where: str) -> Iterator[str]:
+    """Iterate over what is wrong with the arguments of what `_target_` names."""
+    module, _, name = str(node["_target_"]).rpartition(".")
+    function = getattr(import_module(module), name)
+    parameters = signature(function).parameters.values()
+    taken = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
+    if len(taken) < len([*parameters]):  # data=none takes the settings of any images
+        taken += _of_any_data() if where == "data" else [key for key in node if key != "_target_"]
+        yield from _surplus(node, taken, where)
+        return
+    yield from _surplus(node, taken, where)
+    for key, child in node.items():
+        yield from _of_child(child, f"{where}.{key}", _hint(function, key))
+
+
+def _of_child(child: object, where: str, hint: object) -> Iterator[str]:
+    if not isinstance(child, dict):
+        return
+    if "_target_" in child:
+        yield from _of_call(child, where)
+    elif where in _OPEN:
+        yield from (f"unknown key {k}: {INSTEAD[k]}" for k in _below(child, where) if k in INSTEAD)
+    elif where in ("data.augmentation", "data.mixing"):
+        yield from _surplus(child, _of_timm(where), where, special=())
+    elif is_typeddict(hint):
+        yield from _surplus(child, get_type_hints(hint), where, special=())
+
+
+def _of_timm(where: str) -> list[str]:
+    """Return the arguments of timm's function that gets the mapping `where`."""
+    from timm.data import Mixup, create_transform
+
+    if where == "data.mixing":
+        return [key for key in signature(Mixup).parameters if key != "num_classes"]
+    return [key for key in signature(create_transform).parameters if key not in _NOT_TRAINING]
+
+
+def _of_any_data() -> list[str]:
+    """Return the arguments of all data sets."""
+    from vitrim.cli.guard import FUNCTIONS
+    from vitrim.data.digits import Digits
+
+    places = [name.rpartition(".") for name in FUNCTIONS if name != "vitrim.data.none"]
+    functions = [getattr(import_module(module), name) for module, _, name in places]
+    return [name for function in (*functions, Digits) for name in signature(function).parameters]
+
+
+def _hint(function: object, name: str) -> object:
+    try:
+        return get_type_hints(function).get(name)
+    except (NameError, TypeError):  # names that only the type checker imports
+        return None
+
+
+def _surplus(
+    node: Config, taken: Iterable[str], where: str, special: Collection[str] = ("_target_",)
+) -> Iterator[str]:
+    known = [*dict.fromkeys(taken)]
+    for key in node:
+        if key not in known and key not in special:
+            yield _unknown(f"{where}.{key}", known)
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    from vitrim.cli.renamed import renamed_key
+
+    way = INSTEAD.get(name) or f"expected one of {', '.join(map(str, known))}"
+    return renamed_key(name) or f"unknown key {name}: {way}"
+
+
+def _below(node: Config, where: str) -> list[str]:
+    return [f"{where}.{key}" for key in node]
+
+
+def _limits(trainer: Config) -> Iterator[str]:
+    """Iterate over what is wrong with the values of trainer that Lightning would not name."""
+    for key in ("limit_train_batches", "limit_val_batches"):
+        value = trainer.get(key, 1.0)
+        if not (is_count(value) or (type(value) is float and is_rate(value) and 0 < value <= 1)):
+            yield (
+                f"trainer.{key}={value}: expected a fraction of an epoch, above 0.0 and up to 1.0, "
+                "or a number of batches"
+            )
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        if not is_count(trainer.get(key, 1)):
+            yield f"trainer.{key}={trainer[key]}: expected a whole number from 1 on"
+    if trainer.get("_partial_") is not True:
+        yield f"trainer._partial_={trainer.get('_partial_')}: expected true"

@@ -1,4 +1,4 @@
-"""Runs that version 0.1.0 finished are found again by the same command."""
+"""Runs that earlier versions finished are found again by the same command."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from command import Command, Done
+from command import QUICK, Command, Done
+from identities import write_images
 from vitrim.cli import earlier
 from vitrim.cli.compose import CONF
 from vitrim.files import digest
@@ -25,6 +26,24 @@ FORMER = {
     "mir": ("method.protected=[0,0]",),
 }
 """What 0.1.0 did by default, where the default is another now."""
+
+BY_PATHS = Path(__file__).parent / "former"
+"""Folders that were written when paths and settings of speed were part of a run's identity."""
+ON_FILES = (
+    *QUICK, "data=imagefolder", "data.root=images", "data.batch_size=4", "data.workers=0",
+    "model.num_classes=2", "model.args.in_chans=3",
+)  # fmt: skip
+COMMANDS = {
+    "none-oneshot": ("data=none", "method=oneshot", "strength=2", "latency.repeats=1"),
+    "digits-vtp": (
+        *QUICK, "method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1", "strength=2",
+    ),
+    "imagefolder-fskd": (*ON_FILES, "method=fskd", "data.samples=4", "strength=2"),
+    "imagefolder-oneshot": (
+        *ON_FILES, "method=oneshot", "data.bad_images.evaluation=skip", "target.macs=0.8",
+    ),
+}  # fmt: skip
+"""The commands that wrote them."""
 
 
 def of_earlier(command: Command, method: str, *words: str) -> Done:
@@ -85,3 +104,30 @@ def test_a_method_whose_results_changed_does_not_take_the_earlier_run(
     done = command("data=none", "method=dcvit", "strength=2", "latency.repeats=1")
     assert done.code == 0
     assert not any(done.report.parent.name == path.name for path in EARLIER.glob("*/*"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_named_by_paths_is_found(
+    command: Command, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images")
+    shutil.copytree(BY_PATHS, command.out)
+    (report,) = command.out.glob(f"vit_digits-{name}-*/*/report.json")
+    before = report.read_bytes()
+    done = command(*COMMANDS[name])
+    assert done.report == report, done.message
+    assert report.read_bytes() == before
+    if name == "imagefolder-fskd":
+        assert command(*COMMANDS[name], "trainer.log_every_n_steps=7").report == report
+
+
+def test_a_run_named_by_paths_is_not_taken_for_one_on_other_images(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "others")
+    shutil.copytree(BY_PATHS, command.out)
+    done = command(*COMMANDS["imagefolder-fskd"], "data.root=others")
+    assert done.code == 0
+    assert not any(done.report.parent.name == path.name for path in BY_PATHS.glob("*/*"))

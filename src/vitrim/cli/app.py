@@ -34,15 +34,16 @@ register_resolvers()
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
-    from vitrim.cli.identity import identity_of
-    from vitrim.cli.recipe import ADDED, NOT_RECIPE
+    from vitrim.cli.identity import contents_of, identity_of
+    from vitrim.cli.recipe import check_resumable
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
     from vitrim.pipeline import compress
 
     job = build_job(cfg)
-    identity, folder = identity_of(cfg, job)
+    contents = contents_of(cfg, job)
+    identity, folder = identity_of(cfg, job, contents)
     report = folder / "report.json"
     with distributed.process_group(cfg.trainer), lock(writable(folder)):
         first = distributed.is_main_process()
@@ -51,11 +52,10 @@ def run(cfg: DictConfig) -> Path:
             if first:
                 status.write_status(folder, "DONE")
         elif first:
-            recipe = folder / "recipe.yaml"
-            checks.same_recipe(recipe, identity.recipe, apart=NOT_RECIPE, added=ADDED)
+            check_resumable(folder, dict(identity.recipe), contents)
             text = OmegaConf.to_yaml(cfg, resolve=True)
             with status.recorded(folder), bad_images.recorded(job.data, folder):
-                write(recipe, lambda path: path.write_text(text))
+                write(folder / "recipe.yaml", lambda path: path.write_text(text))
                 compress(job, identity, folder)
         else:
             compress(job, identity, folder)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate
 from vitrim.files import MANIFEST, WEIGHTS, sha256
@@ -60,52 +58,6 @@ def one_process(trainer: Mapping[str, Any]) -> None:
             "sweep: run its jobs one by one without -m, each under torchrun if you like, submit "
             "the sweep with hydra/launcher=slurm, or set trainer.devices=1"
         )
-
-
-def same_recipe(
-    path: Path,
-    resolved: Mapping[str, object],
-    *,
-    apart: Collection[str],
-    added: Mapping[str, object],
-) -> None:
-    """Raise ConfigError if a run of another recipe has begun in the folder of `path`.
-
-    Args:
-        path: its recipe.yaml, if there is one.
-        resolved: the recipe of this run.
-        apart: top-level keys that may differ.
-        added: keys that earlier versions did not have, with the values by which they acted.
-    """
-    if not path.is_file():
-        return
-    try:
-        known: object = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        known = None
-    if not isinstance(known, dict):
-        raise ConfigError(f"{path} cannot be read: move its folder away, or run with out=DIR")
-    old, new = _flat(known), _flat(resolved)
-    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    keys = [key for key in keys if key in old or new[key] != added.get(key, ...)]
-    differing = [
-        f"{key} ({old.get(key)}, now {new.get(key)})"
-        for key in keys
-        if key.split(".")[0] not in apart
-    ]
-    if differing:
-        raise ConfigError(
-            f"{path.parent} was started with another recipe: {', '.join(differing)}; move the "
-            "folder away, or run with out=DIR"
-        )
-
-
-def _flat(value: object, name: str = "") -> dict[str, object]:
-    """Return the leaves of a nested recipe by dotted name."""
-    if not isinstance(value, Mapping) or not value:
-        return {name: value}
-    parts = [_flat(child, f"{name}.{key}" if name else str(key)) for key, child in value.items()]
-    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def _check_quantize(cfg: Config) -> list[str]:

@@ -11,7 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from vitrim.cli.checks import Config, network_digest
 from vitrim.cli.compose import GROUPS, choice
 from vitrim.cli.earlier import earlier_run
-from vitrim.cli.recipe import NOT_RECIPE, identifying, of_series
+from vitrim.cli.recipe import (
+    NOT_RECIPE,
+    Contents,
+    identifying,
+    of_evaluation,
+    of_series,
+    of_start,
+)
 from vitrim.files import digest
 from vitrim.versions import versions
 
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from vitrim.pipeline import Identity, Job
 
 
-def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
+def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity, Path]:
     """Return the identity of a run and its folder, which is an earlier version's if it has one."""
     from vitrim.data.description import describe_images
     from vitrim.data.outputs import listing
@@ -28,8 +35,7 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
 
     resolved = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     choices = {group: choice(group) for group in (*GROUPS, "experiment")}
-    started_from = network_digest(cfg.from_run)
-    recipe = identifying(resolved, job.model.fingerprint(), started_from)
+    recipe = identifying(resolved, contents)
     if listing(job.data) > 1:
         recipe["data"]["listing"] = listing(job.data)
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
@@ -39,8 +45,8 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
     point = "-".join(f"{name}{resolved['target'][name]}" for name in targets)
     point = f"{point or f's{cfg.strength:g}'}-seed{cfg.seed}"
     label = "-".join(str(choices[group]) for group in ("model", "data", "method"))
-    dense = {key: recipe[key] for key in ("model", "data", "trainer", "seed", "checkpoint_sha256")}
-    dense["choices"] = {"data": choices["data"]}
+    start = of_start(recipe)
+    dense = of_evaluation(recipe) if job.data is not None and job.model.trained else start
     recipe_hash, series = digest(recipe), f"{label}-{digest(of_series(recipe))}"
     strength = None if targets else cfg.strength
     identity = Identity(
@@ -49,7 +55,7 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
         recipe=resolved,
         digest=recipe_hash,
         dense_key=digest(dense),
-        start_key=digest([dense, started_from]) if started_from else digest(dense),
+        start_key=digest([start, contents.start]) if contents.start else digest(start),
         series=series,
         name=f"{point}-{recipe_hash}",
         facts={
@@ -62,11 +68,34 @@ def identity_of(cfg: DictConfig, job: Job) -> tuple[Identity, Path]:
             "recipe_hash": recipe_hash,
             "series": series,
             "variant": _variant(job),
+            **_limits(resolved),
             **versions(*(("torchao",) if job.quantize else ())),
         },
     )
-    found = earlier_run(job.out, label, point, recipe)
-    return identity, found or job.out / identity.series / identity.name
+    folder = job.out / identity.series / identity.name
+    if (folder / "report.json").is_file():
+        return identity, folder
+    earlier = earlier_run(job.out, label, point, recipe, resolved, contents)
+    return identity, earlier or folder
+
+
+def contents_of(cfg: DictConfig, job: Job) -> Contents:
+    """Return what the paths in the configuration of a job stand for."""
+    from vitrim.data.content import content
+
+    return Contents(
+        checkpoint=job.model.fingerprint(),
+        start=network_digest(cfg.from_run),
+        images=content(job.data),
+    )
+
+
+def _limits(resolved: Config) -> dict[str, object]:
+    """Return what the report says of a run that trains or evaluates on a part of the images."""
+    keys = ("limit_train_batches", "limit_val_batches")
+    limits = {key: resolved["trainer"].get(key, 1.0) for key in keys}
+    parts = {key: limit for key, limit in limits.items() if limit != 1 or type(limit) is int}
+    return {"limits": parts} if parts and resolved["data"] else {}
 
 
 def _overrides() -> list[str]:

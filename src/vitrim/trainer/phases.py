@@ -146,6 +146,7 @@ class PhaseRunner:
                 max_epochs=epochs,
                 logger=self.tracker,
                 gradient_clip_val=phase.clip_norm or None,
+                **({} if phase.automatic_optimization else {"accumulate_grad_batches": 1}),
             )
             if epochs and phase.trains:
                 estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))

@@ -23,8 +23,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from vitrim.data.loader import seed_all
-from vitrim.errors import VitrimError
+from vitrim.data.loader import ResumableLoader, seed_all
+from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import StoreError, verify, write, write_manifest
 from vitrim.jobs import signals
 from vitrim.trainer.phase import ResumePoint
@@ -129,6 +129,22 @@ def size_buffers(phase: nn.Module, state: Mapping[str, Tensor]) -> None:
             phase.get_submodule(owner).register_buffer(last, torch.empty_like(state[name]))
 
 
+def _split(trainer: Trainer) -> dict[str, int | str]:
+    """Return how batches are split: a phase resumes exactly only if that is as before."""
+    loader = trainer.train_dataloader
+    batches = loader.batches if isinstance(loader, ResumableLoader) else None
+    return {
+        "processes": trainer.world_size,
+        "batch_size": 0 if batches is None else batches.batch_size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "device": trainer.strategy.root_device.type,
+    }
+
+
+def _listed(split: Mapping[str, int | str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in split.items())
+
+
 class Resume(Checkpoint):
     """Seed every step, save every `minutes` and on a request to stop, stop when a loss diverges.
 
@@ -152,21 +168,33 @@ class Resume(Checkpoint):
         self._last = time.monotonic()
         self._due = self._stopping = False
         self._position: dict[str, int] | None = None
+        self._split: dict[str, int | str] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals back from Lightning, and let the loader resume as well."""
+        """Take the signals back from Lightning, and let the loader resume as well.
+
+        Raises:
+            ConfigError: the checkpoint is of a run that split its batches differently.
+        """
         signals.install()
         self._last = time.monotonic()
+        if self._split not in ({}, _split(trainer)):
+            raise ConfigError(
+                f"{self.folder}: a checkpoint of a run with {_listed(self._split)}, and this one "
+                f"has {_listed(_split(trainer))}: its result would not be that of an uninterrupted "
+                "run; resume it as it was started, or remove that folder to start the phase over"
+            )
         if self._position is not None:
             trainer.train_dataloader.load_state_dict(self._position)  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, object]:
-        """Return the position of the loader."""
-        return {"place": self._position}
+        """Return the position of the loader, and how its batches are split."""
+        return {"place": self._position, "split": self._split}
 
-    def load_state_dict(self, state_dict: Mapping[str, dict[str, int] | None]) -> None:
-        """Remember the position of the loader."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Remember the position of the loader, and how its batches are split."""
         self._position = state_dict["place"]
+        self._split = state_dict.get("split", {})
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
@@ -194,8 +222,11 @@ class Resume(Checkpoint):
                 f"{trainer.current_epoch}, batch {batch_idx}: lower the learning rate, clip "
                 "(clip_norm), or look at the images; the last checkpoint is from before"
             )
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
+            return  # checkpoints have no gradients
         self._stopping = stopping
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if is_last:
             self._due = (stopping or due) and self.resumes_at != "never"
         elif (stopping or due) and self.resumes_at == "batch":
             self._save(trainer)
@@ -239,6 +270,7 @@ class Resume(Checkpoint):
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         self._position = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+        self._split = _split(trainer)
         try:
             trainer.save_checkpoint(self.folder / f"{done:09d}")
             for generation in sorted(self.folder.glob("*"))[:-GENERATIONS]:

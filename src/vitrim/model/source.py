@@ -14,7 +14,7 @@ from timm.layers import HybridEmbed, PatchEmbed
 from torch import nn
 
 from vitrim.data import ImageSpec
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, is_count
 from vitrim.model.checkpoint import check_path, fingerprint_of, read_checkpoint
 from vitrim.network import structure
 from vitrim.network.skeleton import shared_skeleton
@@ -35,7 +35,7 @@ class Timm:
         num_classes: outputs of the classifier; None: timm's number.
         reset_head: whether to start with a new classifier on the loaded weights; the network is
             then trained by `training`, as one without weights is.
-        image_size: side of the images in pixels; None: timm's size.
+        image_size: side of the images in pixels, or height and width; None: timm's size.
         mean: per channel, for the normalisation of images; None: timm's values.
         std: per channel, as `mean`.
         args: further arguments of timm.create_model.
@@ -48,7 +48,7 @@ class Timm:
     sha256: str | None
     num_classes: int | None
     reset_head: bool
-    image_size: int | None
+    image_size: int | Sequence[int] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
     args: Mapping[str, object]
@@ -65,6 +65,7 @@ class Timm:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
         if self.checkpoint is not None:
             check_path(self.checkpoint)
+        _check_size(self.image_size, self.args)
         skeleton = self.shared_skeleton()
         structure(skeleton)
         spec = self.spec()
@@ -101,10 +102,10 @@ class Timm:
         config = resolve_model_data_config(self.shared_skeleton())
         channels, height, width = config["input_size"]
         in_chans = self.args.get("in_chans")
-        size = (height, width) if self.image_size is None else (self.image_size, self.image_size)
+        height, width = _sides(self.image_size) or (height, width)
         return ImageSpec(
             channels=in_chans if isinstance(in_chans, int) else channels,
-            size=size,
+            size=(height, width),
             mean=config["mean"] if self.mean is None else self.mean,
             std=config["std"] if self.std is None else self.std,
             interpolation=config["interpolation"],
@@ -157,8 +158,10 @@ class Timm:
         arguments = dict(self.args)
         if self.num_classes is not None:
             arguments["num_classes"] = self.num_classes
-        if self.image_size is not None and not _takes_any_size(self.name):
-            arguments["img_size"] = self.image_size
+        sides = _sides(self.image_size)
+        if sides is not None and not _takes_any_size(self.name):
+            height, width = sides
+            arguments["img_size"] = height if height == width else [height, width]
         return arguments
 
     def _untagged(self) -> dict[str, object]:
@@ -169,6 +172,25 @@ class Timm:
 def _architecture(name: str) -> str:
     """Return a name of timm without the tag of its weights."""
     return name.split(".")[0]
+
+
+def _sides(image_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return height and width of the images; None: timm's."""
+    if image_size is None:
+        return None
+    return tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+
+
+def _check_size(image_size: int | Sequence[int] | None, args: Mapping[str, object]) -> None:
+    """Raise ConfigError unless the size is one side, or two, and not in `args` too."""
+    if "img_size" in args:
+        size = args["img_size"]
+        raise ConfigError(f"model.args.img_size={size}: set model.image_size={size}")
+    sides = _sides(image_size)
+    if sides is not None and not (len(sides) == 2 and all(map(is_count, sides))):
+        raise ConfigError(
+            f"model.image_size={image_size}: expected a number of pixels, [height, width] or null"
+        )
 
 
 def _check_pixels(

@@ -13,6 +13,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import xxhash
+import yaml
 
 from vitrim.errors import ConfigError, VitrimError
 
@@ -21,6 +22,9 @@ MANIFEST, PLAN, WEIGHTS = "manifest.json", "plan.json", "model.safetensors"
 _MAX_MANIFEST = 2**20  # bytes
 _MAX_FILES = 16
 _FACTS = {"params", "name", "epochs"}
+_MAX_YAML, _MAX_BRACKETS, _MAX_DEPTH = 2**16, 2000, 64
+_CHARACTERS = 32  # of text that count as one value
+_PLAIN_TAGS = "tag:yaml.org,2002:"
 _DIGITS = {"sha256": re.compile("[0-9a-f]{64}"), "xxh3_128": re.compile("[0-9a-f]{32}")}
 PHASES = "phases"
 """Folder of the results of phases, in a run folder and next to the run folders."""
@@ -171,6 +175,104 @@ def read_bytes(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise StoreError(f"{path}: expected at most {limit:,} bytes")
     return content
+
+
+def printable(value: object) -> object:
+    """Return plain data whose texts can be written: characters that are none, by their number.
+
+    Names of files in another encoding, and JSON of others, have such characters.
+    """
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {printable(key): printable(item) for key, item in value.items()}
+        case list():
+            return [printable(item) for item in value]
+        case _:
+            return value
+
+
+class YamlError(VitrimError):
+    """A yaml file that is not plain data, or too large."""
+
+
+def read_yaml(path: Path, limit: int = _MAX_YAML) -> object:
+    """Return the plain data in a yaml file of others, which has up to `limit` bytes.
+
+    Raises:
+        YamlError: naming the file: no file, not plain data, or too large.
+    """
+    try:
+        return yaml.load(read_checked(path, limit), Loader=yaml.CSafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, YamlError):
+            raise
+        raise YamlError(f"{path}: not plain yaml: {' '.join(str(error).split())}") from None
+
+
+def read_checked(path: Path, limit: int = _MAX_YAML) -> str:
+    """Return the text of a yaml file, which is plain data and small.
+
+    Raises:
+        YamlError: naming the file and what is wrong with it.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise YamlError(f"{path}: expected a file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    try:
+        check_yaml(content, limit)
+        return content.decode()
+    except (YamlError, UnicodeDecodeError) as error:
+        raise YamlError(f"{path}: {error}") from None
+
+
+def check_yaml(content: bytes, limit: int = _MAX_YAML) -> None:
+    """Refuse yaml that is not plain data, or too large with all aliases written out.
+
+    Raises:
+        YamlError: what is wrong with it.
+    """
+    try:
+        small = len(content) <= limit and _is_small(content.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise YamlError(f"not plain yaml: {' '.join(str(error).split())}") from None
+    if not small:
+        raise YamlError(
+            f"expected up to {limit:,} bytes, {_MAX_YAML:,} values with all aliases written out, "
+            f"and {_MAX_DEPTH} levels"
+        )
+
+
+def _is_small(text: str) -> bool:
+    """Whether the values in a yaml text stay few once its aliases are written out."""
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:  # parsing takes quadratic time
+        return False
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        tag = getattr(event, "tag", None)
+        if tag is not None and (not tag.startswith(_PLAIN_TAGS) or "python" in tag):
+            raise yaml.YAMLError(f"the tag {tag} can run code")
+        match event:
+            case yaml.CollectionStartEvent():
+                open_nodes.append((event.anchor, 1))
+                continue
+            case yaml.CollectionEndEvent():
+                anchor, size = open_nodes.pop()
+                sizes[anchor] = size
+            case yaml.AliasEvent():
+                size = sizes.get(event.anchor, _MAX_YAML)  # endless if it contains itself
+            case yaml.ScalarEvent():
+                size = sizes[event.anchor] = 1 + len(event.value) // _CHARACTERS
+            case _:
+                continue
+        anchor, size_before = open_nodes[-1]
+        open_nodes[-1] = (anchor, size_before + size)
+        if size_before + size > _MAX_YAML or len(open_nodes) > _MAX_DEPTH:
+            return False
+    return True
 
 
 def _with_checksum(manifest: Mapping[str, object]) -> str:

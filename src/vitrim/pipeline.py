@@ -183,7 +183,8 @@ def _runner(job: Job, identity: Identity, folder: Path) -> PhaseRunner | None:
     if job.data is None:
         return None
     if job.data.sample_names and distributed.is_main_process():
-        (folder / "samples.txt").write_text("\n".join([*job.data.sample_names, ""]))
+        names = "\n".join([*job.data.sample_names, ""])
+        (folder / "samples.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
     tracking = job.tracking if distributed.is_main_process() else "none"
     return PhaseRunner(
         trainer=job.trainer,

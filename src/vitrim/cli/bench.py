@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 
 import torch
 
 from vitrim import escape
+from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.deploy.bench import bench, show
 from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
@@ -17,6 +17,9 @@ from vitrim.errors import ConfigError, VitrimError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; an error ends with one message and exit code 1, a bad flag with 2."""
+    if argv is None:
+        use_utf8("vitrim.cli.bench")
+    show_every_character()
     options = _parser().parse_args(argv)
     try:
         if options.threads is not None:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vitrim-bench", description=__doc__)
     add, engines, precisions = parser.add_argument, ",".join(ENGINES), ",".join(PRECISIONS)
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add("runs", nargs="+", type=folder_name, metavar="RUN", help="folders of finished runs")
     add("--batch", type=_counts, default=[1], help="images in a pass: 1,16 (default: 1)")
     add(
         "--precision",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitrim import escape
+from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.deploy import export as module
 from vitrim.deploy.export import FILES, PRECISIONS, export
 from vitrim.errors import VitrimError
@@ -15,6 +16,9 @@ from vitrim.errors import VitrimError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; an error ends with one line on stderr and exit code 1, a bad flag with 2."""
+    if argv is None:
+        use_utf8("vitrim.cli.export")
+    show_every_character()
     options = _parser().parse_args(argv)
     try:
         path, error = export(
@@ -47,14 +51,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the folder of a finished run (plan.json is in it)")
+    add(
+        "run",
+        type=folder_name,
+        metavar="RUN",
+        help="the folder of a finished run (plan.json is in it)",
+    )
     add(
         *("--format", "--to"),
         required=True,
         choices=FILES,
         help="what to write; --to is the former name",
     )
-    add("--out", type=Path, metavar="DIR", help="the folder to write (default: RUN/export/FORMAT)")
+    add(
+        "--out",
+        type=folder_name,
+        metavar="DIR",
+        help="the folder to write (default: RUN/export/FORMAT)",
+    )
     add("--precision", choices=PRECISIONS, default="f32", help="of openvino (default: f32)")
     add(
         "--image-size",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitrim import escape
+from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.deploy.runfolder import Run, RunFolderError, find_runs, read_run
 from vitrim.errors import VitrimError
 from vitrim.jobs.status import unfinished_lines
@@ -19,6 +20,9 @@ from vitrim.report.tables import OUTPUTS, log_wandb, show, show_papers, write
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; an error ends with one line on stderr and exit code 1, a bad flag with 2."""
+    if argv is None:
+        use_utf8("vitrim.cli.report")
+    show_every_character()
     options = _parser().parse_args(argv)
     try:
         if options.paper:
@@ -79,11 +83,17 @@ def _readable(folders: Sequence[Path]) -> list[Run]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vitrim-report", description=__doc__)
     add, modes = parser.add_argument, ("offline", "online", "disabled")
-    add("roots", nargs="*", type=Path, default=OUTPUTS, help="folders of runs (default: outputs)")
+    add(
+        "roots",
+        nargs="*",
+        type=folder_name,
+        default=OUTPUTS,
+        help="folders of runs (default: outputs)",
+    )
     add("--paper", action="store_true", help="every published row, with ours where it was run")
     add(
         *("--out", "--to"),
-        type=Path,
+        type=folder_name,
         metavar="DIR",
         help="write DIR/report/ (default: below the first folder of runs); --to is the former name",
     )

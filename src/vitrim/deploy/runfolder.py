@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import yaml
-
 from vitrim.errors import is_count
-from vitrim.files import PHASES, PLAN, StoreError, read_bytes
+from vitrim.files import PHASES, PLAN, StoreError, printable, read_bytes, read_yaml
 from vitrim.plan import MAX_BYTES, Plan, loads
 
 if TYPE_CHECKING:
@@ -181,8 +179,8 @@ def read_recipe(folder: Path) -> Document:
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(read_bytes(path, _MAX_RECIPE))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        recipe = read_yaml(path, _MAX_RECIPE)
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from None
     groups = ("model", "data")
     if not isinstance(recipe, dict) or any(type(recipe.get(g, {})) is not dict for g in groups):
@@ -277,7 +275,7 @@ def _steps(plan: Plan | None) -> tuple[Sequence[Mapping[str, object]], bool]:
 def _read_json(path: Path, limit: int) -> object:
     try:
         content = read_bytes(path, limit).decode()
-        return json.loads(content, parse_constant=_refuse_constant)
+        return printable(json.loads(content, parse_constant=_refuse_constant))
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vitrim.files import read_bytes, write
+from vitrim.files import printable, read_bytes, write
 from vitrim.jobs.signals import Preempted
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 def read_status(path: Path) -> dict[str, object]:
     """Return the content of a status file; empty where it is missing, damaged or too large."""
     with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_bytes(path, _MAX_BYTES))
+        content = printable(json.loads(read_bytes(path, _MAX_BYTES)))
         if isinstance(content, dict):
             return content
     return {}
@@ -120,7 +120,7 @@ def _is_locked(folder: Path) -> bool:
 
 def unfinished_lines(unfinished: Sequence[Path], roots: Sequence[Path]) -> list[str]:
     """Return a line for every run without a report, and for every job of a sweep without a run."""
-    lines = [f"{folder}: {_line(*status_of(folder))}" for folder in unfinished]
+    lines = [f"{printable(str(folder))}: {_line(*status_of(folder))}" for folder in unfinished]
     for root in roots:
         for record in map(read_status, sorted(root.glob(f"{SWEEPS}/*.json"))):
             if record.get("status") != "DONE" and "folder" not in record:

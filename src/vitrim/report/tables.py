@@ -33,6 +33,7 @@ from vitrim.report.summary import (
 )
 
 OUTPUTS = [Path("outputs")]
+_OTHER = "backslashreplace"  # for names of folders that are no text
 INT8_NOTE = (
     "Accuracies of the compact networks with every Linear in int8, without further training; "
     "*delta* is int8 minus float. MB are 1e6 bytes of parameters and buffers."
@@ -153,7 +154,7 @@ def show_papers(runs: Sequence[Run], folder: Path | None) -> None:
         console.print(*map(escape.terminal, part.notes), "", sep="\n")
     console.print(*notes, sep="\n")
     if folder is not None:
-        content = "\n".join(_papers_markdown(parts, notes)).encode()
+        content = "\n".join(_papers_markdown(parts, notes)).encode(errors=_OTHER)
         print(*map(escape.terminal, _write(folder, {"paper.md": content})), sep="\n")
 
 
@@ -186,11 +187,12 @@ def write(
     pictures = {"curve.png": draw(rows), **figures(runs, rows), **trial_figure.figure(runs)}
     contents = {
         **pictures,
-        "report.md": markdown(runs, rows, notes).encode(),
-        "report.csv": csv_text(runs).encode(),
+        "report.md": markdown(runs, rows, notes).encode(errors=_OTHER),
+        "report.csv": csv_text(runs).encode(errors=_OTHER),
     }
     if page:
-        contents["report.html"] = _page(folder, runs, rows, unfinished, pictures).encode()
+        text = _page(folder, runs, rows, unfinished, pictures)
+        contents["report.html"] = text.encode(errors=_OTHER)
     return _write(folder, contents)
 
 

@@ -11,6 +11,8 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,9 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vitrim import escape
 from vitrim.cli import checks, guard
+from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import CONF, build_job, explain, register_resolvers
 from vitrim.cli.help import help_text
-from vitrim.errors import VitrimError
+from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import writable, write
 from vitrim.jobs import signals, slurm, status, sweep
 
@@ -74,7 +77,12 @@ def _job(cfg: DictConfig) -> str:
         checks.one_process(cfg.trainer)
         out = Path(cfg.out).absolute()
         return sweep.run_job(_job_arguments(), out=out, minutes=cfg.sweep.minutes)
-    return str(slurm.run_in_job(partial(run, cfg)) if submitted else run(cfg))
+    if submitted:
+        return str(slurm.run_in_job(partial(run, cfg)))
+    try:
+        return str(run(cfg))
+    except _user_errors() as error:
+        _end(error)  # here, because Hydra would print all arguments before the message
 
 
 def _job_arguments() -> list[str]:
@@ -84,6 +92,9 @@ def _job_arguments() -> list[str]:
     kept = [word for word in cfg.overrides.hydra if not word.lstrip("+~").startswith(of_sweeps)]
     sources = [source for source in cfg.runtime.config_sources if source.provider == "command-line"]
     folders = [word for source in sources for word in ("--config-dir", str(source.path))]
+    (main,) = (source.path for source in cfg.runtime.config_sources if source.provider == "main")
+    folders += [] if Path(main) == CONF else ["--config-path", str(main)]
+    folders += [] if cfg.job.config_name == "run" else ["--config-name", cfg.job.config_name]
     return [*folders, *kept, "hydra.mode=RUN", *cfg.overrides.task]
 
 
@@ -94,8 +105,19 @@ def _user_errors() -> tuple[type[Exception], ...]:
         HydraException,
         OmegaConfBaseException,
         OSError,
+        RecursionError,
         *slurm.submission_errors(),
     )
+
+
+def _end(error: Exception) -> NoReturn:
+    """End the process with the message of `error`, and the exit code of a request to stop."""
+    if isinstance(error, signals.Preempted):
+        sys.stderr.write(f"vitrim: {error}\n")
+        sys.exit(error.code)
+    message = shortened(explain(error, sys.argv[1:]))
+    status.write_refusal(message)
+    sys.exit(f"vitrim: {escape.lines(message)}")
 
 
 def main() -> None:
@@ -106,19 +128,31 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):
         sys.stdout.write(help_text(CONF))
         return
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    use_utf8("vitrim.cli.app")
+    show_every_character()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
     with warnings.catch_warnings(), signals.handled():
         # Hydra 1.3 needs version_base, which 1.4 deprecates; 1.4 warns of lists that it lacks
         warnings.filterwarnings("ignore", ".*version_base parameter is deprecated.*")
         warnings.filterwarnings("ignore", r"[\s\S]*_execution_whitelist_")
         try:
+            sys.argv[1:] = prepared(sys.argv[1:])
             slurm.prepare(sys.argv[1:])
             _job()
             signals.raise_if_stopped()
-        except signals.Preempted as error:
-            sys.stderr.write(f"vitrim: {error}\n")
-            sys.exit(error.code)
         except _user_errors() as error:
-            message = explain(error, sys.argv[1:])
-            status.write_refusal(message)
-            sys.exit(f"vitrim: {escape.lines(message)}")
+            _end(error)
+        except Exception as error:
+            if _is_of_job(error):
+                raise
+            _end(ConfigError(f"the configuration cannot be composed ({_named(error)})"))
+
+
+def _is_of_job(error: Exception) -> bool:
+    """Whether a run had begun; before that, Hydra only reads what the user wrote."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(frame.f_code is _job.__wrapped__.__code__ for frame in frames)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

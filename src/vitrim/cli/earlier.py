@@ -11,8 +11,6 @@ from glob import escape
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from vitrim.cli.checks import Config
 from vitrim.cli.recipe import (
     DAMAGED,
@@ -25,7 +23,7 @@ from vitrim.cli.recipe import (
     without_addresses,
 )
 from vitrim.cli.renamed import RENAMED_VALUES, present_key
-from vitrim.files import digest
+from vitrim.files import digest, read_yaml
 
 _NOT_HASHED = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 CONSTANTS: Config = {
@@ -67,7 +65,7 @@ def earlier_run(
     for report in sorted(out.glob(f"{escape(label)}-*/{escape(point)}-*/report.json")):
         folder = report.parent
         try:
-            known = cast(Config, yaml.safe_load((folder / "recipe.yaml").read_text()))
+            known = cast(Config, read_yaml(folder / "recipe.yaml"))
             by_0_1_0 = "transfer" in known
             hashed = _identifying_then if by_0_1_0 else _identifying_with_paths
             named = f"{point}-{digest(hashed(known, recipe))}"

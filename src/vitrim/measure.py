@@ -66,8 +66,7 @@ def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -
         for named in (net.named_parameters(), net.named_buffers())
         for name, tensor in named
     }
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    image = torch.empty(1, *image_shape(net, input_size), device="meta", dtype=dtype)
+    image = torch.empty(1, *image_shape(net, input_size), device="meta", dtype=_dtype(net))
     counter = FlopCounterMode(display=False)
     modes = {module: module.training for module in net.modules()}
     try:
@@ -103,6 +102,11 @@ def image_shape(net: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
     return channels, size[0], size[1]
 
 
+def _dtype(net: nn.Module) -> torch.dtype:
+    """Return the dtype of the weights, which images must have."""
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+
+
 class Latency(NamedTuple):
     """Milliseconds of one forward pass over its repetitions, and of residual blocks by path."""
 
@@ -128,7 +132,7 @@ def latencies(
     further passes. The networks are moved to `device` in place.
     """
     nets = [net.to(device).eval() for net in nets]
-    x = torch.zeros(batch, *image_shape(nets[0], input_size), device=device)
+    x = torch.zeros(batch, *image_shape(nets[0], input_size), device=device, dtype=_dtype(nets[0]))
     totals: list[list[float]] = [[] for _ in nets]
     of_blocks: list[dict[str, list[float]]] = [{} for _ in nets]
     with torch.inference_mode():

@@ -39,6 +39,11 @@ def test_a_finished_run_is_evaluated_as_its_report_says(
         (["data=digits", "data.held_out=2"], "data.held_out=2: expected a share"),
         (["data=digits", "name=../x"], "name=../x: expected letters"),
         (["data=digits", "trainer.limit_val_batches=1"], "every image counts"),
+        (["data=digits", "trainer.devices=2"], "trainer.devices=2: an evaluation is one process"),
+        (["data=digits", "trainer.precision=fp16"], "trainer.precision=fp16: expected one of"),
+        (["data=digits", "+trainer.gpus=1"], "trainer.gpus=1: lightning.Trainer has no such"),
+        (["data=digits", "hydra.searchpath=[pkg://os]"], "pkg://os: expected a folder"),
+        (["data=digits", "data.batch_size=${oc.env:HOME}"], "the environment is not read"),
         (
             ["data=digits", "data._target_=os.system"],
             "data._target_=os.system: expected vitrim.data.",
@@ -48,6 +53,12 @@ def test_a_finished_run_is_evaluated_as_its_report_says(
             main([str(run), *arguments])
         assert message in str(stop.value), message
     assert [path.name for path in (run / "eval").iterdir()] == ["again.json"]
+    main([str(run), "data=digits", "data.batch_size=1", "progress=false"])
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("name: vit_tiny", "name: ${oc.env:HOME}"))
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "data=digits"])
+    assert "model: expected the resolved model" in str(stop.value)
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

@@ -160,13 +160,23 @@ def load_or_measure(
     folder = shared / f"latency-{digest([model, input_size, asdict(grid), batch, machine])}"
     with lock(folder):
         path = folder / _FILE
-        if not path.is_file():
-            table = measure_table(
-                net, input_size, grid=grid, batch=batch, repeats=repeats, device=device
-            )
-            text = json.dumps(asdict(table), indent=1)
-            write(path, lambda file: file.write_text(text))
+        known = _known_table(path)
+        if known is not None:
+            return known
+        table = measure_table(
+            net, input_size, grid=grid, batch=batch, repeats=repeats, device=device
+        )
+        text = json.dumps(asdict(table), indent=1)
+        write(path, lambda file: file.write_text(text))
+        return LatencyTable(**json.loads(text))
+
+
+def _known_table(path: Path) -> LatencyTable | None:
+    """Return the table in a file, or None where there is none, or something else."""
+    try:
         return LatencyTable(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def measure_table(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate
+import yaml
+
+from vitrim.cli.config_files import CONF
+from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate, shown
 from vitrim.files import MANIFEST, WEIGHTS, sha256
 
 if TYPE_CHECKING:
@@ -22,29 +25,70 @@ Config = dict[str, Any]
 """A configuration, or a part of it, as plain data."""
 TRACKING = ("offline", "online", "tensorboard", "none")
 
+_MAX_SEED, _MAX_BATCH, _MAX_REPEATS = 2**32 - 1, 2**16, 10**6
+
+
+def _is_seed(value: object) -> bool:
+    """Whether every generator of random numbers takes `value`."""
+    return type(value) is int and 0 <= value <= _MAX_SEED
+
+
+def check_shape(cfg: Config) -> list[str]:
+    """Return what is wrong with the groups of keys: one that is a value, or lacks a key."""
+    known = yaml.safe_load((CONF / "run.yaml").read_text(encoding="utf-8"))
+    choices = {key: {} for key in ("model", "method", "data", "trainer")}
+    for key in ("defaults", "hydra"):
+        del known[key]
+    return [*_misshapen(cfg, {**known, **choices}, "")]
+
+
+def _misshapen(node: Config, known: Config, where: str) -> Iterator[str]:
+    for name, below in known.items():
+        key = f"{where}{name}"
+        if name not in node:
+            yield f"{key}: missing: it must not be deleted"
+        elif isinstance(below, dict) and not isinstance(node[name], dict):
+            way_out = f"{key}.KEY=VALUE" if below else f"{key}=CHOICE; vitrim --help lists them"
+            yield f"{key}={shown(node[name])}: expected keys and values: {way_out}"
+        elif isinstance(below, dict):
+            yield from _misshapen(node[name], below, f"{key}.")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
 
 def check_keys(cfg: Config) -> list[str]:
     """Return what is wrong with the keys outside the groups."""
     count, truth, latency = "a whole number from 1 on", "true or false", cfg["latency"]
     seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
-    images = cfg["batchnorm_images"]
+    images, start = cfg["batchnorm_images"], cfg["from_run"]
     rules = (
-        ("seed", seed, "a whole number from 0 on", seed == 0 or is_count(seed)),
+        ("seed", seed, "a whole number from 0 to 4294967295", _is_seed(seed)),
         ("tracking", tracking, f"one of {', '.join(TRACKING)}", tracking in TRACKING),
+        ("out", cfg["out"], "the name of a folder", _is_path(cfg["out"])),
+        ("from_run", start, "null or the name of a folder", start is None or _is_path(start)),
         ("progress", progress, truth, isinstance(progress, bool)),
         ("batchnorm_images", images, count, is_count(images)),
-        ("latency.batch", latency["batch"], count, is_count(latency["batch"])),
-        ("latency.repeats", latency["repeats"], count, is_count(latency["repeats"])),
+        *(
+            (f"latency.{key}", value, f"{count}, up to {most:,}", is_count(value) and value <= most)
+            for key, value, most in (
+                ("batch", latency["batch"], _MAX_BATCH),
+                ("repeats", latency["repeats"], _MAX_REPEATS),
+            )
+        ),
         ("latency.blocks", latency["blocks"], truth, isinstance(latency["blocks"], bool)),
     )
     wrong = [
-        f"{key}={value}: expected {allowed}" for key, value, allowed, fits in rules if not fits
+        f"{key}={shown(value)}: expected {allowed}"
+        for key, value, allowed, fits in rules
+        if not fits
     ]
     every, limit = cfg["checkpoint"]["minutes"], cfg["sweep"]["minutes"]
     if not is_rate(every):
-        wrong.append(f"checkpoint.minutes={every}: expected a number from 0 on")
+        wrong.append(f"checkpoint.minutes={shown(every)}: expected a number from 0 on")
     if limit is not None and not is_positive(limit):
-        wrong.append(f"sweep.minutes={limit}: expected null or a number above 0")
+        wrong.append(f"sweep.minutes={shown(limit)}: expected null or a number above 0")
     return [*wrong, *_check_quantize(cfg)]
 
 

@@ -17,12 +17,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from vitrim.cli import checks, guard
+from vitrim.cli import checks, guard, hardware
+from vitrim.cli.arguments import PATHS, at_home, quoted
 from vitrim.cli.checks import Config
+from vitrim.cli.config_files import CONF, leaves
 from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
 from vitrim.errors import ConfigError, VitrimError
-from vitrim.files import PHASES, writable
+from vitrim.files import PHASES, read_yaml, writable
 from vitrim.jobs import slurm
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from vitrim.model.source import Timm
     from vitrim.pipeline import Job
 
-_PACKAGE = Path(__file__).parents[1]
-CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 GROUPS = ("model", "method", "data", "trainer")
 TO_TIMM = ("model.args", "data.augmentation")
 """Keys whose children are arguments of timm's functions, those that conf/ does not name as well."""
@@ -55,9 +55,18 @@ def build_job(cfg: DictConfig) -> Job:
     Raises:
         ConfigError: all that is wrong with the choices, one sentence a line.
     """
+    expand_home(cfg)
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
+    misshapen = checks.check_shape(raw)
+    if misshapen:
+        raise ConfigError("\n".join(misshapen))
     built, wrong = _build(cfg, GROUPS)
-    problems = [*root_problems(raw, CONF / "run.yaml", GROUPS), *checks.check_keys(raw), *wrong]
+    problems = [
+        *root_problems(raw, CONF / "run.yaml", GROUPS),
+        *checks.check_keys(raw),
+        *hardware.check_device(cfg.latency.device),
+        *wrong,
+    ]
     if "method" in built:  # its target is checked with the other choices, whatever is wrong there
         try:
             built["target"] = _target(cfg, built["method"])
@@ -70,10 +79,18 @@ def build_job(cfg: DictConfig) -> Job:
             problems = [str(error)]
         else:
             choices = {group: choice(group) for group in GROUPS}
-            problems = checks.mismatches(job, raw, choices)
+            problems = [*checks.mismatches(job, raw, choices), *hardware.try_run(job)]
     if problems:
         raise ConfigError("\n".join(problems))
     return job
+
+
+def expand_home(cfg: DictConfig) -> None:
+    """Replace `~` by the home folder in every path of a configuration."""
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, at_home(value))
 
 
 def _target(cfg: DictConfig, method: object) -> Target:
@@ -165,6 +182,8 @@ def _wrong_keys(values: Config, group: str) -> list[str]:
     from vitrim.jobs.distributed import check_processes, check_workers
 
     problems = group_problems(values, group)
+    if group == "trainer":
+        problems += hardware.check_trainer(values)
     if group == "trainer" and not problems:
         check_processes(values)
     if group == "data":
@@ -191,16 +210,29 @@ def compose_for_run(
         choices = {group: cfg.hydra.runtime.choices[group] for group in ("data", "trainer")}
         with open_dict(cfg):
             del cfg.hydra
-            cfg.model = OmegaConf.load(recipe).model
+            cfg.model = _model_of(recipe)
+        expand_home(cfg)
         raw = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, arguments, config)) from None
+    if "mixing" in cfg.data:  # evaluation mixes no images: any batch size will do
+        with open_dict(cfg):
+            cfg.data.mixing.update({"mixup_alpha": 0.0, "cutmix_alpha": 0.0})
     groups = ("data", "trainer", "model")
     unknown = root_problems(raw, CONF / f"{config}.yaml", groups)
     built, problems = _build(cfg, groups, saved=("model",))
     if unknown or problems:
         raise ConfigError("\n".join([*unknown, *problems]))
     return {**raw, "choices": choices}, built
+
+
+def _model_of(recipe: Path) -> object:
+    """Return the model of a recipe, which may be of others: plain data, nothing to resolve."""
+    content = read_yaml(recipe)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or any("${" in str(value) for _, value in leaves(model)):
+        raise ConfigError(f"{recipe}: model: expected the resolved model of a run")
+    return model
 
 
 def choice(group: str) -> str | None:
@@ -228,6 +260,11 @@ def _reason(error: Exception, group: str) -> str:
 def explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
     """Return the message of an error in composing or running, with the way out."""
     text = str(error)
+    if isinstance(error, RecursionError):
+        return "the configuration is nested too deeply"
+    special = _special_characters(error)
+    if special is not None:
+        return special
     unknown = re.search(r"Could not override '([^']+)'", text)
     unmerged = re.search(r"Key '[^']+' is not in struct\s+full_key: (\S+)", text)
     if unknown is not None:
@@ -241,6 +278,19 @@ def explain(error: Exception, arguments: Sequence[str], config: str = "run") -> 
     if isinstance(error, OSError) and error.filename is not None:
         return f"out: cannot write to {error.filename} ({error.strerror}); out=DIR moves it"
     return text
+
+
+def _special_characters(error: Exception) -> str | None:
+    """Return how to type an argument that Hydra cannot read, if that is what is wrong."""
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'\n", str(error))
+    word = ambiguous[1] if ambiguous else getattr(error, "override", None)
+    if not isinstance(word, str) or "=" not in word:
+        return None
+    several = "" if ambiguous is None else ", or -m for several runs"
+    return (
+        f"{word}: a value with characters such as = ( # , or blanks needs quotes: {quoted(word)}"
+        f"{several}; lists are [a,b], mappings {{a: 1}}"
+    )
 
 
 def _unknown_key(key: str, arguments: Sequence[str], config: str) -> str:

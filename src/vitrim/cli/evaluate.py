@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitrim import escape
+from vitrim.cli import guard
+from vitrim.cli.arguments import folder_name, prepared, show_every_character, use_utf8
 from vitrim.deploy.runfolder import RECIPE, read_recipe
-from vitrim.errors import ConfigError, VitrimError
+from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import digest, own_folder, write
 
 if TYPE_CHECKING:
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; an error ends with one message and exit code 1, a bad flag with 2."""
+    if argv is None:
+        use_utf8("vitrim.cli.evaluate")
+    show_every_character()
+    guard.install()
     parser = argparse.ArgumentParser("vitrim-eval", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("run", type=folder_name, help="the folder of a finished run")
     parser.add_argument("choices", nargs="*", help="as for vitrim: data=NAME data.root=DIR ...")
     options = parser.parse_args(argv)
     try:
-        path, result = evaluate(options.run, options.choices)
-    except (VitrimError, OSError) as error:
-        sys.exit(f"vitrim-eval: {escape.lines(error)}")
+        words = prepared(options.choices)
+        path, result = evaluate(options.run, words)
+    except (VitrimError, OSError, RecursionError) as error:
+        sys.exit(f"vitrim-eval: {escape.lines(shortened(str(error)))}")
     accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
     images = f"{result['images']} images of {result['choices']['data']}"
     if result["classes"] < result["outputs"]:
@@ -48,6 +55,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     """
     from vitrim.cli import checks
     from vitrim.cli.compose import compose_for_run
+    from vitrim.cli.hardware import new_trainer
     from vitrim.data.outputs import n_present
     from vitrim.store import load
     from vitrim.trainer.classify import validate
@@ -65,11 +73,8 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     settings = {key: config[key] for key in ("data", "trainer", "seed")}
     path = folder / "eval" / f"{_name(config, settings)}.json"
     loaders = data.module(built["model"].spec())
-    trainer = built["trainer"](
-        logger=False,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=config["progress"],
+    trainer = new_trainer(
+        built["trainer"], default_root_dir=folder, enable_progress_bar=config["progress"]
     )
     result = {
         "format": 1,
@@ -91,11 +96,18 @@ def _checked(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) 
     """Return the images, labelled as the network's outputs; refuse what cannot be evaluated on."""
     from vitrim.data import outputs
     from vitrim.deploy.runfolder import read_classes
+    from vitrim.jobs.distributed import requested_processes
 
     n_outputs, where = built["model"].n_classes, f"data={config['choices']['data']}"
     if built["data"] is None:
         raise ConfigError(f"{where} has no images to evaluate on")
-    share = config["trainer"]["limit_val_batches"]
+    processes = requested_processes(config["trainer"]) * config["trainer"].get("num_nodes", 1)
+    if processes != 1:
+        raise ConfigError(
+            f"trainer.devices={config['trainer']['devices']}: an evaluation is one process: "
+            "trainer.devices=1"
+        )
+    share = config["trainer"].get("limit_val_batches", 1.0)
     if type(share) is not float or share != 1:  # the integer 1 is one batch
         raise ConfigError(
             f"trainer.limit_val_batches={share}: every image counts: it must stay 1.0"

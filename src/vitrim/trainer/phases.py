@@ -7,7 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,8 @@ class PhaseRunner:
         resume = Resume(
             checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
+        images = phase.calibration_images
+        loader = None if images is None else self._calibration(images)
         with quiet_lightning():
             trainer = self._trainer(
                 resume,
@@ -147,18 +149,25 @@ class PhaseRunner:
                 logger=self.tracker,
                 gradient_clip_val=phase.clip_norm or None,
                 **({} if phase.automatic_optimization else {"accumulate_grad_batches": 1}),
+                **({} if loader is None else self._at_least_one(len(loader))),
             )
             if epochs and phase.trains:
                 estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))
             phase.train()
-            images = phase.calibration_images
             trainer.fit(
                 phase,
-                None if images is None else self._calibration(images),
+                loader,
                 datamodule=self.data if images is None else None,
                 ckpt_path=_newest(checkpoints),
                 weights_only=True,
             )
+
+    def _at_least_one(self, batches: int) -> dict[str, int]:
+        """Return the limit of one batch, where the trainer's share of `batches` would be none."""
+        settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
+        share = settings.get("limit_train_batches", 1.0)
+        none = isinstance(share, float) and int(batches * share) < 1
+        return {"limit_train_batches": 1} if none else {}
 
     def _calibration(self, images: int | AugmentedImages) -> DataLoader[object]:
         """Return batches of that many training images."""
@@ -170,13 +179,13 @@ class PhaseRunner:
         """Return the `accuracy` of `net`, which is saved in `folder` and computed only once."""
         known = folder / "accuracy.json"
         with lock(folder):
-            if not distributed.broadcast(known.is_file()):
-                text = json.dumps(self.accuracy(net, n_classes))
-                if distributed.is_main_process():
+            main = distributed.is_main_process()
+            accuracy = distributed.broadcast(_known_accuracy(known) if main else None)
+            if accuracy is None:
+                accuracy = distributed.broadcast(self.accuracy(net, n_classes))
+                if main:
+                    text = json.dumps(accuracy)
                     write(known, lambda path: path.write_text(text))
-            accuracy: dict[str, float] = distributed.broadcast(
-                json.loads(known.read_text()) if distributed.is_main_process() else None
-            )
         return accuracy
 
     def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
@@ -200,6 +209,18 @@ class PhaseRunner:
             plugins=[SafeCheckpointIO(), distributed.cluster_environment()],
             **options,
         )
+
+
+def _known_accuracy(path: Path) -> dict[str, float] | None:
+    """Return the accuracy in a file, or None where there is none, or something else."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text())
+        known = content if isinstance(content, dict) else {}
+        values = {name: known.get(name) for name in ("top1", "top5")}
+        if all(type(value) in (int, float) and 0 <= value <= 100 for value in values.values()):
+            return {name: float(value) for name, value in values.items()}
+        _log.warning("%s: no accuracy, evaluated again", path)
+    return None
 
 
 def _newest(checkpoints: Path | None) -> Path | None:

@@ -1,0 +1,128 @@
+"""What would end a run after its training is refused before it, in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from command import Command
+from conftest import small_net
+from phase_runner import DIGITS, runner
+from refusals import TINY, assert_refused
+from vitrim.cli.hardware import check_device, check_trainer
+from vitrim.errors import shown
+from vitrim.measure import latencies
+from vitrim.trainer.calibrate import Calibrate, Sampling
+
+CPU = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_what_would_fail_after_training_is_refused_before(command: Command) -> None:
+    words = [
+        "trainer.limit_val_batches=0.1",
+        "trainer.limit_train_batches=0.01",
+        "trainer.accelerator=warp",
+    ]
+    expected = [
+        "trainer.limit_val_batches=0.1 of 6 validation batches is none",
+        "trainer.limit_train_batches=0.01 of 22 training batches is none",
+        "trainer.accelerator=warp",
+    ]
+    assert_refused(command, *TINY, *words, expected=expected)
+
+
+def test_options_that_cannot_work_are_refused_together(command: Command) -> None:
+    words = [
+        "latency.batch=1000000000000",
+        "latency.device=cuda:99",
+        "seed=4294967296",
+        "trainer.precision=bf16-true",
+        "+trainer.gpus=1",
+        "+trainer.max_epochs=3",
+        "trainer.strategy=ddp_spawn",
+    ]
+    expected = [
+        "latency.batch=1000000000000: expected a whole number from 1 on, up to 65,536",
+        "latency.device=cuda:99: expected a device of this machine, such as cpu",
+        "seed=4294967296: expected a whole number from 0 to 4294967295",
+        "trainer.precision=bf16-true: expected one of 32-true, bf16-mixed",
+        "trainer.gpus=1: lightning.Trainer has no such option",
+        "trainer.max_epochs=3: every phase sets this",
+        "trainer.strategy=ddp_spawn: expected one of auto, ddp, fsdp",
+    ]
+    assert_refused(command, *TINY, *words, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param(["trainer=gpu"], ["trainer.accelerator=gpu", "trainer=cpu"], marks=no_gpu),
+        (["trainer.devices=400", "trainer.strategy=ddp"], ["400 processes", "validation image"]),
+    ],
+)
+def test_a_trainer_that_this_machine_does_not_have(
+    command: Command, arguments: list[str], expected: list[str]
+) -> None:
+    assert_refused(command, *TINY, *arguments, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("precision", True),
+        ("precision", "fp16"),
+        ("precision", ["32"]),
+        ("strategy", "ddp_notebook"),
+        ("strategy", ""),
+        ("limit_val_batches", 0),
+        ("limit_val_batches", 1.5),
+        ("limit_train_batches", None),
+        ("num_nodes", 0),
+        ("devices", 0),
+        ("devices", -3),
+        ("devices", 1.5),
+        ("devices", []),
+        ("devices", True),
+        ("devices", None),
+        ("logger", True),
+        ("fast", 1),
+    ],
+)
+def test_an_option_of_the_trainer_that_cannot_work(option: str, value: Any) -> None:
+    (problem,) = check_trainer({**CPU, option: value})
+    assert problem.startswith(f"trainer.{option}={shown(value)}: ")
+
+
+@pytest.mark.parametrize("trainer", [CPU, {**CPU, "precision": "bf16-mixed", "devices": "2"}])
+def test_options_of_the_trainer_that_work(trainer: dict[str, Any]) -> None:
+    assert check_trainer(trainer) == []
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", None, 3, "", []])
+def test_the_device_that_measures_must_compute(device: Any) -> None:
+    assert check_device("cpu") == []
+    (problem,) = check_device(device)
+    assert problem.startswith(f"latency.device={shown(device)}: expected a device of this machine")
+
+
+def test_latency_is_measured_in_the_precision_of_the_weights() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)).bfloat16()
+    (time,) = latencies([net], 8, batch=1, repeats=1, device="cpu", blocks=False)
+    assert time.median > 0
+
+
+def test_a_share_of_one_batch_of_calibration_is_that_batch(tmp_path: Path) -> None:
+    few = partial(runner(tmp_path).trainer, limit_train_batches=0.5)
+    phases = replace(runner(tmp_path), trainer=few)
+    net = small_net(dtype=torch.float32, **DIGITS)
+    sampling = Sampling(images=64, tokens=2, class_token_weight=1.0)
+    scorer = Calibrate(
+        net, sites=("blocks.0.mlp.hidden",), sampling=sampling, taylor=False, targets=False
+    )
+    phases.run_or_load(tmp_path / "score", scorer, name="score")

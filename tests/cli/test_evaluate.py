@@ -41,7 +41,7 @@ def test_a_finished_run_is_evaluated_as_its_report_says(
         (["data=digits", "trainer.limit_val_batches=1"], "every image counts"),
         (["data=digits", "trainer.devices=2"], "trainer.devices=2: an evaluation is one process"),
         (["data=digits", "trainer.precision=fp16"], "trainer.precision=fp16: expected one of"),
-        (["data=digits", "+trainer.gpus=1"], "trainer.gpus=1: lightning.Trainer has no such"),
+        (["data=digits", "+trainer.gpus=1"], "unknown key trainer.gpus"),
         (["data=digits", "hydra.searchpath=[pkg://os]"], "pkg://os: expected a folder"),
         (["data=digits", "data.batch_size=${oc.env:HOME}"], "the environment is not read"),
         (

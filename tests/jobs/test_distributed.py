@@ -1,21 +1,31 @@
 """Runs of two processes: started by the command or by torchrun, counted once, refused in sweeps."""
 
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import vitrim
 from command import QUICK, Command
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
 from vitrim.errors import ConfigError
-from vitrim.jobs.distributed import requested_processes
+from vitrim.jobs import distributed
+from vitrim.jobs.distributed import PATIENCE, requested_processes
+from vitrim.jobs.lock import lock
+from vitrim.jobs.status import LOCK
 
 TWO = ("trainer.devices=2", "trainer.strategy=ddp", "strength=3")
 
@@ -94,6 +104,139 @@ def test_how_many_processes_a_trainer_asks_for(trainer: dict[str, Any], processe
 def test_devices_that_are_no_number_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer.devices=many"):
         requested_processes({"devices": "many"})
+
+
+@contextmanager
+def forked(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], object]) -> Iterator[list[Any]]:
+    """Run `work` in two joined processes; at the end expect that both return within a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+    def joined(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        with distributed.process_group({"devices": 2}):
+            work(rank)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=joined, args=(rank,)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    try:
+        yield ranks
+        for rank in ranks:
+            rank.join(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_a_wait_for_another_run_may_be_longer_than_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATIENCE, "0.06")  # 3.6 seconds
+
+    def work(rank: int) -> None:
+        with lock(tmp_path):
+            (tmp_path / f"done-{rank}").touch()
+
+    other = FileLock(tmp_path / LOCK)
+    other.acquire()
+    with forked(monkeypatch, work) as ranks:
+        time.sleep(5)
+        assert not list(tmp_path.glob("done-*"))
+        assert all(rank.is_alive() for rank in ranks)
+        other.release()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_a_process_that_is_stopped_for_a_while_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            (tmp_path / "ready").touch()
+            time.sleep(0.2)
+        assert distributed.broadcast("plan" if rank == 0 else None) == "plan"
+
+    with forked(monkeypatch, work) as ranks:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        time.sleep(1)
+        assert ranks[0].is_alive()
+        os.kill(ranks[1].pid, signal.SIGCONT)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.broadcast("plan")
+        torch.distributed.barrier()
+
+    def noted(rank: int) -> None:
+        try:
+            work(rank)
+        except RuntimeError as error:
+            if distributed.is_lost_message(error):
+                (tmp_path / "noted").touch()
+            raise
+
+    with forked(monkeypatch, noted) as ranks:
+        pass
+    assert [rank.exitcode for rank in ranks] == [1, -signal.SIGKILL]
+    assert (tmp_path / "noted").exists()
+
+
+@pytest.mark.parametrize("minutes", ["x", "0", "-1", "nan", "inf", ""])
+def test_a_patience_that_is_no_time_is_refused(
+    monkeypatch: pytest.MonkeyPatch, minutes: str
+) -> None:
+    monkeypatch.setenv(PATIENCE, minutes)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with (
+        pytest.raises(ConfigError, match=f"{PATIENCE}={minutes}: expected"),
+        distributed.process_group({"devices": 2}),
+    ):
+        pass
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_whose_process_is_killed_is_resumed_by_the_same_command(
+    tmp_path: Path, rank: int
+) -> None:
+    words = (
+        "-m", "vitrim", *QUICK, *TWO, "model.training.epochs=30", "checkpoint.minutes=0",
+        "method.gating.epochs=1", "method.fine_tuning.epochs=1", f"out={tmp_path}",
+    )  # fmt: skip
+    first = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("phases/dense-*/checkpoints/*/manifest.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (child,) = [pid for pid in children_of(first.pid) if b"vitrim" in cmdline(pid)]
+    os.kill((first.pid, child)[rank], signal.SIGKILL)
+    _, message = first.communicate(timeout=120)
+    if rank == 1:
+        assert first.returncode == 1
+        assert "process 1 of 2 ended (killed by SIGKILL): run the same command" in message
+        assert "Traceback" not in message
+    assert ran(*words).is_file()
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @pytest.mark.gpu

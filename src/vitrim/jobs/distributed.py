@@ -8,11 +8,13 @@ what is finished already, and writes.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -22,23 +24,39 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, VitrimError, shown
 from vitrim.jobs import signals
 
 T = TypeVar("T")
+PATIENCE = "VITRIM_PROCESS_MINUTES"
+"""Environment variable: minutes that a process waits for the others of its run, in one call."""
+_MINUTES, _MAX_MINUTES = 1440, 10**6  # a day: latency and files are the main process's work alone
+_GRACE_S = 60
+
+
+class ProcessError(VitrimError):
+    """One of several processes of a run that ended early, or that the others cannot reach."""
 
 
 def requested_processes(trainer: Mapping[str, object]) -> int:
-    """Return how many processes on this machine a trainer's options request."""
+    """Return how many processes on this machine a trainer's options request, at least 1.
+
+    Raises:
+        ConfigError: `devices` is no number from 1 on, no list of devices, and not auto.
+    """
     devices = trainer.get("devices", 1)
-    if isinstance(devices, list | tuple):
+    if isinstance(devices, list | tuple) and devices:
         return len(devices)
     if devices in ("auto", -1, "-1"):
         return max(torch.cuda.device_count(), 1) if _is_on_gpu(trainer) else 1
-    if isinstance(devices, int | float | str):
+    if isinstance(devices, int | str) and not isinstance(devices, bool):
         with suppress(ValueError):
-            return int(devices)
-    raise ConfigError(f"trainer.devices={devices}: expected a number, a list or auto")
+            number = int(devices)
+            if number > 0:
+                return number
+    raise ConfigError(
+        f"trainer.devices={shown(devices)}: expected a number from 1 on, a list of devices, or auto"
+    )
 
 
 def check_processes(trainer: Mapping[str, object]) -> None:
@@ -129,14 +147,63 @@ def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
         init_method=f"tcp://{environment.main_address}:{environment.main_port}",
         rank=environment.global_rank(),
         world_size=environment.world_size(),
+        timeout=_patience(),
     )
     try:
         yield
         dist.barrier()
+    except RuntimeError as error:
+        if not is_lost_message(error):
+            raise
+        raise ProcessError(_lost(children, str(error))) from error
     finally:
         dist.destroy_process_group()
         for child in children:
-            child.wait()
+            _end(child)
+
+
+def _patience() -> timedelta:
+    """Return how long a process waits for the others, which may be stopped or busy, in one call.
+
+    Raises:
+        ConfigError: the environment variable has no number of minutes above 0.
+    """
+    text = os.environ.get(PATIENCE, str(_MINUTES))
+    with suppress(ValueError):
+        minutes = float(text)
+        if 0 < minutes <= _MAX_MINUTES:
+            return timedelta(minutes=minutes)
+    raise ConfigError(
+        f"{PATIENCE}={text}: expected a number of minutes above 0, up to {_MAX_MINUTES:,}"
+    )
+
+
+def is_lost_message(error: RuntimeError) -> bool:
+    """Whether PyTorch reports that a message between processes did not get through."""
+    words = ("gloo", "peer", "NCCL", "TCPStore")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _lost(children: Sequence[subprocess.Popen[bytes]], reason: str) -> str:
+    """Return what became of the processes of a run that did not hear from each other."""
+    first = reason.partition("\n")[0]
+    ended = []
+    for rank, child in enumerate(children, 1):
+        with suppress(subprocess.TimeoutExpired):
+            code = child.wait(timeout=2)  # one that was killed is noticed at once
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            ended += [f"process {rank} of {len(children) + 1} ended ({how})"] if code else []
+    what = "; ".join(ended) or f"the processes of this run lost each other ({first})"
+    return f"{what}: run the same command to resume from the last checkpoint"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Wait for a process of the run; kill it if it does not end: it may be stopped."""
+    try:
+        child.wait(timeout=_GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def cluster_environment() -> ClusterEnvironment:

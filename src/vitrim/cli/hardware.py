@@ -103,18 +103,21 @@ def _try_batches(job: Job) -> None:
     kinds = [("limit_val_batches", "validation", loaders.val_dataloader)]
     if job.data.trainable:
         kinds.append(("limit_train_batches", "training", loaders.train_dataloader))
+    problems = []
     for key, name, load in kinds:
         limit, batches = settings.get(key, 1.0), _batches(load(), processes, name == "training")
         if batches < 1:
-            raise ConfigError(
+            problems.append(
                 f"trainer.devices: {processes} processes, and not every one has a {name} image: "
                 "use fewer"
             )
-        if isinstance(limit, float) and int(batches * limit) < 1:
-            raise ConfigError(
-                f"trainer.{key}={shown(limit)} of {batches} {name} batches is none: set 1.0 for "
-                "all, a larger share, a number of batches (1), or a smaller data.batch_size"
+        elif isinstance(limit, float) and int(batches * limit) < 1:
+            problems.append(
+                f"trainer.{key}={limit} of {batches} {name} batches is none: set 1.0 for all, a "
+                "larger share, a number of batches (1), or a smaller data.batch_size"
             )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _batches(loader: DataLoader[object], processes: int, shuffled: bool) -> int:

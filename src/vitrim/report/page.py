@@ -160,7 +160,7 @@ def _unfinished(path: Path, folder: Path) -> _Unfinished:
 
 
 def _link(path: Path, folder: Path) -> str:
-    return quote(Path(os.path.relpath(path, folder)).as_posix())
+    return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))
 
 
 def _numbers(block: str) -> str:

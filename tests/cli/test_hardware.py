@@ -89,7 +89,7 @@ def test_an_option_of_the_trainer_that_cannot_work(option: str, value: Any) -> N
 
 @pytest.mark.parametrize("devices", [0, -3, 1.5, [], True, None, "x", "0"])
 def test_devices_that_are_no_processes(devices: Any) -> None:
-    with pytest.raises(ConfigError, match="trainer.devices=") as error:
+    with pytest.raises(ConfigError, match=r"trainer\.devices=") as error:
         requested_processes({**CPU, "devices": devices})
     assert str(error.value).startswith(f"trainer.devices={shown(devices)}: ")
 

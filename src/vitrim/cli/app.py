@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from vitrim import escape
 from vitrim.cli import checks, guard
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
-from vitrim.cli.compose import CONF, build_job, explain, register_resolvers
+from vitrim.cli.compose import build_job, explain, register_resolvers
+from vitrim.cli.config_files import CONF
 from vitrim.cli.help import help_text
 from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import writable, write
@@ -94,7 +95,7 @@ def _job_arguments() -> list[str]:
     folders = [word for source in sources for word in ("--config-dir", str(source.path))]
     (main,) = (source.path for source in cfg.runtime.config_sources if source.provider == "main")
     folders += [] if Path(main) == CONF else ["--config-path", str(main)]
-    folders += [] if cfg.job.config_name == "run" else ["--config-name", cfg.job.config_name]
+    folders += [] if cfg.job.config_name == "run" else ["--config-name", str(cfg.job.config_name)]
     return [*folders, *kept, "hydra.mode=RUN", *cfg.overrides.task]
 
 

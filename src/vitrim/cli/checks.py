@@ -36,7 +36,7 @@ def _is_seed(value: object) -> bool:
 def check_shape(cfg: Config) -> list[str]:
     """Return what is wrong with the groups of keys: one that is a value, or lacks a key."""
     known = yaml.safe_load((CONF / "run.yaml").read_text(encoding="utf-8"))
-    choices = {key: {} for key in ("model", "method", "data", "trainer")}
+    choices: Config = {key: {} for key in ("model", "method", "data", "trainer")}
     for key in ("defaults", "hydra"):
         del known[key]
     return [*_misshapen(cfg, {**known, **choices}, "")]

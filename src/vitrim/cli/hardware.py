@@ -123,8 +123,9 @@ def _try_batches(job: Job) -> None:
 def _batches(loader: DataLoader[object], processes: int, shuffled: bool) -> int:
     """Return how many batches the process has that gets the fewest."""
     sampler = loader.batch_sampler
-    images, size = len(loader.dataset), getattr(sampler, "batch_size", None)  # type: ignore[arg-type]
-    if processes == 1 or size is None:
+    images = len(loader.dataset)  # type: ignore[arg-type]
+    size = getattr(sampler, "batch_size", None)
+    if processes == 1 or not isinstance(size, int):
         return len(loader)
     own = images // processes
     return own // min(size, own // 2 * 2 or 1) if shuffled else math.ceil(own / size)

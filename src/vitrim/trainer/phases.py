@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vitrim.data import Loaders
+from vitrim.errors import is_rate
 from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
@@ -216,9 +217,10 @@ def _known_accuracy(path: Path) -> dict[str, float] | None:
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text())
         known = content if isinstance(content, dict) else {}
-        values = {name: known.get(name) for name in ("top1", "top5")}
-        if all(type(value) in (int, float) and 0 <= value <= 100 for value in values.values()):
-            return {name: float(value) for name, value in values.items()}
+        names = ("top1", "top5")
+        values = {name: v for name in names if is_rate(v := known.get(name)) and v <= 100}
+        if len(values) == len(names):
+            return values
         _log.warning("%s: no accuracy, evaluated again", path)
     return None
 

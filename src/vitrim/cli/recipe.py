@@ -12,7 +12,7 @@ import yaml
 
 from vitrim.cli.checks import Config
 from vitrim.errors import ConfigError, is_count
-from vitrim.files import PHASES
+from vitrim.files import PHASES, read_yaml
 
 LATENCY_TARGETS = ("latency", "latency_ms")
 """Targets that depend on where they were measured."""
@@ -214,7 +214,7 @@ def check_resumable(folder: Path, resolved: Config, contents: Contents) -> None:
     if not path.is_file():
         return
     try:
-        known = cast(Config, yaml.safe_load(path.read_text()))
+        known = cast(Config, read_yaml(path))
         before = identifying(known, contents)
     except DAMAGED:
         raise ConfigError(

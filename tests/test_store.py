@@ -220,6 +220,25 @@ def test_a_pickle_in_place_of_the_weights_is_refused_unrun(
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("start", [b"PK", *(bytes([0x80, n]) for n in range(2, 6))])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(folder: Path, start: bytes) -> None:
+    header_length = int.from_bytes(start, "little")
+    tensors = {name: tensor.clone() for name, tensor in saved_tensors(folder).items()}
+    content = safetensors.torch.save(tensors, {"format": "pt"})
+    length = int.from_bytes(content[:8], "little")
+    while length > header_length:
+        header_length += 2**16
+    header = content[8 : 8 + length].ljust(header_length)
+    padded = header_length.to_bytes(8, "little") + header + content[8 + length :]
+    assert padded.startswith(start)
+    rewrite(folder, WEIGHTS, padded)
+    state = load(folder)[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    rewrite(folder, WEIGHTS, padded[:500])
+    with pytest.raises(StoreError, match="is not a readable safetensors file"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained"])
 def test_a_plan_that_would_read_weights_from_elsewhere_is_refused(
     folder: Path, tmp_path: Path, name: str

@@ -22,6 +22,8 @@ from vitrim.network.surgery import cut_
 from vitrim.plan import MAX_BYTES, Plan, check_json, dumps, loads
 
 _MAX_HEADER = 2**20  # bytes of a safetensors header; ViT-g has 60,000
+_LENGTH = 8  # bytes that state the length of the header
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _MAX_REASON = 256  # characters of a message of safetensors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ALIGNMENT = 64  # bytes; matrix kernels use other code for data that is not aligned
@@ -92,17 +94,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise StoreError(f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise StoreError(f"{path} is a pickle, which can run code: expected a .safetensors file")
-    if _MAX_HEADER < int.from_bytes(start, "little") < path.stat().st_size:
-        raise StoreError(f"{path}: its header is larger than {_MAX_HEADER:,} bytes")
+    _check_header(path)
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:_MAX_REASON]
         raise StoreError(f"{path} is not a readable safetensors file: {reason}") from None
+
+
+def _check_header(path: Path) -> None:
+    """Check the first 8 bytes of a safetensors file, which are the length of its header.
+
+    Any length may begin with the two bytes that pickles and zip archives begin with (640 with those
+    of a pickle). Read as a length, the 8 bytes of such a file are far larger than any header.
+
+    Raises:
+        StoreError: the file is a pickle, or its header is too large.
+    """
+    with path.open("rb") as file:
+        start = file.read(_LENGTH)
+    length = int.from_bytes(start, "little")
+    if length <= _MAX_HEADER:
+        return
+    if start.startswith(_PICKLES):
+        raise StoreError(f"{path} is a pickle, which can run code: expected a .safetensors file")
+    if length <= path.stat().st_size - _LENGTH:
+        raise StoreError(f"{path}: its header is larger than {_MAX_HEADER:,} bytes")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
             f"{folder}: no {RECIPE}: expected the folder of a run, in which report.json is"
         )
     read_recipe(folder)  # refuses what is no recipe
-    net, _ = load(folder)
+    net = load(folder)[0].float()  # the images are in float32
     config, built = compose_for_run("eval", arguments, recipe)
     data = _checked(folder, config, built)
     settings = {key: config[key] for key in ("data", "trainer", "seed")}

@@ -69,6 +69,7 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
             "series": series,
             "variant": _variant(job),
             **_limits(resolved),
+            **_checkpoint_facts(job),
             **versions(*(("torchao",) if job.quantize else ())),
         },
     )
@@ -104,6 +105,14 @@ def _overrides() -> list[str]:
     unsaid = (*NOT_RECIPE, "data.root", "model.checkpoint", "from_run")
     keys = {word: word.lstrip("+~").partition("=")[0] for word in words}
     return [w for w, key in keys.items() if not any(f"{key}.".startswith(f"{k}.") for k in unsaid)]
+
+
+def _checkpoint_facts(job: Job) -> dict[str, object]:
+    """Return what the report says of the checkpoint: the types in which it holds its weights."""
+    from vitrim.model.checkpoint import dtypes_of
+
+    checkpoint = job.model.checkpoint
+    return {} if checkpoint is None else {"checkpoint_dtype": dtypes_of(checkpoint)}
 
 
 def _variant(job: Job) -> str:

@@ -76,6 +76,7 @@ def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> Benchma
         VitrimError: no complete folder of a run, or an engine that cannot run its network.
     """
     compact, plan = load(folder)
+    compact.float()
     dense: nn.Module = timm.create_model(plan.model["name"], **plan.model["args"]).eval()
     size = _image_size(folder, plan, dense)
     counts = [count(net, size) for net in (dense, compact)]

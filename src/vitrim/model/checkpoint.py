@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from timm.models import swin_transformer, vision_transformer
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
-from vitrim.files import MANIFEST, WEIGHTS, StoreError, sha256, verify
+from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, read_text, sha256, verify
+from vitrim.model.conversion import converted
+from vitrim.plan import MAX_BYTES, PlanError, loads
 from vitrim.store import mismatches, read_tensors
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # a scheme; one letter is a drive
@@ -30,7 +31,7 @@ def check_path(checkpoint: str) -> None:
             f"model.checkpoint={checkpoint}: an address; download the file yourself, set its path, "
             "and set model.sha256 to its SHA-256"
         )
-    if checkpoint.lower().endswith(_PICKLES):
+    if checkpoint.lower().endswith(_PICKLES) and not Path(checkpoint).is_dir():
         raise ConfigError(
             f"model.checkpoint={checkpoint}: a file type that can contain a pickle, which can run "
             "code: expected a .safetensors file, or a run folder"
@@ -55,22 +56,36 @@ def fingerprint_of(checkpoint: str, expected: str | None) -> str:
     return digest
 
 
-def read_checkpoint(checkpoint: str, net: nn.Module, *, reset_head: bool) -> dict[str, Tensor]:
-    """Return the checkpoint's tensors, which fit the skeleton `net`.
+def dtypes_of(checkpoint: str) -> str:
+    """Return the floating-point types of the checkpoint's tensors, joined by commas.
 
-    With `reset_head` the classifier's tensors are zeros.
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    dtypes = {
+        str(tensor.dtype).removeprefix("torch.")
+        for tensor in _read(checkpoint).values()
+        if tensor.is_floating_point()
+    }
+    return ", ".join(sorted(dtypes))
+
+
+def read_checkpoint(
+    checkpoint: str, model: Mapping[str, object], net: nn.Module, *, reset_head: bool
+) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors as timm loads them into `net`, in float32.
+
+    Args:
+        checkpoint: the file, or the folder that holds it.
+        model: `name` and `args` of the network.
+        net: the network without weights, on the meta device.
+        reset_head: whether the classifier's tensors are zeros.
 
     Raises:
         ConfigError: the file is damaged, or does not fit.
     """
-    path = _file_of(checkpoint)
-    try:
-        if (path.parent / MANIFEST).is_file() and path.name == WEIGHTS:
-            verify(path.parent, (WEIGHTS,))
-        state = read_tensors(path)
-    except StoreError as error:
-        raise ConfigError(f"model.checkpoint={checkpoint}: {error}") from None
-    state = _counters(net) | _adapted(net, state)
+    state = converted(_read(checkpoint), model, net, _source(checkpoint))
+    state = _counters(net) | {name: _single(tensor) for name, tensor in state.items()}
     if reset_head:
         state = _with_zero_head(net, state)
     problems = mismatches(net, state)
@@ -85,24 +100,40 @@ def read_checkpoint(checkpoint: str, net: nn.Module, *, reset_head: bool) -> dic
             raise ConfigError(
                 f"model.checkpoint={checkpoint}: {name} is not finite, the file is damaged"
             )
-    return {name: tensor.clone() for name, tensor in state.items()}
+    return state
+
+
+def _read(checkpoint: str) -> dict[str, Tensor]:
+    """Return the tensors of the file, checked against its manifest if it has one."""
+    path = _file_of(checkpoint)
+    try:
+        if (path.parent / MANIFEST).is_file() and path.name == WEIGHTS:
+            verify(path.parent, (WEIGHTS,))
+        return read_tensors(path)
+    except StoreError as error:
+        raise ConfigError(f"model.checkpoint={checkpoint}: {error}") from None
+
+
+def _source(checkpoint: str) -> Mapping[str, object]:
+    """Return the arguments of the network that vitrim saved the file from, if it did."""
+    path = _file_of(checkpoint)
+    if path.name != WEIGHTS or not (path.parent / PLAN).is_file():
+        return {}
+    try:
+        args = loads(read_text(path.parent / PLAN, MAX_BYTES)).model.get("args")
+    except (StoreError, PlanError) as error:
+        raise ConfigError(f"model.checkpoint={checkpoint}: {error}") from None
+    return args if isinstance(args, Mapping) else {}
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, in float32 if it has any floating-point type."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _file_of(checkpoint: str) -> Path:
     path = Path(checkpoint)
     return path / WEIGHTS if path.is_dir() else path
-
-
-def _adapted(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` after timm's own conversion of older layouts and other image sizes."""
-    match net:
-        case vision_transformer.VisionTransformer() if "pos_embed" in state:
-            return dict(vision_transformer.checkpoint_filter_fn(state, net))
-        case swin_transformer.SwinTransformer():
-            tables = {name for name in state if name.endswith("relative_position_bias_table")}
-            if tables <= net.state_dict().keys():  # timm's function fails on unknown tables
-                return dict(swin_transformer.checkpoint_filter_fn(state, net))
-    return state
 
 
 def _counters(net: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ class Timm:
     Args:
         name: timm's name of the network.
         pretrained: whether to download timm's weights.
-        checkpoint: a .safetensors file in timm's key layout, or a folder that vitrim saved.
+        checkpoint: a .safetensors file that timm can load, or a folder that vitrim saved; its
+            weights are used in float32.
         sha256: the expected SHA-256 of the checkpoint.
         num_classes: outputs of the classifier; None: timm's number.
         reset_head: whether to start with a new classifier on the loaded weights; the network is
@@ -130,8 +131,9 @@ class Timm:
         """
         if self.checkpoint is not None:
             skeleton = self.skeleton()
-            state = read_checkpoint(self.checkpoint, skeleton, reset_head=self.reset_head)
-            return assign(skeleton, state, Plan(model=self._untagged(), edits=())).eval()
+            model = self._untagged()
+            state = read_checkpoint(self.checkpoint, model, skeleton, reset_head=self.reset_head)
+            return assign(skeleton, state, Plan(model=model, edits=())).eval()
         try:
             net: nn.Module = timm.create_model(
                 self.name, pretrained=self.pretrained and fetch, **self._arguments()

@@ -1,14 +1,19 @@
 """Sequential regression: exact where the kept units can do it, better than the fold elsewhere."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calibration import ALL, calibrated, doubled, pictures, reconstructed
 from conftest import images, outputs, plan_of, relative_error, small_net
 from vitrim import Plan, cut
+from vitrim.closed_form.moments import MomentsError
 from vitrim.network import stream
 from vitrim.plan import Evidence
+from vitrim.trainer.calibrate import IMAGES
 from vitrim.trainer.refit import Refit
 
 SITES = ["blocks.0.mlp.hidden", "blocks.1.mlp.hidden"]
@@ -48,6 +53,43 @@ def test_the_stream_comes_nearer_than_by_folding_alone(args: dict[str, object]) 
             ours, dense = (n.blocks(stream(n).embed(pictures())) for n in (compact, net))
         errors.append(float((ours - dense).square().sum()))
     assert errors[1] < errors[0]
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return x.flip(0)
+
+
+def halved(x: Tensor) -> Tensor:
+    return x[: len(x) // 2]
+
+
+def doubled_up(x: Tensor) -> Tensor:
+    return torch.cat([x, x])
+
+
+@pytest.mark.parametrize("other", [shuffled, halved, doubled_up, torch.neg])
+def test_other_images_than_those_of_the_calibration_are_an_error(
+    other: Callable[[Tensor], Tensor],
+) -> None:
+    evidence = calibrated(small_net(), SITES)
+    small = cut(small_net(), kept(0.5))
+    phase = Refit(small, evidence=evidence, sampling=ALL, ridge=1e-6, closing_ridge=1.0)
+
+    def regress() -> None:
+        for batch in other(pictures()).split(8):
+            phase.observe(batch, 0)
+        phase.solve(0)
+
+    with pytest.raises(MomentsError, match="the calibration"):
+        regress()
+
+
+def test_targets_without_their_images_are_an_error() -> None:
+    evidence = calibrated(small_net(), SITES)
+    moments = {name: tensors for name, tensors in evidence.moments.items() if name != IMAGES}
+    unnumbered = replace(evidence, moments=moments)
+    with pytest.raises(MomentsError, match="of which images"):
+        Refit(small_net(), evidence=unnumbered, sampling=ALL, ridge=1e-6, closing_ridge=1.0)
 
 
 def test_what_was_not_cut_is_not_touched_but_for_the_classifier() -> None:

@@ -15,9 +15,13 @@ from vitrim.closed_form.importance import consumer_of
 from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.errors import is_count, is_positive, require
 from vitrim.network import stream, structure
+from vitrim.network.factored import widths_of_layer
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
 from vitrim.trainer.phase import ResumePoint
+
+IMAGES = "images"
+"""The key of the images' own statistics among the moments of layers and sites."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +96,13 @@ class Sampling:
         return weights
 
 
+def fingerprints(images: Tensor) -> Tensor:
+    """Return a number for each image (B, C, H, W) that tells it from others, (B,), float64."""
+    pixels = images.flatten(1).double()
+    slope = torch.linspace(1, 2, pixels.shape[1], dtype=pixels.dtype, device=pixels.device)
+    return (pixels @ slope).cpu()
+
+
 def gather_tokens(x: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the indexed tokens of x, (B, N, C) or (B, H, W, C), as (B, n, C)."""
     x_BNC = x.flatten(1, -2)
@@ -107,9 +118,10 @@ class Calibrate(LightningModule):
     consumes units `weight`, `mean` and `cov` of its inputs; for each query-key site the same of q
     and k, per head. With `taylor` also each unit's first-order effect on the loss against the
     network's own decision; with `targets` those of a later regression: the stream after the branch
-    of each layer that consumes hidden units, at the sampled tokens, and the classifier's input. The
-    memory of moments does not depend on the number of images; targets take images x sampled tokens
-    x D numbers a layer.
+    of each layer that consumes hidden units, at the sampled tokens, and the classifier's input; and
+    of each image its number (`fingerprints`), by which the regression knows that it sees the same
+    images in the same order. The memory of moments does not depend on the number of images; targets
+    take images x sampled tokens x D numbers a layer.
     """
 
     resumes_at: ResumePoint = "never"
@@ -138,6 +150,7 @@ class Calibrate(LightningModule):
             "sampling": asdict(sampling),
             "taylor": taylor,
             "targets": targets,
+            **({"numbered_images": True} if targets else {}),
         }
         described = structure(net)
         if sites:  # a network without a stream can be scored by its weights
@@ -147,7 +160,7 @@ class Calibrate(LightningModule):
         self._dims = {a.qkv: described.sites[a.qk].head_dims for a in self._attentions}
         self.moments = nn.ModuleDict()
         for layer in self._consumers:
-            width: int = net.get_submodule(layer.name).in_features  # type: ignore[assignment]
+            width = widths_of_layer(net.get_submodule(layer.name))[0]
             self.moments[key_of(layer.name)] = Moments(layer.name, width)
         for attention in self._attentions:
             dims = self._dims[attention.qkv]
@@ -170,6 +183,7 @@ class Calibrate(LightningModule):
         consumers = [layer.name for layer in self._consumers]
         regressed = [name for name in consumers if name in self._regressed]
         targets = [f"{name}.target" for name in (*regressed, *self._classifiers)]
+        targets += [f"{IMAGES}.fingerprint"] if self.targets else []
         units = [*consumers, *(attention.qk for attention in self._attentions)]
         return [*targets, *(f"{name}.taylor" for name in units if self.taylor)]
 
@@ -193,6 +207,8 @@ class Calibrate(LightningModule):
                 self._first_order(logits, activations)
             with torch.no_grad():
                 self._take_in(activations)
+        if self.targets:
+            self._chunks.setdefault(f"{IMAGES}.fingerprint", []).append(fingerprints(images))
         self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:

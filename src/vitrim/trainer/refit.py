@@ -21,10 +21,18 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, MomentsError, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
+from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep
 from vitrim.network.structure import Layer
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
+from vitrim.trainer.calibrate import (
+    IMAGES,
+    Sampling,
+    capture,
+    classifiers,
+    fingerprints,
+    gather_tokens,
+)
 from vitrim.trainer.phase import ResumePoint
 
 _log = logging.getLogger(__name__)
@@ -33,9 +41,13 @@ _log = logging.getLogger(__name__)
 class Refit(LightningModule):
     """Solve the cut layers of `net` one after the other, in one pass over the branches.
 
-    The images are those of the calibration that made `evidence`, in the same order: its targets
-    replace the dense network. The compact stream is kept in memory, images x tokens x D numbers.
-    `branches`, if given, are those to solve, cut or not.
+    The images must be those of the calibration that made `evidence`, in the same order: its targets
+    replace the dense network. Other images, or another order, are an error. The compact stream is
+    kept in memory, images x tokens x D numbers. `branches`, if given, are those to solve, cut or
+    not.
+
+    Raises:
+        MomentsError: the evidence does not say of which images its targets are.
     """
 
     epochs = 2
@@ -66,6 +78,10 @@ class Refit(LightningModule):
             for name, statistics in evidence.moments.items()
             if "target" in statistics
         }
+        self._numbers = evidence.moments.get(IMAGES, {}).get("fingerprint", torch.empty(0))
+        if self._targets and not len(self._numbers):
+            raise MomentsError("the targets of a regression do not say of which images they are")
+        self._seen = [0] * self.epochs
         self._consumers = {
             layer.branch: layer
             for layer in structure(net).layers
@@ -94,7 +110,12 @@ class Refit(LightningModule):
 
     @torch.no_grad()
     def observe(self, images: Tensor, epoch: int) -> None:
-        """Do `training_step` without a Trainer."""
+        """Do `training_step` without a Trainer.
+
+        Raises:
+            MomentsError: these are not the images that were seen at this place in the calibration.
+        """
+        self._check_order(images, epoch)
         heads = [name for name, _ in classifiers(self.net) if name in self._targets]
         with full_precision(images):
             if epoch == 0:
@@ -105,9 +126,30 @@ class Refit(LightningModule):
         for name in heads:
             self._features.setdefault(name, []).append(activations[name].float())
 
+    def _check_order(self, images: Tensor, epoch: int) -> None:
+        """Raise MomentsError unless these images come next in the calibration."""
+        first = self._seen[epoch]
+        self._seen[epoch] += len(images)
+        expected, found = self._numbers[first : self._seen[epoch]].cpu(), fingerprints(images)
+        same = len(expected) == len(found) and torch.allclose(found, expected, 1e-9, 1e-6)
+        if self._targets and not same:
+            raise MomentsError(
+                f"images {first} to {self._seen[epoch] - 1} of the regression are not those of the "
+                "calibration, or not in its order: both must be of one sampling of the same data"
+            )
+
     @torch.no_grad()
     def solve(self, epoch: int) -> None:
-        """Do `on_train_epoch_end` without a Trainer."""
+        """Do `on_train_epoch_end` without a Trainer.
+
+        Raises:
+            MomentsError: fewer images were seen than in the calibration.
+        """
+        if self._targets and self._seen[epoch] != len(self._numbers):
+            raise MomentsError(
+                f"the regression saw {self._seen[epoch]} images, the calibration "
+                f"{len(self._numbers)}: both must be of one sampling of the same data"
+            )
         with full_precision(next(self.net.parameters())):
             if epoch == 0:
                 self._solve_layers()
@@ -173,7 +215,7 @@ class Refit(LightningModule):
 def _is_cut(net: nn.Module, layer: Layer, evidence: Evidence) -> bool:
     """Whether the layer consumes fewer units than at calibration."""
     calibrated = len(evidence.moments[layer.name]["mean"])
-    width: int = net.get_submodule(layer.name).in_features  # type: ignore[assignment]
+    width = widths_of_layer(net.get_submodule(layer.name))[0]
     if width > calibrated:
         raise MomentsError(f"{layer.name} consumes more units than in the calibrated network")
     return width < calibrated

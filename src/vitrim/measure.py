@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrim.errors import VitrimError
 from vitrim.network import structure
+from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, SplitLinear
 from vitrim.network.structure import blocks_of
 
 InputSize = int | Sequence[int]
 """Pixels: a side, (height, width) or (channels, height, width)."""
+
+
+class InputSizeError(VitrimError):
+    """Images of a size that the network cannot process."""
+
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 
@@ -73,6 +80,13 @@ def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -
         net.eval()
         with torch.no_grad(), counter:
             functional_call(net, tensors, (image,))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputSizeError(
+            f"{type(net).__name__} cannot process images of {tuple(image.shape[1:])} (channels, "
+            f"height, width): {reason}; choose the size that it was built for, a multiple of its "
+            "patches and windows"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -85,7 +99,7 @@ def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -
 
 def _n_outputs(layer: nn.Module) -> int:
     """Return the number of outputs of a layer at one position."""
-    if isinstance(layer, nn.Linear | LowRankLinear | SplitLinear):
+    if isinstance(layer, nn.Linear | GatheredLinear | LowRankLinear | SplitLinear):
         return layer.out_features
     weight = layer.weight
     assert isinstance(weight, Tensor)  # no Parameter while the network is called with meta tensors

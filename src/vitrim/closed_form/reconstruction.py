@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitrim.closed_form.moments import MomentsError, MomentTensors
 from vitrim.closed_form.query_key import query_key_moments, query_key_spectrum
+from vitrim.network.attention import parameters_of
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.network.survivors import Kept, index_of, removed_of, resolve, widths_of
 from vitrim.plan import Plan
@@ -172,7 +173,7 @@ def _reduced_qk(
     statistics = moments[attention.qk]
     bases = {head: query_key_spectrum(*query_key_moments(statistics, head))[0] for head in narrowed}
     values = {}
-    for name, parameter in net.get_submodule(attention.qkv).named_parameters():
+    for name, parameter in parameters_of(net.get_submodule(attention.qkv)).items():
         dense = parameter.detach().double()
         dense = dense[:, columns] if name == "weight" else dense
         reduced = compact.get_parameter(f"{attention.qkv}.{name}").detach().double().clone()

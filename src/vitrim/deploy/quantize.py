@@ -154,16 +154,14 @@ def _pad_single_inputs(root: nn.Module) -> None:
     """
     for parent in [*root.modules()]:
         for name, child in [*parent.named_children()]:
-            plain = type(child) in (nn.Linear, GatheredLinear)
-            if plain and isinstance(child, nn.Linear) and child.in_features == 1:
+            if type(child) is nn.Linear and child.in_features == 1:
                 setattr(parent, name, _padded(child))
 
 
 def _padded(linear: nn.Linear) -> GatheredLinear:
-    first = torch.zeros(1, dtype=torch.long, device=linear.weight.device)
-    index = linear.index if isinstance(linear, GatheredLinear) else first
+    index = torch.zeros(2, dtype=torch.long, device=linear.weight.device)
     weight = nn.Parameter(F.pad(linear.weight.detach(), (0, 1)))
-    padded = GatheredLinear(weight=weight, bias=linear.bias, index=index.repeat(2))
+    padded = GatheredLinear(weight=weight, bias=linear.bias, index=index, in_features=1)
     return padded.train(linear.training)
 
 

@@ -38,6 +38,7 @@ from vitrim.closed_form.reconstruction import ridge_solve
 from vitrim.errors import is_count, is_positive, require
 from vitrim.method import Granularity
 from vitrim.network import structure
+from vitrim.network.attention import parameters_of
 from vitrim.network.structure import Kind, Layer, Structure, of_kind
 from vitrim.network.survivors import index_of, resolve
 from vitrim.plan import Evidence, Keep, Plan, Proposal
@@ -169,7 +170,7 @@ def aligned_weights(
             target = targets.pop(layer.name)[:, index_of(layer.out, survivors)]
             x = _rows(module, output, samples_per_image)
             q = _map(x.double(), target.double(), ridge, diagonal=not layer.inp).to(output)
-            for name, tensor in module.named_parameters(recurse=False):
+            for name, tensor in parameters_of(module).items():
                 values[f"{layer.name}.{name}"] = (q.T @ tensor.reshape(len(q), -1)).view_as(tensor)
             axis = _axis(module)
             return (output.movedim(axis, -1) @ q).movedim(-1, axis)

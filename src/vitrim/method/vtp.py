@@ -40,6 +40,7 @@ from vitrim.budget.trim import Scope, trim
 from vitrim.errors import is_count, is_rate, require
 from vitrim.method import Granularity
 from vitrim.network import structure
+from vitrim.network.attention import own_name
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Keep, Proposal
 from vitrim.trainer.classify import Classify
@@ -148,7 +149,9 @@ class GateTraining(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, classes) through the gated weights."""
-        weights = {name: self._scaled(name, site) for name, site in self._gated.items()}
+        weights = {
+            own_name(self.net, name): self._scaled(name, site) for name, site in self._gated.items()
+        }
         logits: Tensor = functional_call(self.net, weights, (images,))
         return logits
 

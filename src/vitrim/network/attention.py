@@ -1,18 +1,20 @@
 """Self-attention whose heads may differ in width, and a Linear that reads part of its input.
 
+The modules can be compiled by torch.jit.script and traced by torch.fx: their forward passes call
+functions of tensors and numbers, and annotations are evaluated (TorchScript reads no strings).
+
 Legend: B batch, N tokens, D embed, Q all query (or key) dims, V all value dims, H heads of equal
 widths in one run, K query-key width and W value width of such a head. In window attention, B is
 the number of windows of a batch and L that of an image (1 where all have the same bias).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
@@ -20,45 +22,81 @@ from torch import Tensor, nn
 from vitrim.network.factored import widths_of_layer
 
 
-class GatheredLinear(nn.Linear):
-    """A Linear that reads only the columns `index` of a wider input.
+class GatheredLinear(nn.Module):
+    """A Linear behind a gather: `linear` reads the columns `index` of a wider input.
 
-    The residual stream keeps its width, so the layer itself selects its columns. The index follows
-    from the plan and is not part of the state dict: saved tensors hold parameters only.
+    The residual stream keeps its width, so the layer itself selects its columns. `in_features` is
+    the width of the stream, that of `linear` is the number of selected columns. The index follows
+    from the plan and is not part of the state dict, in which the parameters have the names that
+    they have in a plain Linear.
     """
 
-    index: Tensor
+    if TYPE_CHECKING:
+        index: Tensor
 
-    def __init__(self, *, weight: nn.Parameter, bias: nn.Parameter | None, index: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
+    __jit_unused_properties__ = ("weight", "bias")
+
+    def __init__(
+        self,
+        *,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        index: Tensor,
+        in_features: int,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = weight.shape[0]
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.linear.weight = weight
+        self.linear.bias = bias  # type: ignore[assignment]
         self.register_buffer("index", index, persistent=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of `linear`, (out_features, selected columns)."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of `linear`."""
+        return self.linear.bias
+
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., wide) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         # by rows: along the last of three dims, index_select is ten times slower on CPU
         rows = input.flatten(0, -2).index_select(1, self.index)
-        narrow = rows.view(*input.shape[:-1], self.in_features)
-        return F.linear(narrow, self.weight, self.bias)
+        output: Tensor = self.linear(torch.unflatten(rows, 0, input.shape[:-1]))
+        return output
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the state dict of `linear`, under the names of a plain Linear."""
+        return self.linear.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if not name.startswith("linear."):
+                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Show the width of the input."""
+        return f"in_features={self.in_features}"
 
 
-class _SoftmaxAttention(Protocol):
-    """What `attention_output` reads of an attention."""
-
-    scale: float
-    fused_attn: bool
-    training: bool
-    attn_drop: nn.Dropout
+def own_name(net: nn.Module, name: str) -> str:
+    """Return the name in `net.named_parameters()` of the parameter `net.get_parameter(name)`."""
+    path, _, last = name.rpartition(".")
+    gathers = isinstance(net.get_submodule(path), GatheredLinear)
+    return f"{path}.linear.{last}" if gathers else name
 
 
-class _FusedProjection(Protocol):
-    """What `project_qkv` reads of an attention: one layer, and biases that it may not contain."""
-
-    qkv: nn.Module
-    q_bias: nn.Parameter | None
-    v_bias: nn.Parameter | None
+def parameters_of(layer: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return the parameters of a layer by the names that they have in the state dict."""
+    return dict((layer.linear if isinstance(layer, GatheredLinear) else layer).named_parameters())
 
 
 @runtime_checkable
@@ -79,14 +117,15 @@ class SlicedAttention(nn.Module):
     kernel's fallback. A head without query-key dims attends to every token equally.
     """
 
-    qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Dropout
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
+        qkv: nn.Module
+        q_norm: nn.Module
+        k_norm: nn.Module
+        attn_drop: nn.Dropout
+        norm: nn.Module
+        gate: nn.Module | None
+        proj: nn.Module
+        proj_drop: nn.Module
 
     def __init__(
         self, dense: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
@@ -96,6 +135,8 @@ class SlicedAttention(nn.Module):
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
         self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
         take_over(self, dense, optional=("gate",))
 
@@ -103,12 +144,23 @@ class SlicedAttention(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); `attn_mask` and `is_causal` as in timm."""
-
-        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
-            q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
-            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
-
-        out_BNV = self.norm(map_head_runs(self.qkv(x), self.qk_dims, self.v_dims, attend))
+        dropout = self.attn_drop.p if self.training else 0.0
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
+        outputs = []
+        for _, h, qk, k, v, w in self.head_runs:
+            out_BHNW = attend(
+                self.q_norm(heads_from(q_BNQ, qk, h, k)),
+                self.k_norm(heads_from(k_BNQ, qk, h, k)),
+                heads_from(v_BNV, v, h, w),
+                attn_mask,
+                is_causal,
+                self.scale,
+                dropout,
+                self.fused_attn and k == w,
+                k == 0,
+            )
+            outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:
             out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
@@ -119,25 +171,17 @@ class SlicedAttention(nn.Module):
         return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
-class SlicedWindowAttention(nn.Module):
+class SlicedWindowAttention(WindowAttention):  # type: ignore[misc]
     """timm's window attention after a cut; widths, scale and kernels are as in `SlicedAttention`.
 
     The relative position bias table, ((2h-1)(2w-1), heads) for windows of (h, w) tokens, has no
     columns for removed heads. A head without query-key dims attends by position only.
     """
 
-    relative_position_bias_table: nn.Parameter
-    relative_position_index: Tensor
-    qkv: nn.Module
-    attn_drop: nn.Dropout
-    softmax: nn.Module
-    proj: nn.Module
-    proj_drop: nn.Module
-
     def __init__(
         self, dense: nn.Module, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.window_size: tuple[int, int] = dense.window_size  # type: ignore[assignment]
         self.window_area: int = dense.window_area  # type: ignore[assignment]
         self.scale: float = dense.scale  # type: ignore[assignment]
@@ -145,40 +189,33 @@ class SlicedWindowAttention(nn.Module):
         self.qk_dims = qk_dims
         self.v_dims = v_dims
         self.num_heads = len(v_dims)
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
         index = dense.get_buffer("relative_position_index")
         self.register_buffer("relative_position_index", index, persistent=False)
         take_over(self, dense)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
+        dropout = self.attn_drop.p if self.training else 0.0
         bias_HNN = self.relative_position_bias_table[self.relative_position_index].movedim(-1, 0)
-        bias_LHNN = bias_HNN[None] if mask is None else bias_HNN + mask[:, None]
-
-        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
-            return self._attend(q_BHNK, k_BHNK, v_BHNW, bias_LHNN[:, heads])
-
-        out_BNV = map_head_runs(self.qkv(x), self.qk_dims, self.v_dims, attend)
-        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
-        return out_BND
-
-    def _attend(self, q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, bias_LHNN: Tensor) -> Tensor:
-        """Return the output of one run of equal heads, shape (B, H, N, W)."""
-        n_windows = bias_LHNN.shape[0]
-        n_images = q_BHNK.shape[0] // n_windows  # len() would be a constant of a traced graph
-        if self.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
-            return F.scaled_dot_product_attention(
-                q_BHNK,
-                k_BHNK,
-                v_BHNW,
-                attn_mask=bias_LHNN if n_windows == 1 else bias_LHNN.repeat(n_images, 1, 1, 1),
-                dropout_p=self.attn_drop.p if self.training else 0.0,
-                scale=self.scale,
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
+        outputs = []
+        for first, h, qk, k, v, w in self.head_runs:
+            out_BHNW = attend_windows(
+                heads_from(q_BNQ, qk, h, k),
+                heads_from(k_BNQ, qk, h, k),
+                heads_from(v_BNV, v, h, w),
+                bias_HNN[first : first + h],
+                mask,
+                self.scale,
+                dropout,
+                self.fused_attn and k == w,
+                k == 0,
             )
-        attn_BHNN = _scores(q_BHNK * self.scale, k_BHNK)
-        by_image = attn_BHNN.view(n_images, n_windows, *attn_BHNN.shape[1:])
-        attn_BHNN = (by_image + bias_LHNN).flatten(0, 1)
-        out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
-        return out_BHNW
+            outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
+        return out_BND
 
     def extra_repr(self) -> str:
         """Show the widths per head."""
@@ -199,51 +236,141 @@ def take_over(attn: nn.Module, dense: nn.Module, *, optional: Sequence[str] = ()
             attn.register_module(name, None)
 
 
-def project_qkv(attn: _FusedProjection, x: Tensor) -> Tensor:
-    """Return queries, keys and values of all heads, concatenated: (B, N, C).
+HeadRun = tuple[int, int, int, int, int, int]
+"""Neighbouring heads of equal widths: index of the first head, number of heads, first column and
+width of each head in the queries (and keys), first column and width of each head in the values."""
 
-    The attention has one layer for them, and may keep its biases outside of the layer.
+
+def head_runs(qk_dims: Sequence[int], v_dims: Sequence[int]) -> list[HeadRun]:
+    """Return the runs of heads of equal widths, in order.
+
+    >>> head_runs((2, 2, 1), (4, 4, 4))
+    [(0, 2, 0, 2, 0, 4), (2, 1, 4, 1, 8, 4)]
     """
-    qkv_BNC: Tensor = attn.qkv(x)
-    if attn.q_bias is None or attn.v_bias is None:
+    runs = []
+    head = qk = v = 0
+    for (k, w), group in groupby(zip(qk_dims, v_dims, strict=True)):
+        h = len(list(group))
+        runs.append((head, h, qk, k, v, w))
+        head, qk, v = head + h, qk + h * k, v + h * w
+    return runs
+
+
+def with_biases(qkv_BNC: Tensor, q_bias: Tensor | None, v_bias: Tensor | None) -> Tensor:
+    """Add the biases of queries and values that an attention keeps outside of its layer."""
+    if q_bias is None or v_bias is None:
         return qkv_BNC
-    return qkv_BNC + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    return qkv_BNC + torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
 
-def attention_output(
-    attn: _SoftmaxAttention,
+def heads_from(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:
+    """Return `n_heads` heads from column `start`, shape (B, H, N, head_dim)."""
+    run_BNC = x_BNC[..., start : start + n_heads * head_dim]
+    b, n = x_BNC.shape[0], x_BNC.shape[1]
+    return run_BNC.view(b, n, n_heads, head_dim).transpose(1, 2)
+
+
+def join_runs(outputs_BNV: list[Tensor]) -> Tensor:
+    """Return the outputs of all runs of heads, concatenated: (B, N, V)."""
+    return outputs_BNV[0] if len(outputs_BNV) == 1 else torch.cat(outputs_BNV, dim=-1)
+
+
+def attend(
     q_BHNK: Tensor,
     k_BHNK: Tensor,
     v_BHNW: Tensor,
     mask: Tensor | None,
-    *,
     is_causal: bool,
+    scale: float,
+    dropout: float,
+    fused: bool,
+    empty: bool,
 ) -> Tensor:
-    """Return the output of one run of equal heads of `attn`, shape (B, H, N, W)."""
-    if attn.fused_attn and q_BHNK.shape[-1] == v_BHNW.shape[-1]:
+    """Return the output of one run of equal heads, shape (B, H, N, W).
+
+    Args:
+        q_BHNK: the queries.
+        k_BHNK: the keys.
+        v_BHNW: the values.
+        mask: added to the scores or, if boolean, false where the score is -inf.
+        is_causal: whether tokens attend to earlier ones only; any mask is then ignored.
+        scale: of the products of queries and keys.
+        dropout: the probability, 0 in evaluation mode.
+        fused: whether to use the fused kernel.
+        empty: whether queries and keys have no dims, K = 0.
+    """
+    if fused:
         return F.scaled_dot_product_attention(
             q_BHNK,
             k_BHNK,
             v_BHNW,
             attn_mask=mask,
-            dropout_p=attn.attn_drop.p if attn.training else 0.0,
+            dropout_p=dropout,
             is_causal=is_causal,
-            scale=attn.scale,
+            scale=scale,
         )
-    attn_BHNN = _scores(q_BHNK * attn.scale, k_BHNK)
-    bias = _bias(attn_BHNN, mask, is_causal=is_causal)
-    attn_BHNN = (attn_BHNN if bias is None else attn_BHNN + bias).softmax(dim=-1)
-    out_BHNW: Tensor = attn.attn_drop(attn_BHNN) @ v_BHNW
-    return out_BHNW
+    attn_BHNN = add_mask(scores(q_BHNK * scale, k_BHNK, empty), mask, is_causal).softmax(dim=-1)
+    if dropout > 0.0:
+        attn_BHNN = F.dropout(attn_BHNN, dropout)
+    return attn_BHNN @ v_BHNW
 
 
-def _bias(attn_BHNN: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor | None:
-    """Return what a mask adds to scores; as in the fused kernel, a causal mask replaces others."""
+torch.fx.wrap("add_mask")  # a trace records the call, because masks may be arguments of the network
+
+
+def add_mask(attn_BHNN: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return scores after a mask; as in the fused kernel, a causal mask replaces others."""
     if is_causal:
-        return attn_BHNN.new_full(attn_BHNN.shape[-2:], -torch.inf).triu(1)
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=attn_BHNN.dtype).masked_fill(~mask, -torch.inf)
+        later = attn_BHNN.new_full(attn_BHNN.shape[-2:], float("-inf"))
+        return attn_BHNN + later.triu(1)
+    if mask is None:
+        return attn_BHNN
+    if mask.dtype == torch.bool:
+        return attn_BHNN.masked_fill(~mask, float("-inf"))
+    return attn_BHNN + mask
+
+
+def attend_windows(
+    q_BHNK: Tensor,
+    k_BHNK: Tensor,
+    v_BHNW: Tensor,
+    bias_HNN: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    fused: bool,
+    empty: bool,
+) -> Tensor:
+    """Return the output of one run of equal heads in windows, shape (B, H, N, W).
+
+    `bias_HNN` is added to the scores of all windows, `mask` (L, N, N) to those of the L windows of
+    each image; the other arguments are those of `attend`.
+    """
+    if mask is None:
+        return attend(q_BHNK, k_BHNK, v_BHNW, bias_HNN[None], False, scale, dropout, fused, empty)
+    bias_LHNN = bias_HNN + mask[:, None]
+    n_images = q_BHNK.shape[0] // mask.shape[0]  # len() would be a constant of a traced graph
+    if fused:
+        bias_BHNN = bias_LHNN.repeat(n_images, 1, 1, 1)
+        return attend(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, scale, dropout, fused, empty)
+    attn_BHNN = scores(q_BHNK * scale, k_BHNK, empty)
+    by_image = torch.unflatten(attn_BHNN, 0, [n_images, mask.shape[0]])
+    attn_BHNN = (by_image + bias_LHNN).flatten(0, 1)
+    attn_BHNN = attn_BHNN.softmax(dim=-1)
+    if dropout > 0.0:
+        attn_BHNN = F.dropout(attn_BHNN, dropout)
+    return attn_BHNN @ v_BHNW
+
+
+def scores(q_BHNK: Tensor, k_BHNK: Tensor, empty: bool) -> Tensor:
+    """Return the products of queries and keys, (B, H, N, N).
+
+    Without dims they are zeros: exported graphs cannot contain empty tensors.
+    """
+    if empty:
+        b, h, n = q_BHNK.shape[0], q_BHNK.shape[1], q_BHNK.shape[2]
+        return q_BHNK.new_zeros([b, h, n, k_BHNK.shape[2]])
+    return q_BHNK @ k_BHNK.transpose(-2, -1)
 
 
 @singledispatch
@@ -267,47 +394,3 @@ def head_dims(attn: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     n_heads = int(attn.num_heads)  # type: ignore[arg-type]
     dim = widths_of_layer(attn.get_submodule("proj"))[0] // n_heads
     return (dim,) * n_heads, (dim,) * n_heads
-
-
-def _scores(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
-    """Return the products of queries and keys, (B, H, N, N).
-
-    Without dims they are zeros: exported graphs cannot contain empty tensors.
-    """
-    if not q_BHNK.shape[-1]:
-        return q_BHNK.new_zeros(*q_BHNK.shape[:-1], k_BHNK.shape[-2])
-    return q_BHNK @ k_BHNK.transpose(-2, -1)
-
-
-def map_head_runs(
-    qkv_BNC: Tensor,
-    qk_dims: Sequence[int],
-    v_dims: Sequence[int],
-    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
-) -> Tensor:
-    """Return the outputs of all heads, concatenated: (B, N, V).
-
-    `attend` maps q, k and v of a run of neighbouring heads of equal widths, and the slice of those
-    heads, to (B, H, N, W).
-    """
-    qk, v = sum(qk_dims), sum(v_dims)
-    q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, [qk, qk, v], dim=-1)
-    outputs = []
-    head = qk_column = v_column = 0
-    for (k, w), group in groupby(zip(qk_dims, v_dims, strict=True)):
-        h = len(list(group))
-        out_BHNW = attend(
-            _heads(q_BNQ, qk_column, h, k),
-            _heads(k_BNQ, qk_column, h, k),
-            _heads(v_BNV, v_column, h, w),
-            slice(head, head + h),
-        )
-        outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        head, qk_column, v_column = head + h, qk_column + h * k, v_column + h * w
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
-def _heads(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:
-    """Return `n_heads` heads from column `start`, shape (B, H, N, head_dim)."""
-    run_BNC = x_BNC[..., start : start + n_heads * head_dim]
-    return run_BNC.view(*x_BNC.shape[:2], n_heads, head_dim).transpose(1, 2)

@@ -1,6 +1,7 @@
-"""Low-rank Linear layers, and a Linear whose runs of rows are layers of their own."""
+"""Low-rank Linear layers, and a Linear whose runs of rows are layers of their own.
 
-from __future__ import annotations
+Annotations are evaluated here, because TorchScript reads no strings.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,18 +18,17 @@ class LowRankLinear(nn.Module):
     `down` may read part of a wider input, as the layer that it replaces may (`GatheredLinear`).
     """
 
-    down: nn.Linear
-    up: nn.Linear
+    __jit_unused_properties__ = ("in_features", "out_features", "rank", "weight", "bias")
 
-    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
+    def __init__(self, down: nn.Module, up: nn.Linear) -> None:
         super().__init__()
         self.down = down
         self.up = up
 
     @property
     def in_features(self) -> int:
-        """Columns of `down`."""
-        return self.down.in_features
+        """Width of the input."""
+        return int(self.down.in_features)  # type: ignore[arg-type]
 
     @property
     def out_features(self) -> int:
@@ -39,6 +39,11 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         """Rows of `down`, columns of `up`."""
         return self.up.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, (out, in): what code that expects a Linear reads."""
+        return self.up.weight @ _tensor(self.down.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -52,37 +57,62 @@ class LowRankLinear(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """Linears that read the same input, their outputs concatenated: query, key and value rows."""
+    """Linears `q`, `k` and `v` that read the same input, their outputs concatenated."""
+
+    __jit_unused_properties__ = ("in_features", "out_features", "weight", "bias")
 
     def __init__(self, pieces: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.pieces = tuple(pieces)
-        for name, piece in pieces.items():
-            self.add_module(name, piece)
+        self.pieces = ("q", "k", "v")
+        self.q, self.k, self.v = (pieces[name] for name in self.pieces)
 
     @property
     def in_features(self) -> int:
-        """Columns of every piece."""
-        return widths_of_layer(self.get_submodule(self.pieces[0]))[0]
+        """Width of the input."""
+        return int(self.q.in_features)  # type: ignore[arg-type]
 
     @property
     def out_features(self) -> int:
         """Rows of all pieces."""
         return sum(widths_of_layer(self.get_submodule(name))[1] for name in self.pieces)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights of all pieces, (out, in): what code that expects a Linear reads."""
+        return torch.cat([_tensor(self.get_submodule(name).weight) for name in self.pieces])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of all pieces, (out,); None where they have none."""
+        biases = [self.get_submodule(name).bias for name in self.pieces]
+        return None if biases[0] is None else torch.cat([_tensor(bias) for bias in biases])
+
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return torch.cat([self.get_submodule(name)(input) for name in self.pieces], dim=-1)
+        return torch.cat([self.q(input), self.k(input), self.v(input)], dim=-1)
+
+
+def _tensor(value: Tensor | nn.Module | None) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
 
 
 def widths_of_layer(module: nn.Module) -> tuple[int, int]:
-    """Return the number of inputs and outputs of a Linear, low-rank layer or Conv."""
+    """Return the number of columns and rows of a Linear, low-rank layer or Conv.
+
+    A Linear behind a gather has fewer columns than its input.
+    """
     match module:
         case nn.Conv2d():
             return module.in_channels, module.out_channels
-        case nn.Linear() | LowRankLinear() | SplitLinear():
-            return module.in_features, module.out_features
-    raise TypeError(f"{type(module).__name__}: expected a Linear or a Conv2d")
+        case LowRankLinear():
+            return widths_of_layer(module.down)[0], module.out_features
+        case SplitLinear():
+            return widths_of_layer(module.q)[0], module.out_features
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise TypeError(f"{type(module).__name__}: expected a Linear or a Conv2d")
+    return weight.shape[1], weight.shape[0]
 
 
 def layers_of(module: nn.Module, layer: Layer) -> tuple[Layer, ...]:

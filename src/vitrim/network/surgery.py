@@ -272,17 +272,16 @@ def _narrow(compact: nn.Module, layer: Layer, axes: tuple[Tensor, ...]) -> None:
             linear.in_channels = weight.shape[1] if layer.inp else len(weight)
             linear.groups = 1 if layer.inp else len(weight)
             return
-    columns = axes[1]
-    if not layer.gathers or len(columns) == linear.in_features:
+    columns, wide = axes[1], int(linear.in_features)  # type: ignore[arg-type]
+    if isinstance(linear, GatheredLinear):
+        columns = linear.get_buffer("index").cpu()[columns]
+    elif not layer.gathers or len(columns) == wide:
         rows, width = weight.shape
         linear.out_features, linear.in_features = rows, width  # type: ignore[assignment]
         return
-    if isinstance(linear, GatheredLinear):
-        columns = linear.index.cpu()[columns]
     index = columns if weight.is_meta else columns.to(weight.device)
-    gathered = GatheredLinear(weight=weight, bias=bias, index=index)
-    gathered.training = linear.training
-    compact.set_submodule(layer.name, gathered)
+    gathered = GatheredLinear(weight=weight, bias=bias, index=index, in_features=wide)
+    compact.set_submodule(layer.name, gathered.train(linear.training))
 
 
 def _factorise(compact: nn.Module, layer: Layer, survivors: Kept, ranks: Mapping[str, int]) -> None:
@@ -322,12 +321,17 @@ def _rows(linear: nn.Module, rows: slice) -> nn.Module:
     return _like_input(linear, linear.get_parameter("weight").detach()[rows].clone(), bias)
 
 
-def _like_input(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _like_input(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return a layer with the given weight that reads the same input columns as `linear`."""
     if not isinstance(linear, GatheredLinear):
         return _linear(weight, bias)
     parameter = None if bias is None else nn.Parameter(bias)
-    return GatheredLinear(weight=nn.Parameter(weight), bias=parameter, index=linear.index.clone())
+    return GatheredLinear(
+        weight=nn.Parameter(weight),
+        bias=parameter,
+        index=linear.get_buffer("index").clone(),
+        in_features=linear.in_features,
+    )
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -174,7 +174,8 @@ class MixedRank:
             assert isinstance(layer, LowRankLinear)
             spectrum = self._spectrum(net, piece, statistics_of(name, piece, evidence))
             factors = spectrum.factors(max(1, edit.rank - self.residual.rank))
-            up, down = torch.zeros_like(layer.up.weight), torch.zeros_like(layer.down.weight)
+            reads = layer.down.get_parameter("weight")
+            up, down = torch.zeros_like(layer.up.weight), torch.zeros_like(reads)
             up[:, : factors[0].shape[1]], down[: len(factors[1])] = factors
             values[f"{name}.up.weight"], values[f"{name}.down.weight"] = up, down
             if self.decomposition in CENTRED and layer.up.bias is not None:

@@ -14,6 +14,7 @@ from vitrim.method.mixed_rank.metric import CENTRED, Decomposition
 from vitrim.method.mixed_rank.pieces import Piece
 from vitrim.network import stream, structure
 from vitrim.network.attention import GatheredLinear
+from vitrim.network.factored import widths_of_layer
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 from vitrim.trainer.phase import ResumePoint
@@ -73,7 +74,7 @@ class Profile(LightningModule):
         self.moments = nn.ModuleDict()
         for name in layers:
             if decomposition in _MOMENTS:
-                width: int = net.get_submodule(name).in_features  # type: ignore[assignment]
+                width = widths_of_layer(net.get_submodule(name))[0]
                 self.moments[key_of(name)] = Moments(name, width)
             for statistic in self._sums():
                 self.register_buffer(key_of(f"{name}.{statistic}"), torch.empty(0))
@@ -123,7 +124,7 @@ class Profile(LightningModule):
             x = self._tokens[name](input_of[name])
             index = self.sampling.index(x, self._stream.n_prefix_tokens, self._n_seen)
             if isinstance(linear, GatheredLinear):
-                x = x[..., linear.index]
+                x = x[..., linear.get_buffer("index")]
             if self.decomposition == "mean_input":
                 self._add(f"{name}.tokens", x.sum(0))
             n_patches = x.shape[1] - self._stream.n_prefix_tokens

@@ -72,7 +72,7 @@ class Residual(LightningModule):
         for name in self._twins:
             layer = self._layer(name)
             kept = layer.rank - min(rank, layer.rank - 1)
-            a, b = (factor.detach() for factor in (layer.up.weight, layer.down.weight))
+            a, b = (factor.detach() for factor in _factors(layer))
             noise = torch.randn(b[kept:].shape, generator=generator).to(b) * b.std()
             empty = ~b[kept:].any(dim=1, keepdim=True)
             self.a[key_of(name)] = nn.Parameter(a[:, kept:].clone())
@@ -123,10 +123,10 @@ class Residual(LightningModule):
 
     def _output(self, name: str, layer: LowRankLinear, x_BnC: Tensor) -> Tensor:
         a, b = self.a[key_of(name)], self.b[key_of(name)]
-        kept = layer.rank - len(b)
+        kept, (up, down) = layer.rank - len(b), _factors(layer)
         if isinstance(layer.down, GatheredLinear):
-            x_BnC = x_BnC[..., layer.down.index]
-        main = F.linear(x_BnC, layer.down.weight[:kept]), layer.up.weight[:, :kept]
+            x_BnC = x_BnC[..., layer.down.get_buffer("index")]
+        main = F.linear(x_BnC, down[:kept]), up[:, :kept]
         return F.linear(*main, layer.up.bias) + F.linear(F.linear(x_BnC, b), a)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -145,8 +145,14 @@ class Residual(LightningModule):
         for name in self._twins:
             layer, a, b = self._layer(name), self.a[key_of(name)], self.b[key_of(name)]
             if len(b):
-                layer.up.weight[:, -len(b) :] = a
-                layer.down.weight[-len(b) :] = b
+                up, down = _factors(layer)
+                up[:, -len(b) :] = a
+                down[-len(b) :] = b
+
+
+def _factors(layer: LowRankLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weights of `up` (out, r) and `down` (r, in)."""
+    return layer.up.get_parameter("weight"), layer.down.get_parameter("weight")
 
 
 def _outputs(net: nn.Module, name: str) -> int:

@@ -1,21 +1,21 @@
 """BEiT and BEiT v2 of timm: `Beit`, whose attention has a bias per relative position.
 
 The sites of attentions are described in `vitrim.network.heads`, those of MLPs in
-`vitrim.network.mlp`.
+`vitrim.network.mlp`. Annotations are evaluated here, because TorchScript reads no strings.
 """
-
-from __future__ import annotations
 
 import torch
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from vitrim.network.attention import (
-    attention_output,
-    map_head_runs,
-    project_qkv,
+    attend,
+    head_runs,
+    heads_from,
+    join_runs,
     sliced,
     take_over,
+    with_biases,
 )
 from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
 from vitrim.network.heads import attention_of, steps_of
@@ -35,6 +35,8 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
         self.num_heads = len(v_dims)
         self.qk_dims = qk_dims
         self.v_dims = v_dims
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
         self.fused_attn: bool = dense.fused_attn
         self.window_size = dense.window_size
         self.q_bias, self.k_bias, self.v_bias = dense.q_bias, None, dense.v_bias
@@ -45,18 +47,29 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
         take_over(self, dense)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); a shared bias (heads, N, N) has all heads of the network."""
+        """Map (B, N, D) to (B, N, D); a shared bias has all heads, (1, heads, N, N)."""
+        dropout = self.attn_drop.p if self.training else 0.0
         bias_1HNN = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own_1HNN = self._get_rel_pos_bias()
             bias_1HNN = own_1HNN if bias_1HNN is None else own_1HNN + bias_1HNN
-
-        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
-            bias = None if bias_1HNN is None else bias_1HNN[..., heads, :, :]
-            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, bias, is_causal=False)
-
-        out_BNV = map_head_runs(project_qkv(self, x), self.qk_dims, self.v_dims, attend)
-        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+        qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
+        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        outputs = []
+        for first, h, qk, k, v, w in self.head_runs:
+            out_BHNW = attend(
+                heads_from(q_BNQ, qk, h, k),
+                heads_from(k_BNQ, qk, h, k),
+                heads_from(v_BNV, v, h, w),
+                None if bias_1HNN is None else bias_1HNN[..., first : first + h, :, :],
+                False,
+                self.scale,
+                dropout,
+                self.fused_attn and k == w,
+                k == 0,
+            )
+            outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
 
     def extra_repr(self) -> str:

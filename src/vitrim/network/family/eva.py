@@ -1,10 +1,11 @@
 """The EVA family of timm: EVA, EVA-02, DINOv3 and the ViTs with rotary positions, all `Eva`.
 
 Queries and keys are rotated dim by dim, so their dims are locked (`vitrim.network.heads`). Heads,
-value dims and MLP units (`vitrim.network.mlp`) can be cut unless a norm reads them.
+value dims and MLP units (`vitrim.network.mlp`) can be cut unless a norm reads them. Annotations
+are evaluated here, because TorchScript reads no strings.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
@@ -12,11 +13,13 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitrim.network.attention import (
-    attention_output,
-    map_head_runs,
-    project_qkv,
+    attend,
+    head_runs,
+    heads_from,
+    join_runs,
     sliced,
     take_over,
+    with_biases,
 )
 from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
 from vitrim.network.heads import attention_of, steps_of
@@ -28,16 +31,18 @@ from vitrim.network.structure import Structure, joined
 class SlicedEvaAttention(nn.Module):
     """timm's rotary attention after a cut: every head has its own value width."""
 
-    qkv: nn.Module
-    q_bias: nn.Parameter | None
-    v_bias: nn.Parameter | None
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Dropout
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
+        qkv: nn.Module | None
+        q_proj: nn.Module
+        k_proj: nn.Module
+        v_proj: nn.Module
+        q_norm: nn.Module
+        k_norm: nn.Module
+        attn_drop: nn.Dropout
+        norm: nn.Module
+        gate: nn.Module | None
+        proj: nn.Module
+        proj_drop: nn.Module
 
     def __init__(
         self, dense: EvaAttention, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
@@ -50,9 +55,11 @@ class SlicedEvaAttention(nn.Module):
         self.num_prefix_tokens: int = dense.num_prefix_tokens
         self.rotate_half: bool = getattr(dense, "rotate_half", False)  # since timm 1.0.20
         self.fused_attn: bool = dense.fused_attn
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
         biases = dict(dense.named_parameters(recurse=False))
         self.q_bias, self.v_bias = biases.get("q_bias"), biases.get("v_bias")
-        take_over(self, dense, optional=("gate",))
+        take_over(self, dense, optional=("qkv", "q_proj", "k_proj", "v_proj", "gate"))
 
     def forward(
         self,
@@ -62,32 +69,43 @@ class SlicedEvaAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); the other arguments as in timm."""
-
-        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, _: slice) -> Tensor:
-            q_BHNK = self._rotated(self.q_norm(q_BHNK), rope).type_as(v_BHNW)
-            k_BHNK = self._rotated(self.k_norm(k_BHNK), rope).type_as(v_BHNW)
-            return attention_output(self, q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal=is_causal)
-
-        out_BNV = self.norm(map_head_runs(self._projected(x), self.qk_dims, self.v_dims, attend))
+        dropout = self.attn_drop.p if self.training else 0.0
+        if self.qkv is not None:
+            qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
+        else:
+            qkv_BNC = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        outputs = []
+        for _, h, qk, k, v, w in self.head_runs:
+            v_BHNW = heads_from(v_BNV, v, h, w)
+            out_BHNW = attend(
+                self._rotated(self.q_norm(heads_from(q_BNQ, qk, h, k)), rope).type_as(v_BHNW),
+                self._rotated(self.k_norm(heads_from(k_BNQ, qk, h, k)), rope).type_as(v_BHNW),
+                v_BHNW,
+                attn_mask,
+                is_causal,
+                self.scale,
+                dropout,
+                self.fused_attn and k == w,
+                k == 0,
+            )
+            outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:
             out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
-    def _projected(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values of all heads, concatenated: (B, N, C)."""
-        layers = dict(self.named_children())
-        if "qkv" not in layers:
-            return torch.cat([layers[name](x) for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
-        return project_qkv(self, x)
-
     def _rotated(self, x_BHNK: Tensor, rope: Tensor | None) -> Tensor:
         """Apply the rotary embedding to all tokens except the prefix tokens."""
         if rope is None:
             return x_BHNK
-        prefix, patches = x_BHNK.tensor_split([self.num_prefix_tokens], dim=2)
-        options = {"half": True} if self.rotate_half else {}
-        rotated = apply_rot_embed_cat(patches, rope, **options)
+        prefix = x_BHNK[:, :, : self.num_prefix_tokens]
+        patches = x_BHNK[:, :, self.num_prefix_tokens :]
+        if self.rotate_half:
+            rotated = apply_rot_embed_cat(patches, rope, half=True)
+        else:
+            rotated = apply_rot_embed_cat(patches, rope)
         return torch.cat([prefix, rotated], dim=2)
 
     def extra_repr(self) -> str:

@@ -10,10 +10,8 @@ Sites of block j of stage i (D the stage's width, H heads, K head dim, M mlp hid
 
 Attention works on windows of tokens; the last window of a row or column is padded with zeros. The
 Linears of attentions are applied to the padding as well, and counted there. Patch merging is never
-cut.
+cut. Annotations are evaluated here, because TorchScript reads no strings.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +34,7 @@ from vitrim.network.dispatch import (
     stream,
     structure,
 )
-from vitrim.network.family.vit import NUMBERS, OneBranch
+from vitrim.network.family.vit import NUMBERS, MlpBranch, NoBranch
 from vitrim.network.heads import attention_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.stream import BranchStep, MergeStep, Stream
@@ -68,6 +66,20 @@ class WindowBlock(SwinTransformerBlock):  # type: ignore[misc]
         """Map (B, H, W, D) to the same shape."""
         output: Tensor = x + self.drop_path1(self._attn(self.norm1(x)))
         return output
+
+
+class WindowlessBlock(MlpBranch):
+    """A block without its attention, which has no windows."""
+
+    def set_input_size(self, *_: object, **__: object) -> None:
+        """Accept the windows that timm sets for an input size."""
+
+
+class WindowlessNoBranch(NoBranch):
+    """What is left of a block without both of its branches, which has no windows."""
+
+    def set_input_size(self, *_: object, **__: object) -> None:
+        """Accept the windows that timm sets for an input size."""
 
 
 class _Part(NamedTuple):
@@ -118,9 +130,9 @@ def _(net: SwinTransformer, branch: str) -> None:
     block = net.get_submodule(path)
     remaining: nn.Module
     if not isinstance(block, SwinTransformerBlock) or isinstance(block, WindowBlock):
-        remaining = nn.Identity().train(block.training)
+        remaining = WindowlessNoBranch().train(block.training)
     else:
-        remaining = WindowBlock(block) if kind == "mlp" else OneBranch(block, "mlp")
+        remaining = WindowBlock(block) if kind == "mlp" else WindowlessBlock(block)
     net.set_submodule(path, remaining)
 
 
@@ -165,9 +177,9 @@ def _parts(net: SwinTransformer, stage: int) -> Iterator[_Part]:
     """
     for index, block in enumerate(net.layers[stage].blocks):
         path = f"layers.{stage}.blocks.{index}"
-        if type(block) is nn.Identity:
-            continue  # both branches are dropped
-        if isinstance(block, OneBranch):
+        if isinstance(block, NoBranch):
+            continue
+        if isinstance(block, MlpBranch):
             yield _Part(path, block, block.branch)
             continue
         if type(block) not in (SwinTransformerBlock, WindowBlock) or not isinstance(

@@ -3,13 +3,13 @@
 Queries and keys are normalised over a head, so their dims are locked (`vitrim.network.heads`). The
 last layer of the small MLP that makes the position biases has one row per head. The sites of MLPs
 are described in `vitrim.network.mlp`; windows are those of `vitrim.network.family.swin`.
+Annotations are evaluated here, because TorchScript reads no strings.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import (
     SwinTransformerV2,
@@ -18,13 +18,19 @@ from timm.models.swin_transformer_v2 import (
 )
 from torch import Tensor, nn
 
-from vitrim.network.attention import map_head_runs, project_qkv, sliced, take_over
+from vitrim.network.attention import (
+    head_runs,
+    heads_from,
+    join_runs,
+    sliced,
+    take_over,
+    with_biases,
+)
 from vitrim.network.dispatch import UnsupportedArchitecture, structure
+from vitrim.network.factored import widths_of_layer
 from vitrim.network.heads import attention_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.structure import Layer, Part, Structure, full, joined
-
-_MAX_LOGIT_SCALE = math.log(100)  # as in timm
 
 
 class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
@@ -37,6 +43,9 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
         self.num_heads = len(v_dims)
         self.qk_dims = qk_dims
         self.v_dims = v_dims
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+        self.max_logit_scale = math.log(100)  # as in timm
         self.window_size = dense.window_size
         self.pretrained_window_size = dense.pretrained_window_size
         self.q_bias, self.k_bias, self.v_bias = dense.q_bias, None, dense.v_bias
@@ -46,21 +55,23 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
-        scale_H11 = self.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        scale_H11 = self.logit_scale.clamp(max=self.max_logit_scale).exp()
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         bias_HNN = 16 * table[self.relative_position_index].movedim(-1, 0).sigmoid()
-
-        def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNW: Tensor, heads: slice) -> Tensor:
-            q_BHNK, k_BHNK = F.normalize(q_BHNK, dim=-1), F.normalize(k_BHNK, dim=-1)
-            attn_BHNN = q_BHNK @ k_BHNK.transpose(-2, -1) * scale_H11[heads] + bias_HNN[heads]
+        qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
+        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        outputs = []
+        for first, h, qk, k, v, w in self.head_runs:
+            q_BHNK = F.normalize(heads_from(q_BNQ, qk, h, k), dim=-1)
+            k_BHNK = F.normalize(heads_from(k_BNQ, qk, h, k), dim=-1)
+            attn_BHNN = q_BHNK @ k_BHNK.transpose(-2, -1) * scale_H11[first : first + h]
+            attn_BHNN = attn_BHNN + bias_HNN[first : first + h]
             if mask is not None:
-                by_image = attn_BHNN.unflatten(0, (-1, len(mask))) + mask[:, None]
+                by_image = attn_BHNN.unflatten(0, [-1, mask.shape[0]]) + mask[:, None]
                 attn_BHNN = by_image.flatten(0, 1)
-            out_BHNW: Tensor = self.attn_drop(self.softmax(attn_BHNN)) @ v_BHNW
-            return out_BHNW
-
-        out_BNV = map_head_runs(project_qkv(self, x), self.qk_dims, self.v_dims, attend)
-        out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
+            out_BHNW = self.attn_drop(self.softmax(attn_BHNN)) @ heads_from(v_BNV, v, h, w)
+            outputs.append(out_BHNW.transpose(1, 2).flatten(2))
+        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
 
     def extra_repr(self) -> str:
@@ -105,7 +116,7 @@ def _attention(name: str, attn: WindowAttention) -> Structure:
         name=f"{name}.cpb_mlp.2",
         branch=name,
         out=(Part(site=f"{name}.heads", offset=0, size=attn.num_heads),),
-        inp=full(attn.cpb_mlp[2].in_features),
+        inp=full(widths_of_layer(attn.cpb_mlp[2])[0]),
         locked_reason="it makes the position biases, one row per head",
     )
     return replace(described, layers=(*described.layers, biases))

@@ -7,9 +7,9 @@ Sites of block i (D embed, H heads, K head dim, M mlp hidden):
     blocks.i.attn.v       (H*K,)  value rows and proj columns, free in every head
     blocks.i.mlp.input    (D,)    columns of fc1      the norm's output, gathered
     blocks.i.mlp.hidden   (M,)    rows of fc1 and columns of fc2
-"""
 
-from __future__ import annotations
+Annotations are evaluated here, because TorchScript reads no strings.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,25 +33,59 @@ from vitrim.network.stream import BranchStep, Stream
 from vitrim.network.structure import ResidualBranch, Structure, joined
 
 
-class OneBranch(nn.Module):
-    """A pre-norm block with only one of its branches; the names of its modules are timm's."""
+class AttentionBranch(nn.Module):
+    """A pre-norm block without its MLP; the names of its modules are timm's."""
 
-    def __init__(self, block: nn.Module, name: str) -> None:
+    branch = "attn"
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         parts = dict(block.named_children())
-        number = NUMBERS[name]
-        for part in (f"norm{number}", name, f"ls{number}", f"drop_path{number}"):
-            if part in parts:  # not every family has layer scales
-                self.add_module(part, parts[part])
-        self.branch = name
+        self.norm1, self.attn = parts["norm1"], parts["attn"]
+        self.ls1, self.drop_path1 = parts["ls1"], parts["drop_path1"]
         self.training = block.training
 
-    def forward(self, x: Tensor, **_: object) -> Tensor:
-        """Map (..., D) to the same shape; attention masks are ignored."""
-        output = x
-        for part in self.children():
-            output = part(output)
-        return x + output
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Map (B, N, D) to the same shape; `attn_mask` and `is_causal` as in timm."""
+        if attn_mask is None and not is_causal:
+            output: Tensor = self.attn(self.norm1(x))
+        else:
+            output = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        output = x + self.drop_path1(self.ls1(output))
+        return output
+
+
+class MlpBranch(nn.Module):
+    """A pre-norm block without its attention; the names of its modules are timm's."""
+
+    branch = "mlp"
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        parts = dict(block.named_children())
+        self.norm2, self.mlp = parts["norm2"], parts["mlp"]
+        self.ls2 = parts.get("ls2", nn.Identity())  # not every family has layer scales
+        self.drop_path2 = parts["drop_path2"]
+        self.training = block.training
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Map (..., D) to the same shape; attention masks do not matter here."""
+        output: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return output
+
+
+class NoBranch(nn.Identity):
+    """What is left of a block without both of its branches."""
+
+    def forward(
+        self, input: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Return the input; attention masks do not matter here."""
+        return input
 
 
 NUMBERS = {"attn": "1", "mlp": "2"}
@@ -87,7 +121,9 @@ def _(net: VisionTransformer, branch: str) -> None:
     name, _, kind = branch.rpartition(".")
     others = [other for path, _, other in _branches(net) if path == name and other != kind]
     block = net.get_submodule(name)
-    remaining = OneBranch(block, others[0]) if others else nn.Identity().train(block.training)
+    remaining: nn.Module = NoBranch().train(block.training)
+    if others:
+        remaining = AttentionBranch(block) if others == ["attn"] else MlpBranch(block)
     net.set_submodule(name, remaining)
 
 
@@ -130,9 +166,9 @@ def _branches(net: VisionTransformer) -> Iterator[tuple[str, nn.Module, str]]:
     """Iterate over the branches that are not dropped: the block's path, the block, attn or mlp."""
     for index, block in enumerate(net.blocks):
         name = f"blocks.{index}"
-        if type(block) is nn.Identity:
-            continue  # both branches are dropped
-        if isinstance(block, OneBranch):
+        if isinstance(block, NoBranch):
+            continue
+        if isinstance(block, AttentionBranch | MlpBranch):
             yield name, block, block.branch
             continue
         if type(block) is not Block or not isinstance(block.attn, (TimmAttention, SlicedAttention)):

@@ -1,0 +1,191 @@
+"""The modules of compact networks behave as timm's and PyTorch's do, for other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from conftest import MODEL, TINY, images, plan_of, randomise, relative_error
+from families import FAMILIES, SWIN
+from vitrim import Drop, LowRank, Plan, cut, load, save
+from vitrim.files import WEIGHTS
+from vitrim.network import branches, sites, structure
+from vitrim.network.attention import GatheredLinear
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`torch.jit.script` is deprecated",
+        "`torch.jit.script_method` is deprecated",
+        "torch.searchsorted",
+        "Using a non-tuple sequence",
+    )
+]
+NETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (MODEL["name"], TINY | {"depth": 4}),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN | {"depths": [4, 2]}),
+    **{family: case[:2] for family, case in FAMILIES.items()},
+}
+FAST = ("vit", "swin", "beit", "dinov3")
+each = pytest.mark.parametrize(
+    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in NETS]
+)
+attentive = pytest.mark.parametrize(
+    "family", [f for f in ("vit", "swin", "beit", "eva-02, GluMlp", "swin v2") if f in NETS]
+)
+
+
+@cache
+def dense(family: str) -> nn.Module:
+    name, args = NETS[family]
+    return randomise(timm.create_model(name, pretrained=False, **args))
+
+
+def plan(family: str) -> Plan:
+    """Halve every site unevenly, factorise layers, drop an MLP, an attention and a block."""
+    net, (name, args) = dense(family), NETS[family]
+    described = structure(net)
+    dropped = [*branches(net)[:2], branches(net)[3], branches(net)[4]] if branches(net) else []
+    inside = tuple(f"{name}." for name in dropped)
+    kept = {}
+    for number, site in enumerate(sites(net).values()):
+        if not site.name.startswith(inside or ("-",)) and site.kind != "heads":
+            index = [unit for unit in range(site.size) if unit % 3 != number % 3]
+            first = range(site.head_dims[0] if site.head_dims else 0)
+            kept[site.name] = sorted({*index, *first})
+    ranks = [
+        LowRank(linear=piece, rank=2)
+        for layer in described.layers
+        if not layer.locked_reason and not layer.name.startswith(inside or ("-",))
+        for piece in ([f"{layer.name}.q"] if layer.pieces else [layer.name])
+    ]
+    edits = (*(Drop(branch=name) for name in dropped), *plan_of(kept).edits, *ranks[::3])
+    return Plan(model={"name": name, "args": args}, edits=edits)
+
+
+@cache
+def compact(family: str) -> nn.Module:
+    return cut(dense(family), plan(family))
+
+
+def x(family: str) -> Tensor:
+    return images(int(NETS[family][1].get("img_size", 64)), dtype=torch.float32)
+
+
+def check_translated(family: str, translate: Callable[[nn.Module], nn.Module]) -> None:
+    try:
+        translate(dense(family))
+    except Exception:
+        pytest.skip("the dense network cannot be translated either")
+    for fused in (True, False):
+        net = cut(dense(family), plan(family))
+        for module in net.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        with torch.no_grad():
+            assert relative_error(translate(net)(x(family)), net(x(family))) < 1e-6
+
+
+@each
+def test_compact_networks_are_scripted_where_dense_ones_are(family: str) -> None:
+    check_translated(family, torch.jit.script)
+
+
+@each
+def test_compact_networks_are_traced_where_dense_ones_are(family: str) -> None:
+    check_translated(family, torch.fx.symbolic_trace)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_the_fast_families_are_translated(family: str) -> None:
+    torch.jit.script(dense(family))
+    torch.fx.symbolic_trace(dense(family))
+
+
+@each
+def test_every_linear_reads_as_many_columns_as_it_says(family: str) -> None:
+    net = compact(family)
+    seen = []
+
+    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert args[0].shape[-1] == module.in_features
+        seen.append(module)
+
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            assert tuple(module.weight.shape) == (module.out_features, module.in_features)
+        if isinstance(module, nn.Linear | GatheredLinear):
+            module.register_forward_pre_hook(check)
+    with torch.no_grad():
+        net(x(family))
+    assert seen
+    assert family not in FAST or any(isinstance(module, GatheredLinear) for module in seen)
+
+
+class Adapter(nn.Module):
+    """LoRA, as its libraries add it to every Linear."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, 2, bias=False)
+        self.b = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.base(input) + self.b(self.a(input))
+
+
+def test_adapters_fit_on_every_linear() -> None:
+    net = cut(dense("vit"), plan("vit"))
+    with torch.no_grad():
+        before = net(x("vit"))
+    linears = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    assert any("qkv" in name for name in linears)
+    for name in linears:
+        net.set_submodule(name, Adapter(net.get_submodule(name)))
+    after = net(x("vit"))
+    assert torch.equal(before, after.detach())
+    after.square().sum().backward()
+    assert all(m.b.weight.grad is not None for m in net.modules() if isinstance(m, Adapter))
+
+
+def test_names_in_files_are_those_of_the_dense_network(tmp_path: Path) -> None:
+    sliced = Plan(
+        model={"name": MODEL["name"], "args": TINY | {"depth": 4}},
+        edits=tuple(e for e in plan("vit").edits if not isinstance(e, LowRank)),
+    )
+    small = cut(dense("vit"), sliced)
+    folder = save(tmp_path, small, sliced)
+    names = safetensors.torch.load_file(folder / WEIGHTS).keys()
+    assert names <= dense("vit").state_dict().keys()
+    assert names == load(folder)[0].state_dict().keys()
+    twin = cut(dense("vit"), sliced)
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    assert not [*twin.load_state_dict(small.state_dict())[0]]
+    assert torch.equal(twin(x("vit")), small(x("vit")))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        twin.load_state_dict(dense("vit").state_dict(), strict=False)
+
+
+@attentive
+def test_the_input_size_of_compact_networks_can_be_set(family: str) -> None:
+    sliced = Plan(
+        model={}, edits=tuple(e for e in plan(family).edits if not isinstance(e, LowRank))
+    )
+    side = 2 * int(NETS[family][1]["img_size"])
+    small, wide = cut(dense(family), sliced), cut(dense(family), Plan(model={}, edits=()))
+    small.set_input_size(img_size=(side, side))
+    wide.set_input_size(img_size=(side, side))
+    larger = images(side, dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(small(larger), cut(wide, sliced)(larger)) < 1e-5

@@ -149,7 +149,7 @@ def start(folder: str | None, model: Timm, *, retrains: bool, seed: int) -> Star
         )
     if retrains:
         net, plan = with_new_head(net, plan, dense, model.n_classes, seed=seed)
-    return Start(net, plan)
+    return Start(net.float(), plan)  # the images are in float32
 
 
 def with_outputs(
@@ -185,7 +185,7 @@ def network_digest(folder: str | None) -> str | None:
 
 def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list[str]:
     """Return why the parts of a job do not go together, one sentence each."""
-    problems = _check_target(job, cfg)
+    problems = _check_target(job, cfg, choices["method"])
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:
@@ -210,17 +210,22 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     return problems
 
 
-def _check_target(job: Job, cfg: Config) -> list[str]:
+def _check_target(job: Job, cfg: Config, name: str | None) -> list[str]:
     """Return why the method cannot meet the target on this network."""
     from vitrim.budget.cost import Cost
+    from vitrim.cli.suitable import hint
     from vitrim.method import scorer_of
+    from vitrim.network import UnsupportedArchitecture
     from vitrim.trainer.phase import check_scorer
 
     model, method, target = job.model, job.method, job.target
     problems = []
     try:
         cost = Cost(model.shared_skeleton(), model.spec().size, latency_table=job.latency_table)
-        own, net = cost, model.skeleton()
+    except VitrimError as error:
+        return [str(error)]
+    own, net = cost, model.skeleton()
+    try:
         if job.start is None:
             method.check(cost, target)
         elif target.is_time:
@@ -235,7 +240,8 @@ def _check_target(job: Job, cfg: Config) -> list[str]:
         if not target.is_identity:
             check_scorer(scorer_of(method, net, own, target))
     except VitrimError as error:
-        problems.append(str(error))
+        unsuitable = isinstance(error, UnsupportedArchitecture) or not cost.structure.branches
+        problems.append(f"{error}{hint(cost, model, name) if unsuitable else ''}")
     return problems
 
 

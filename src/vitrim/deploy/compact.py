@@ -15,9 +15,10 @@ from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from vitrim.deploy.runfolder import Document
+from vitrim.network import UnsupportedArchitecture
 from vitrim.network.skeleton import skeleton
 from vitrim.network.surgery import cut
-from vitrim.plan import Plan, PlanError, loads
+from vitrim.plan import Plan, loads
 from vitrim.store import assign
 
 ARCHITECTURE = "vitrim_compact"
@@ -33,7 +34,8 @@ def vitrim_compact(
     head, of another `num_classes`, starts at zero where weights are loaded.
 
     Raises:
-        PlanError: there is no plan, it is malformed, or it does not fit its network.
+        UnsupportedArchitecture: there is no plan.
+        PlanError: it is malformed, or it does not fit its network.
     """
     build = partial(_build, plan=plan, random=not pretrained)
     net: nn.Module = build_model_with_cfg(build, ARCHITECTURE, pretrained, **kwargs)
@@ -43,7 +45,10 @@ def vitrim_compact(
 def _build(*, plan: Document | None, random: bool, **args: object) -> nn.Module:
     """Return the compact network: with random weights, or with zeros to be overwritten."""
     if plan is None:
-        raise PlanError(f"{ARCHITECTURE}: expected a plan, as the config.json of an export has")
+        raise UnsupportedArchitecture(
+            f"{ARCHITECTURE} is no dense network: expected a plan, as the config.json of an export "
+            "has; supported: names of dense networks, or from_run=FOLDER for a compact one"
+        )
     exported = loads(json.dumps(plan))
     model = {"name": exported.model["name"], "args": {**exported.model["args"], **args}}
     changed = Plan(model=model, edits=exported.edits)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
+from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.surgery import cut_
 from vitrim.plan import Plan, PlanError
 
@@ -52,6 +53,7 @@ def dense_skeleton(model: Mapping[str, object]) -> nn.Module:
     Raises:
         PlanError: timm has no such network; or `args` would load weights, do not fit the network,
             or make it larger than any real one.
+        UnsupportedArchitecture: the name is of no dense network.
     """
     if set(model) != {"name", "args"} or not isinstance(model["args"], dict):
         raise PlanError(f"plan.model has the keys {sorted(model)}: expected name and args")
@@ -65,6 +67,8 @@ def dense_skeleton(model: Mapping[str, object]) -> nn.Module:
     try:
         with on_meta(), _size_limit():
             net: nn.Module = timm.create_model(name, pretrained=False, **args)
+    except UnsupportedArchitecture:
+        raise
     except (
         TypeError,
         ValueError,

@@ -48,7 +48,19 @@ def _(net: ResNet) -> Structure:
 def _(net: EfficientNet) -> Structure:
     stages = {f"blocks.{index}": stage for index, stage in enumerate(net.blocks)}
     blocks = dict(_blocks(net, stages, (DepthwiseSeparableConv, InvertedResidual)))
-    return _structure(blocks, [name for name, block in blocks.items() if block.has_skip])
+    described = _structure(blocks, [name for name, block in blocks.items() if block.has_skip])
+    if not described.sites and not described.branches and len(blocks) == len([*_all(net.blocks)]):
+        raise UnsupportedArchitecture(
+            f"{type(net).__name__} of DepthwiseSeparableConv alone cannot be cut: every channel is "
+            "one of a block's output; supported: InvertedResidual"
+        )
+    return described
+
+
+def _all(stages: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over all blocks, those that are dropped included."""
+    for stage in stages.children():
+        yield from stage.children()
 
 
 @drop_branch.register(ResNet)

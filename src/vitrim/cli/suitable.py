@@ -1,0 +1,68 @@
+"""Which methods can compress a network, for the message where the chosen one cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf.errors import OmegaConfBaseException
+
+from vitrim.errors import VitrimError
+
+if TYPE_CHECKING:
+    from vitrim.budget.cost import Cost
+    from vitrim.method import Method
+    from vitrim.model.source import Timm
+
+_OWN = ("method", "experiment", "strength", "target", "hydra", "from_run")
+"""Keys that the other methods do not take over from the command line."""
+
+
+def hint(cost: Cost, model: Timm, chosen: str | None) -> str:
+    """Return which methods can compress the network; empty if the chosen one can.
+
+    Args:
+        cost: of the network.
+        model: the source of the network.
+        chosen: the name of the chosen method.
+    """
+    suitable = _suitable_methods(cost, model)
+    if not suitable or chosen in suitable:
+        return ""
+    return f"; methods that can compress model.name={model.name}: {', '.join(suitable)}"
+
+
+def _suitable_methods(cost: Cost, model: Timm) -> list[str]:
+    """Return the methods in conf/method, as they stand there, that can cut this network."""
+    from vitrim.cli.compose import CONF
+
+    words = [
+        word
+        for word in HydraConfig.get().overrides.task
+        if word.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] not in _OWN
+    ]
+    names = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return [name for name in names if _can_cut([*words, f"method={name}"], cost, model)]
+
+
+def _can_cut(words: list[str], cost: Cost, model: Timm) -> bool:
+    """Whether the method that `words` choose can cut a network at its first strength."""
+    from vitrim.budget.target import Target, at_strength
+    from vitrim.method import scorer_of
+
+    try:
+        method: Method = instantiate(hydra.compose("run", words).method, _convert_="all")
+        if method.granularity == "none":
+            return False
+        target = Target(metric=method.metric, keep=at_strength(1.0, method.levels))
+        method.check(cost, target)
+        scorer_of(method, model.skeleton(), cost, target)
+    except (VitrimError, HydraException, InstantiationException, OmegaConfBaseException):
+        return False
+    return True

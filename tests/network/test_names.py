@@ -24,7 +24,7 @@ def sampled() -> list[str]:
 
 @pytest.mark.parametrize("name", sampled())
 def test_a_name_is_cut_to_shape_or_refused(name: str) -> None:
-    outcome = outcome_of(name)
+    outcome = outcome_of(name, shapes=True)
     assert outcome.kind in ("supported", "refused"), outcome.words
 
 
@@ -53,6 +53,6 @@ def test_a_refusal_says_what_is_supported(name: str, words: str) -> None:
 
 @pytest.mark.slow
 def test_every_name_is_cut_to_shape_or_refused() -> None:
-    outcomes = {name: outcome_of(name) for name in NAMES}
+    outcomes = {name: outcome_of(name, shapes=True) for name in NAMES}
     assert {name: o.words for name, o in outcomes.items() if o.kind == "FAILED"} == {}
     assert sum(outcome.kind == "supported" for outcome in outcomes.values()) > 500

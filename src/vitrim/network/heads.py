@@ -71,11 +71,12 @@ def attention_of(
 
 
 def steps_of(
-    name: str, block: nn.Module, **attn_arguments: Tensor | None
+    name: str, block: nn.Module, **attn_arguments: Callable[[], Tensor | None]
 ) -> tuple[BranchStep, BranchStep]:
     """Return the two steps of the stream through the pre-norm block at module path `name`.
 
-    Its layer scales, if any, are gamma_1 and gamma_2.
+    Its layer scales, if any, are gamma_1 and gamma_2. `attn_arguments` return further arguments of
+    the attention when it is called.
     """
 
     def step(kind: str, number: int, inner: Callable[[Tensor], Tensor]) -> BranchStep:
@@ -90,7 +91,8 @@ def steps_of(
         )
 
     def attend(x: Tensor) -> Tensor:
-        output: Tensor = block.get_submodule("attn")(x, **attn_arguments)
+        further = {key: argument() for key, argument in attn_arguments.items()}
+        output: Tensor = block.get_submodule("attn")(x, **further)
         return output
 
     return step("attn", 1, attend), step("mlp", 2, block.get_submodule("mlp"))

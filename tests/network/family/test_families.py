@@ -230,6 +230,21 @@ def test_following_the_stream_is_running_the_network(family: str) -> None:
         assert relative_error(activations[described.final_norm], flow) <= 1e-12
 
 
+@of("dinov3", "rope, mixed")
+def test_the_stream_is_that_of_images_of_any_size(family: str) -> None:
+    name, args, _ = FAMILIES[family]
+    net = randomise(timm.create_model(name, **{**args, "dynamic_img_size": True}).double())
+    x = images()[..., :16]
+    described = stream(net)
+    with torch.no_grad():
+        flow = described.embed(x)
+        for step in described.steps:
+            flow = step.advance(flow)
+        found, expected = net.norm(flow), net.forward_features(x)
+    assert relative_error(found, expected) <= 1e-12
+    assert Cost(net, (32, 16)).dense_count.macs < Cost(net, 32).dense_count.macs
+
+
 @of("swin v2", "eva, post-norm")
 def test_branches_that_end_in_norms_are_not_followed(family: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=r"stream of tokens|end in norms"):

@@ -121,7 +121,7 @@ def _(net: Beit) -> Stream:
         steps=tuple(
             step
             for index, block in enumerate(net.blocks)
-            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=shared_bias)
+            for step in steps_of(f"blocks.{index}", block, shared_rel_pos_bias=lambda: shared_bias)
         ),
         final_norm="norm",
         n_prefix_tokens=net.num_prefix_tokens,

@@ -5,6 +5,7 @@ value dims and MLP units (`vitrim.network.mlp`) can be cut unless a norm reads t
 are evaluated here, because TorchScript reads no strings.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from vitrim.network.attention import (
     take_over,
     with_biases,
 )
-from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
+from vitrim.network.dispatch import UnsupportedArchitecture, fix_input_size, stream, structure
 from vitrim.network.heads import attention_of, steps_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.stream import Stream
@@ -149,6 +150,12 @@ def _(net: Eva) -> Structure:
     return joined(parts)
 
 
+@fix_input_size.register
+def _(net: Eva, size: tuple[int, int]) -> None:
+    if net.dynamic_img_size:
+        net.set_input_size(img_size=size)
+
+
 @stream.register
 def _(net: Eva) -> Stream:
     if any(type(block) is EvaBlockPostNorm for block in net.blocks):
@@ -158,12 +165,20 @@ def _(net: Eva) -> Stream:
             "no stream"
         )
     ropes = _ropes(net)
+
+    def embed(images: Tensor) -> Tensor:
+        x_BND, rope = net._pos_embed(net.patch_embed(images))
+        if rope is not None:  # that of these images, where the network takes any size
+            ropes[:] = list(rope) if net.rope_mixed else [rope] * len(ropes)
+        embedded: Tensor = net.norm_pre(x_BND)
+        return embedded
+
     return Stream(
-        embed=lambda images: net.norm_pre(net._pos_embed(net.patch_embed(images))[0]),
+        embed=embed,
         steps=tuple(
             step
-            for index, (block, rope) in enumerate(zip(net.blocks, ropes, strict=True))
-            for step in steps_of(f"blocks.{index}", block, rope=rope)
+            for index, block in enumerate(net.blocks)
+            for step in steps_of(f"blocks.{index}", block, rope=partial(ropes.__getitem__, index))
         ),
         final_norm="norm",
         n_prefix_tokens=net.num_prefix_tokens,
@@ -173,7 +188,7 @@ def _(net: Eva) -> Stream:
 
 
 def _ropes(net: Eva) -> list[Tensor | None]:
-    """Return the rotary embedding of every block, for the image size of the network."""
+    """Return the rotary embedding of every block, for the size that the network was built for."""
     if net.rope is None:
         return [None] * len(net.blocks)
     rope = net.rope.get_embed(net.patch_embed.grid_size)

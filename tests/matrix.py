@@ -46,7 +46,7 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.budget.trim import trim
 from vitrim.closed_form.importance import importance
-from vitrim.measure import image_shape
+from vitrim.measure import InputSizeError, image_shape
 from vitrim.network import UnsupportedArchitecture, sites, structure
 from vitrim.network.skeleton import dense_skeleton
 from vitrim.network.structure import Structure, blocks_of
@@ -140,7 +140,8 @@ def outcome_of(name: str, *, shapes: bool = False) -> Outcome:
         n_sites = sum(not site.locked_reason for site in described.sites.values())
         _expect(n_sites > 0, "there are no sites to cut")
     except UnsupportedArchitecture as error:
-        kind = "refused" if "supported" in str(error) else "FAILED"
+        sound = "supported" in str(error) and not isinstance(error, InputSizeError)
+        kind = "refused" if sound else "FAILED"
         return Outcome(kind=kind, words=str(error).partition("\n")[0])
     except Exception as error:
         return Outcome(kind="FAILED", words=_words(error))

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim.errors import VitrimError
-from vitrim.network import structure
+from vitrim.network import UnsupportedArchitecture, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, SplitLinear
 from vitrim.network.structure import blocks_of
@@ -23,7 +22,7 @@ InputSize = int | Sequence[int]
 """Pixels: a side, (height, width) or (channels, height, width)."""
 
 
-class InputSizeError(VitrimError):
+class InputSizeError(UnsupportedArchitecture):
     """Images of a size that the network cannot process."""
 
 
@@ -84,8 +83,8 @@ def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -
         reason = str(error).partition("\n")[0]
         raise InputSizeError(
             f"{type(net).__name__} cannot process images of {tuple(image.shape[1:])} (channels, "
-            f"height, width): {reason}; choose the size that it was built for, a multiple of its "
-            "patches and windows"
+            f"height, width): {reason}; supported: the size that it was built for, or multiples of "
+            "its patches where it takes any size"
         ) from error
     finally:
         for module, mode in modes.items():

@@ -292,10 +292,11 @@ def test_methods_that_need_no_stream_run(command: Command, method: str) -> None:
     assert sum(p.numel() for p in net.parameters()) > 0
 
 
-def test_methods_that_need_a_stream_say_so_at_once(command: Command) -> None:
+def test_a_method_that_cannot_compress_a_network_names_those_that_can(command: Command) -> None:
     done = command(*CAIT, "method=oneshot")
     assert done.code == 1
     assert "Cait has no residual stream of tokens" in done.message
+    assert "can compress model.name=cait_xxs24_224: aiminify, cd, fskd, vtp" in done.message
     assert not (command.out / "phases").exists()
 
 

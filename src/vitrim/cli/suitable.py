@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -38,16 +39,19 @@ def hint(cost: Cost, model: Timm, chosen: str | None) -> str:
 
 def _suitable_methods(cost: Cost, model: Timm) -> list[str]:
     """Return the methods in conf/method, as they stand there, that can cut this network."""
-    from vitrim.cli.compose import CONF
-
+    hydra_config = HydraConfig.get()
+    sources = hydra_config.runtime.config_sources
+    conf = next((source.path for source in sources if source.provider == "main"), None)
+    if conf is None:
+        return []
     words = [
         word
-        for word in HydraConfig.get().overrides.task
+        for word in hydra_config.overrides.task
         if word.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] not in _OWN
     ]
-    names = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    names = sorted(path.stem for path in Path(conf, "method").glob("*.yaml"))
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=conf):
         return [name for name in names if _can_cut([*words, f"method={name}"], cost, model)]
 
 

@@ -85,7 +85,7 @@ def made(root: Path, *classes: str, **splits: tuple[str, ...]) -> ImageFiles:
         for name in names:
             (root / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(root / split / name / "0.png")
-    return images_in(root)
+    return images_in(root, val="val" if (root / "val").is_dir() else [*splits][-1])
 
 
 SPEC = SimpleNamespace(
@@ -155,3 +155,12 @@ def test_draws_do_not_depend_on_the_outputs(tmp_path: Path) -> None:
     assert (
         fitted(images, 3).sample_names == fitted(images, 1000).sample_names == images.sample_names
     )
+
+
+def test_splits_may_have_names_that_yaml_types(tmp_path: Path) -> None:
+    made(tmp_path, **{"2012": ("a", "b"), "010": ("a", "b")})
+    images = images_in(tmp_path, train=2012, val=8)  # what YAML 1.1 makes of 010
+    assert [Path(path).parents[1].name for path in images.val.names] == ["010", "010"]
+    assert len(images.train) == 2
+    with pytest.raises(ConfigError, match=r"data\.val=2013: .* there are 010, 2012; write it in"):
+        images_in(tmp_path, train=2012, val=2013)

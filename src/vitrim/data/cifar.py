@@ -38,7 +38,7 @@ def cifar(
         raise ConfigError(f"data.classes={classes}: expected 10 or 100")
     try:
         train, val = (
-            _SETS[classes](root, train=train, download=download) for train in (True, False)
+            _SETS[classes](str(root), train=train, download=download) for train in (True, False)
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(

@@ -125,6 +125,21 @@ def _listed(values: Sequence[object], folders: Sequence[str]) -> list[str]:
     return chosen
 
 
+def split_name(key: str, value: object, folders: Sequence[str]) -> str:
+    """Return the folder of a split that the configuration names, which YAML may read as a number.
+
+    Raises:
+        ConfigError: the value is no text, and it is not clear which folder it names.
+    """
+    names = [value] if isinstance(value, str) else _folders_of(value, folders)
+    if len(names) != 1:
+        raise ConfigError(
+            f"data.{key}={value}: expected the name of a folder; there are {first(folders)}; write "
+            f"it in quotes, as in \"data.{key}='{value}'\""
+        )
+    return names[0]
+
+
 def _folders_of(value: object, folders: Sequence[str]) -> list[str]:
     """Return the folders that a value of YAML may name: `001` is the number 1 there."""
     if isinstance(value, str):

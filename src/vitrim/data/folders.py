@@ -44,9 +44,14 @@ class Split:
 
 
 class ImageList(Dataset[Example]):
-    """Images by path, with their labels; each is decoded when it is asked for."""
+    """Images by path, with their labels; each is decoded when it is asked for.
+
+    With `exif_orientation` images are turned as their EXIF data says.
+    """
 
     def __init__(self, samples: Sequence[tuple[str, int]], *, exif_orientation: bool) -> None:
+        if not isinstance(exif_orientation, bool):
+            raise ConfigError(f"data.exif_orientation={exif_orientation}: expected true or false")
         self.samples = samples
         self.targets = [label for _, label in samples]
         self._exif_orientation = exif_orientation
@@ -100,12 +105,6 @@ def read_split(folder: Path) -> Split:
         or any(map(is_image, passed_over))
         or any(is_new(path) for paths in images.values() for path in paths),
     )
-
-
-def check_exif(exif_orientation: object) -> None:
-    """Raise ConfigError unless the option is true or false."""
-    if not isinstance(exif_orientation, bool):
-        raise ConfigError(f"data.exif_orientation={exif_orientation}: expected true or false")
 
 
 def is_image(path: str) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitrim.data.class_names import is_numbered, label_index, ordered
+from vitrim.data.class_names import is_numbered, label_index, ordered, split_name
 from vitrim.data.few_shot import FewShotSubset, few_shot
-from vitrim.data.folders import ImageList, Split, check_exif, first, read_split
+from vitrim.data.folders import ImageList, Split, first, read_split
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.label_files import read_labels
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
@@ -45,7 +45,7 @@ def image_folder(
         classes: None takes every folder; a list of names takes these; a number draws that many, as
             for ImageNet-100. `vitrim.data.class_names` says which labels they have.
         class_seed: of that draw.
-        samples: size of a class-balanced subset of the training images, drawn by `samples_seed`.
+        samples: size of a class-balanced subset of the training images; None: all.
         samples_seed: of that draw.
         batch_size: images in a batch.
         workers: loading processes.
@@ -60,17 +60,17 @@ def image_folder(
             image, or only some of the folders are named after wnids.
         BadImages: too many training images, or one to evaluate on, are named after other classes.
     """
-    check_exif(exif_orientation)
-    splits = _open_splits(Path(root), train, val)
-    splits[val] = _labelled(splits[val], splits.get(train), val_labels, Path(root))
+    folder = Path(str(root))
+    train, val = _split_names(folder, train, val)
+    splits = _open_splits(folder, train, val, val_labels)
     folders = ordered(name for split in splits.values() for name in split.images)
     index, _ = label_index(folders, classes, class_seed)
     lists = _image_lists(splits, index, exif_orientation=exif_orientation)
-    _check_samples(samples, Path(root) / train, found=train in lists)
+    _check_samples(samples, folder / train, found=train in lists)
     tolerant = _tolerant(lists[train], bad_images) if train in lists else None
     used = {label: name for name, label in index.items() if name in folders}
     return ImageFiles(
-        train=_drawn(tolerant, Path(root), used, samples, samples_seed),
+        train=_drawn(tolerant, folder, used, samples, samples_seed),
         val=_strict(lists[val], bad_images),
         classes=tuple(index),
         batch_size=batch_size,
@@ -87,12 +87,18 @@ def _listing(splits: Sequence[Split], folders: Sequence[str]) -> int:
     return 2 if reordered or any(split.differs for split in splits) else 1
 
 
-def _open_splits(root: Path, train: str, val: str) -> dict[str, Split]:
-    """Return the validation split and, if it exists, the training split, by folder name."""
+def _split_names(root: Path, train: object, val: object) -> tuple[str, str]:
+    """Return the names of the training and the validation folder; refuse a root that is none."""
     if not root.is_dir():
         raise ConfigError(
             f"data.root={root}: no such folder; expected {root}/{val}/<class>/<image>"
         )
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    return split_name("train", train, folders), split_name("val", val, folders)
+
+
+def _open_splits(root: Path, train: str, val: str, val_labels: str | None) -> dict[str, Split]:
+    """Return the validation split and, if it exists, the training split, by folder name."""
     splits = {name: read_split(root / name) for name in (train, val) if (root / name).is_dir()}
     if val not in splits:
         folders = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
@@ -103,6 +109,7 @@ def _open_splits(root: Path, train: str, val: str) -> dict[str, Split]:
                 f"{split.folder}: {len(split.loose):,} images without class folders "
                 f"({_names(split.loose)}): expected {split.folder}/<class>/<image>"
             )
+    splits[val] = _labelled(splits[val], splits.get(train), val_labels, root)
     return splits
 
 
@@ -116,7 +123,9 @@ def _labelled(split: Split, train: Split | None, labels: str | None, root: Path)
                 "with lines of FILE,CLASS, or with a label per line in the order of their names"
             )
         return split
-    path = next((p for p in (Path(labels), root / labels) if p.is_file()), Path(labels))
+    path = next(
+        (p for p in (Path(str(labels)), root / str(labels)) if p.is_file()), Path(str(labels))
+    )
     images = sorted([*split.loose, *(image for part in split.images.values() for image in part)])
     if not images:
         raise ConfigError(f"{split.folder}: contains no image")

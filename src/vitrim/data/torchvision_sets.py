@@ -8,7 +8,7 @@ from torchvision.datasets import Flowers102, OxfordIIITPet, VisionDataset
 
 from vitrim.data.dataset import ImageDataset
 from vitrim.data.few_shot import few_shot
-from vitrim.data.folders import ImageList, check_exif
+from vitrim.data.folders import ImageList
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError
@@ -59,7 +59,6 @@ def torchvision_set(
         ConfigError: no set has that name, its files are missing or damaged, or there are fewer
             images than `samples`.
     """
-    check_exif(exif_orientation)
     parts, test = _open(name, root, download=download)
     classes = parts[0].classes
     train, val = (_joined(p, exif_orientation=exif_orientation) for p in (parts, test))
@@ -98,7 +97,7 @@ def _open(
     dataset, training_splits = _SETS[name]
     try:
         train, val = (
-            [dataset(root, split=split, download=download) for split in splits]
+            [dataset(str(root), split=split, download=download) for split in splits]
             for splits in (training_splits, ("test",))
         )
     except (RuntimeError, OSError) as error:

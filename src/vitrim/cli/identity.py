@@ -102,7 +102,7 @@ def _limits(resolved: Config) -> dict[str, object]:
 def _overrides() -> list[str]:
     """Return the words of the command line that decide the result, without those with paths."""
     words = HydraConfig.get().overrides.task
-    unsaid = (*NOT_RECIPE, "data.root", "model.checkpoint", "from_run")
+    unsaid = (*NOT_RECIPE, "data.root", "data.val_labels", "model.checkpoint", "from_run")
     keys = {word: word.lstrip("+~").partition("=")[0] for word in words}
     return [w for w, key in keys.items() if not any(f"{key}.".startswith(f"{k}.") for k in unsaid)]
 

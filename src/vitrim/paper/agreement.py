@@ -50,7 +50,8 @@ WEIGHTS: Mapping[str, str] = {
 
 _FREE = (
     *("experiment", "model", "method", "data", "trainer", "strength", "seed", "quantize", "target"),
-    *("data.root", "data.workers", "data.download", "data.samples_seed", "from_run"),
+    *("data.root", "data.train", "data.val", "data.val_labels", "data.workers", "data.download"),
+    *("data.samples_seed", "from_run"),
     *("model.pretrained", "model.checkpoint", "model.sha256"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.log_every_n_steps", "trainer.check_val_every_n_epoch"),

@@ -111,6 +111,12 @@ OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
 }
 """Methods, and what some of their options are drawn from."""
 METRICS = ("macs", "params", "units", "blocks")
+USUAL = {
+    "mixed_rank": ("macs", "params"),
+    "dcvit": ("macs", "blocks"),
+    "practise": ("macs", "blocks"),
+}
+"""Metrics of methods that refuse some; these are drawn in three of four cases."""
 
 
 @cache
@@ -194,7 +200,7 @@ def case(number: int) -> Case:
     """Return the case of a number."""
     draw = random.Random(number)
     method = draw.choice([*OPTIONS])
-    metric = draw.choice(METRICS)
+    metric = draw.choice(USUAL.get(method, METRICS[:3]) if draw.random() < 0.75 else METRICS)
     keep: float = round(draw.uniform(0.4, 0.99), draw.choice((1, 3, 6)))
     if metric == "blocks":
         keep = round(draw.uniform(0.2, 2.0), 2)

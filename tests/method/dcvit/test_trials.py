@@ -22,6 +22,7 @@ from vitrim.method.dcvit.compression import (
     shape_of_trial,
     top_units,
 )
+from vitrim.method.dcvit.mlp_statistics import CompressedMLP, MLPStatistics
 from vitrim.method.dcvit.trial_training import TrialRecipe, TrialTraining, trained_tensors
 from vitrim.method.dcvit.trials import Trials
 from vitrim.network import structure
@@ -326,3 +327,18 @@ def test_a_distance_of_features_is_their_squared_error() -> None:
         with torch.no_grad():
             expected = F.mse_loss(compact.forward_features(x), net.forward_features(x))
         assert score == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_statistics_of_mlps_within_autocast_are_those_of_full_precision() -> None:
+    net, mlp = deep(), CompressedMLP("blocks.1.attn", "blocks.1.mlp", "blocks.1.mlp.fc2")
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    sampling = Sampling(images=4, tokens=None, class_token_weight=1.0)
+    found = []
+    for enabled in (False, True):
+        statistics = MLPStatistics(net, [mlp], "targets", sampling)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            statistics.add(net, images)
+        statistics.finish()
+        found.append(statistics.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())

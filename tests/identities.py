@@ -49,7 +49,7 @@ def identified_of(cfg: DictConfig) -> Identified:
     """Return the identity of the run of a configuration that was composed last."""
     parts: dict[str, Any] = {
         group: instantiate(OmegaConf.to_container(cfg[group], resolve=True), _convert_="all")
-        for group in ("model", "data")
+        for group in ("model", "method", "data")
     }
     job: Any = SimpleNamespace(
         **parts, out=Path(cfg.out).absolute(), quantize=(), retrains=False, start=None

@@ -277,7 +277,8 @@ def test_units_heads_and_dims_are_ranked_by_images(command: Command, family: str
 CAIT = (
     "model=timm",
     "model.name=cait_xxs24_224",
-    *(f"+model.args.{key}={value}" for key, value in VIT.items() if key != "img_size"),
+    *(f"+model.args.{key}={VIT[key]}" for key in ("embed_dim", "num_heads", "depth")),
+    "model.num_classes=7",
     "model.image_size=32",
     "data=none",
 )

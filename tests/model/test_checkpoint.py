@@ -79,7 +79,14 @@ def source(**changes: Any) -> Timm:
 
 
 def model_of(name: str, args: dict[str, Any], file: Path) -> Timm:
-    return source(name=name, args=args, num_classes=None, image_size=None, checkpoint=str(file))
+    further = {key: value for key, value in args.items() if key != "img_size"}
+    return source(
+        name=name,
+        args=further,
+        num_classes=None,
+        image_size=args.get("img_size"),
+        checkpoint=str(file),
+    )
 
 
 def file_of(name: str, args: dict[str, Any], folder: Path) -> Path:

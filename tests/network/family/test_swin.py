@@ -401,10 +401,10 @@ def source(checkpoint: Path | str | None) -> Timm:
         sha256=None,
         num_classes=None,
         reset_head=False,
-        image_size=None,
+        image_size=MODEL["args"]["img_size"],
         mean=None,
         std=None,
-        args=MODEL["args"],
+        args={key: value for key, value in MODEL["args"].items() if key != "img_size"},
         training=Recipe(epochs=1, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0),
     )
 

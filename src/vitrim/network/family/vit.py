@@ -66,7 +66,8 @@ class MlpBranch(nn.Module):
         super().__init__()
         parts = dict(block.named_children())
         self.norm2, self.mlp = parts["norm2"], parts["mlp"]
-        self.ls2 = parts.get("ls2", nn.Identity())  # not every family has layer scales
+        no_scale = nn.Identity().train(block.training)  # not every family has layer scales
+        self.ls2 = parts.get("ls2", no_scale)
         self.drop_path2 = parts["drop_path2"]
         self.training = block.training
 

@@ -46,6 +46,7 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.budget.trim import trim
 from vitrim.closed_form.importance import importance
+from vitrim.deploy.compact import ARCHITECTURE  # importing it registers the name in timm
 from vitrim.measure import InputSizeError, image_shape
 from vitrim.network import UnsupportedArchitecture, sites, structure
 from vitrim.network.skeleton import dense_skeleton
@@ -393,7 +394,7 @@ def main() -> None:
 def _by_name(names: Sequence[str]) -> int:
     """Print a row for every name, and how many were supported and refused."""
     outcomes = []
-    for name in names or timm.list_models():
+    for name in names or sorted({*timm.list_models(), ARCHITECTURE}):
         outcomes.append(outcome_of(name))
         print(f"{name:48} {outcomes[-1].kind:9} {outcomes[-1].words}", flush=True)
     counts = Counter(outcome.kind for outcome in outcomes)

@@ -12,7 +12,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from traceback import walk_tb
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,30 +24,36 @@ from omegaconf.errors import OmegaConfBaseException
 from vitrim import escape
 from vitrim.cli import checks, guard
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
-from vitrim.cli.compose import build_job, explain, register_resolvers
+from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
 from vitrim.cli.config_files import CONF
 from vitrim.cli.help import help_text
 from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import writable, write
 from vitrim.jobs import signals, slurm, status, sweep
 
+if TYPE_CHECKING:
+    from vitrim.cli.recipe import Contents
+    from vitrim.pipeline import Identity, Job
+
 _log = logging.getLogger(__name__)
+_UNFORESEEN = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError),
+    *(AssertionError, MemoryError),
+)
+"""What values of a wrong kind raise in Lightning, timm and torch, where no check names them."""
 guard.install()  # at import: SLURM's jobs import this module and compose before they call `_job`
 register_resolvers()
 
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
-    from vitrim.cli.identity import contents_of, identity_of
     from vitrim.cli.recipe import check_resumable
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
     from vitrim.pipeline import compress
 
-    job = build_job(cfg)
-    contents = contents_of(cfg, job)
-    identity, folder = identity_of(cfg, job, contents)
+    job, contents, identity, folder = _set_up(cfg)
     report = folder / "report.json"
     with distributed.process_group(cfg.trainer), lock(writable(folder)):
         first = distributed.is_main_process()
@@ -69,12 +75,35 @@ def run(cfg: DictConfig) -> Path:
     return report
 
 
+def _set_up(cfg: DictConfig) -> tuple[Job, Contents, Identity, Path]:
+    """Return the job of a run, the contents of its paths, its identity and its folder.
+
+    Raises:
+        ConfigError: what is wrong with the choices; where no check says it, the choices.
+    """
+    from vitrim.cli.identity import contents_of, identity_of
+
+    try:
+        job = build_job(cfg)
+        contents = contents_of(cfg, job)
+        return job, contents, *identity_of(cfg, job, contents)
+    except _user_errors():
+        raise
+    except _UNFORESEEN as error:
+        _log.debug("this was raised:", exc_info=True)
+        words = " ".join(HydraConfig.get().overrides.task)
+        raise ConfigError(
+            f"{words}: cannot be set up ({_named(error)}); hydra.verbose=true shows where"
+        ) from error
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
 def _job(cfg: DictConfig) -> str:
     hydra_cfg = HydraConfig.get()
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
         sweep.refuse_nested()
+        check_groups(cfg)
         checks.one_process(cfg.trainer)
         out = Path(cfg.out).absolute()
         return sweep.run_job(_job_arguments(), out=out, minutes=cfg.sweep.minutes)

@@ -46,7 +46,8 @@ def _misshapen(node: Config, known: Config, where: str) -> Iterator[str]:
     for name, below in known.items():
         key = f"{where}{name}"
         if name not in node:
-            yield f"{key}: missing: it must not be deleted"
+            way_out = "" if below != {} else f": {key}=CHOICE; vitrim --help lists them"
+            yield f"{key}: missing, it must not be deleted or null{way_out}"
         elif isinstance(below, dict) and not isinstance(node[name], dict):
             way_out = f"{key}.KEY=VALUE" if below else f"{key}=CHOICE; vitrim --help lists them"
             yield f"{key}={shown(node[name])}: expected keys and values: {way_out}"

@@ -57,9 +57,7 @@ def build_job(cfg: DictConfig) -> Job:
     """
     expand_home(cfg)
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
-    misshapen = checks.check_shape(raw)
-    if misshapen:
-        raise ConfigError("\n".join(misshapen))
+    check_groups(cfg)
     built, wrong = _build(cfg, GROUPS)
     problems = [
         *root_problems(raw, CONF / "run.yaml", GROUPS),
@@ -83,6 +81,17 @@ def build_job(cfg: DictConfig) -> Job:
     if problems:
         raise ConfigError("\n".join(problems))
     return job
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Refuse groups of keys that are a value, or lack a key.
+
+    Raises:
+        ConfigError: all that is wrong with them, one sentence a line.
+    """
+    misshapen = checks.check_shape(cast(Config, OmegaConf.to_container(cfg, resolve=False)))
+    if misshapen:
+        raise ConfigError("\n".join(misshapen))
 
 
 def expand_home(cfg: DictConfig) -> None:

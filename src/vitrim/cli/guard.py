@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitrim.cli import config_files
-from vitrim.cli.hydra_settings import check_hydra, check_output
+from vitrim.cli.hydra_settings import check_hydra, check_out, check_output
 from vitrim.cli.interpolations import check_size, references
 from vitrim.errors import ConfigError, VitrimError, shown
 
@@ -156,6 +156,7 @@ def _with_checked_result(load: Callable[..., DictConfig]) -> Callable[..., DictC
         check_hydra(plain["hydra"])
         if plain["hydra"]["job"]["config_name"] != NO_OUTPUT:
             check_output(plain["hydra"])
+            check_out(plain.get("out", ""))
         check_size(plain)
         return cfg
 

@@ -80,6 +80,16 @@ def check_output(node: Mapping[str, Any]) -> None:
             )
 
 
+def check_out(out: object) -> None:
+    """Refuse a root of the run folders that is no name: Hydra would make a folder of its text.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+    if not isinstance(out, str) or not out.strip() or "\0" in out:
+        raise ConfigError(f"out={shown(out)}: expected the name of a folder")
+
+
 def _check_runtime(node: Mapping[str, Any]) -> None:
     """Refuse a folder of Hydra's output set in another way, and loggers that are no names."""
     if _part(node, "runtime").get("output_dir", "???") != "???":

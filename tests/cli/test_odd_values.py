@@ -12,15 +12,18 @@ LONG = "x" * 200_000
 
 
 def test_groups_that_are_values_or_lack_a_key(command: Command) -> None:
-    words = ["latency=null", "target=x", "checkpoint=[1]", "~sweep.minutes", "method=null"]
+    words = ["latency=null", "target=null", "~sweep.minutes"]
     expected = [
         "latency=null: expected keys and values: latency.KEY=VALUE",
-        "target=x: expected keys and values",
-        "checkpoint=[1]: expected keys and values",
+        "target=null: expected keys and values",
         "sweep.minutes: missing",
-        "method",
     ]
     assert_refused(command, *words, expected=expected)
+
+
+@pytest.mark.parametrize("word", ["method=null", "experiment=null", "hydra=null", "data=3"])
+def test_a_choice_that_is_no_name(command: Command, word: str) -> None:
+    assert_refused(command, word, expected=[word, "string or a list"])
 
 
 def test_a_group_that_is_a_value_in_a_sweep(command: Command) -> None:

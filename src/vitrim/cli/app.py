@@ -175,7 +175,8 @@ def main() -> None:
         except Exception as error:
             if _is_of_job(error):
                 raise
-            _end(ConfigError(f"the configuration cannot be composed ({_named(error)})"))
+            words = " ".join(sys.argv[1:])
+            _end(ConfigError(f"{words}: the configuration cannot be composed ({_named(error)})"))
 
 
 def _is_of_job(error: Exception) -> bool:

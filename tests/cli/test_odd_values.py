@@ -12,11 +12,11 @@ LONG = "x" * 200_000
 
 
 def test_groups_that_are_values_or_lack_a_key(command: Command) -> None:
-    words = ["latency=null", "target=null", "~sweep.minutes"]
+    words = ["latency=null", "target=null", "~checkpoint.minutes"]
     expected = [
         "latency=null: expected keys and values: latency.KEY=VALUE",
         "target=null: expected keys and values",
-        "sweep.minutes: missing",
+        "checkpoint.minutes: missing",
     ]
     assert_refused(command, *words, expected=expected)
 

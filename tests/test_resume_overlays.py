@@ -46,7 +46,8 @@ class Kind(NamedTuple):
 def kind_of(name: str) -> Kind:
     """Return the kind of an overlay, read from its yaml and those that it includes."""
     chosen = {"data": "digits", "method": "vtp", "samples": None}
-    content = yaml.safe_load((ROOT / f"{name}.yaml").read_text())
+    path = ROOT / f"{name.removeprefix('/experiment/')}.yaml"
+    content = yaml.safe_load(path.read_text())
     for default in content["defaults"]:
         match default:
             case "_self_":

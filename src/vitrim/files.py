@@ -182,15 +182,28 @@ def printable(value: object) -> object:
 
     Names of files in another encoding, and JSON of others, have such characters.
     """
-    match value:
-        case str():
-            return value.encode(errors="backslashreplace").decode()
-        case dict():
-            return {printable(key): printable(item) for key, item in value.items()}
-        case list():
-            return [printable(item) for item in value]
-        case _:
-            return value
+    whole: list[object] = [value]
+    pending: list[dict[object, object] | list[object]] = [whole]
+    while pending:  # not by recursion: JSON of others may be deep
+        container = pending.pop()
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, item in [*items]:
+            match item:
+                case str():
+                    container[key] = _printable_text(item)  # type: ignore[index]
+                case dict():
+                    inner = {_printable_text(name): part for name, part in item.items()}
+                    container[key] = inner  # type: ignore[index]
+                    pending.append(inner)
+                case list():
+                    copied = [*item]
+                    container[key] = copied  # type: ignore[index]
+                    pending.append(copied)
+    return whole[0]
+
+
+def _printable_text(text: object) -> object:
+    return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text
 
 
 class YamlError(VitrimError):

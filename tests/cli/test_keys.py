@@ -136,7 +136,7 @@ hydra:
 """
 
 
-def test_jobs_of_a_sweep_in_a_yaml_are_single_runs(
+def test_a_sweep_in_a_yaml_is_refused_and_jobs_of_a_sweep_are_single_runs(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -148,12 +148,16 @@ def test_jobs_of_a_sweep_in_a_yaml_are_single_runs(
         return ""
 
     monkeypatch.setattr(app.sweep, "run_job", run_job)
-    words = ("experiment=sweeping", "latency.repeats=1")
-    assert command("--config-dir", str(tmp_path / "conf"), *words).code == 0
+    refused = command("--config-dir", str(tmp_path / "conf"), "experiment=sweeping")
+    assert refused.code == 1
+    assert "hydra.mode=MULTIRUN: a file must not set" in refused.message
+    assert not jobs
+    words = ("-m", "latency.repeats=1", "data=none")
+    assert command(*words, "strength=0,1").code == 0
     assert len(jobs) == 2
     done = command(*jobs[1])
     assert done.code == 0, done.message
     assert len(jobs) == 2  # it started none of its own
     assert "/s1-seed0-" in str(done.report)
     monkeypatch.setenv("VITRIM_STATUS", str(tmp_path / "status.json"))
-    assert "cannot be a sweep" in command("-m", *words[1:], "strength=0,1", "data=none").message
+    assert "cannot be a sweep" in command(*words, "strength=0,1").message

@@ -70,7 +70,7 @@ def test_a_damaged_recipe_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_large_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: 1\n" * 2**18)
-    with pytest.raises(RunFolderError, match="expected at most 1,048,576 bytes"):
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml: expected up to 1,048,576 bytes"):
         read_recipe(tmp_path)
 
 

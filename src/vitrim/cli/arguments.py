@@ -10,8 +10,6 @@ from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
-
 from vitrim.errors import ConfigError
 
 PATHS = ("out", "from_run", "data.root", "model.checkpoint")
@@ -49,6 +47,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a flag that runs code, or an argument that is no text.
     """
+    from hydra._internal.utils import get_args_parser
+
     for word in arguments:
         _check_text(word)
     known = get_args_parser()

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
+from vitrim.trainer.calibrate import (
+    IMAGES,
+    Sampling,
+    capture,
+    classifiers,
+    fingerprints,
+    gather_tokens,
+)
 
 Gathered = Literal["none", "mean", "moments", "targets"]
 """How much is gathered of each MLP (`MLPStatistics`)."""
@@ -75,7 +82,8 @@ class MLPStatistics(nn.Module):
         if self.gathered == "mean":
             return [f"{end}.{part}" for end in ends for part in ("mean", "weight")]
         if self.gathered == "targets":
-            return [f"{name}.target" for name in (*ends, *self._classifiers)]
+            targets = [f"{name}.target" for name in (*ends, *self._classifiers)]
+            return [*targets, f"{IMAGES}.fingerprint"]
         return []
 
     def add(self, net: nn.Module, images: Tensor) -> None:
@@ -90,6 +98,8 @@ class MLPStatistics(nn.Module):
             for name in self._classifiers:
                 features = activations[name].float().cpu()
                 self._chunks.setdefault(f"{name}.target", []).append(features)
+            if self.gathered == "targets":
+                self._chunks.setdefault(f"{IMAGES}.fingerprint", []).append(fingerprints(images))
         self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
@@ -146,7 +156,10 @@ class MLPStatistics(nn.Module):
         self._chunks = {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what was gathered, by layer: `trial.mean`, `trial.cov` and `target`."""
+        """Return what was gathered, by layer: `trial.mean`, `trial.cov` and `target`.
+
+        With targets, `IMAGES` has the number of each image, by which a regression knows them.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
@@ -154,6 +167,6 @@ class MLPStatistics(nn.Module):
             found[moments.name] = {f"trial.{part}": tensor for part, tensor in parts}
         for name in self._buffers_of(*(mlp.end for mlp in self.mlps)):
             owner, _, part = name.rpartition(".")
-            key = part if part == "target" else f"trial.{part}"
+            key = part if part in ("target", "fingerprint") else f"trial.{part}"
             found.setdefault(owner, {})[key] = self.get_buffer(key_of(name))
         return found

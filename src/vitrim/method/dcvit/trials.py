@@ -102,6 +102,7 @@ class Trials(LightningModule):
             "recipe": {**asdict(recipe), "loss": list(recipe.loss)},
             "synthetic": synthetic and asdict(synthetic),
             "distance": distance,
+            **({"numbered_images": True} if compression.gathered == "targets" else {}),
         }
         self._stream = stream(net) if blocks else None
         self._ends = {block: ends[block] for block in blocks}

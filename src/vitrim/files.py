@@ -190,14 +190,14 @@ def printable(value: object) -> object:
         for key, item in [*items]:
             match item:
                 case str():
-                    container[key] = _printable_text(item)  # type: ignore[index]
+                    container[key] = _printable_text(item)
                 case dict():
                     inner = {_printable_text(name): part for name, part in item.items()}
-                    container[key] = inner  # type: ignore[index]
+                    container[key] = inner
                     pending.append(inner)
                 case list():
                     copied = [*item]
-                    container[key] = copied  # type: ignore[index]
+                    container[key] = copied
                     pending.append(copied)
     return whole[0]
 

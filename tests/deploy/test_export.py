@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from command import Command, Done
 from conftest import MODEL, SIZE, images, plan_of, randomise
+from reports import document
 from vitrim import Drop, LowRank, Plan, cut, save
 from vitrim.cli.export import main
 from vitrim.deploy import formats
@@ -466,8 +467,10 @@ def test_the_card_of_a_run_says_what_it_cost_and_how_it_was_made(
 def test_classes_are_named_where_the_report_names_all(tmp_path: Path, export: Export) -> None:
     run, names = saved(tmp_path), [*"abcdefg"]
     for classes, expected in ((names, names), (names[1:], None)):
-        (run / "report.json").write_text(json.dumps({"format": 1, "classes": classes}))
-        folder = Path(export(run, "hf").output.splitlines()[-1])
+        (run / "report.json").write_text(json.dumps({**document(), "classes": classes}))
+        done = export(run, "hf")
+        assert done.code == 0, done.message
+        folder = Path(done.output.splitlines()[-1])
         net = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert net.pretrained_cfg.get("label_names") == expected
         listed = "Outputs: 7 logits (a, b, c, d, e, f, g)." in (folder / "README.md").read_text()

@@ -11,7 +11,7 @@ from timm.layers import set_fused_attn
 from conftest import MODEL, SIZE, plan_of, skeleton_net, small_net
 from vitrim import Drop, Plan, count, cut, measure
 from vitrim.budget.cost import Cost
-from vitrim.measure import latencies
+from vitrim.measure import InputSizeError, latencies
 
 CUT = plan_of({"blocks.0.attn.qk": (0, 1, 9), "blocks.1.attn.v": (1, 2, 3, 20)})
 
@@ -80,7 +80,7 @@ def test_counting_leaves_the_network_and_the_generator_alone(training: bool) -> 
 
 def test_a_failed_count_leaves_no_hooks() -> None:
     net = small_net()
-    with pytest.raises(AssertionError, match="match model"):
+    with pytest.raises(InputSizeError, match="match model"):
         Cost(net, 48)
     assert not any(module._forward_hooks for module in net.modules())
 

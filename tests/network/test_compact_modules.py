@@ -199,3 +199,16 @@ def test_the_input_size_of_compact_networks_can_be_set(family: str) -> None:
     larger = images(side, dtype=torch.float32)
     with torch.no_grad():
         assert relative_error(small(larger), cut(wide, sliced)(larger)) < 1e-5
+
+
+@attentive
+def test_attention_maps_are_what_the_dropout_module_reads(family: str) -> None:
+    net = with_kernel(cut(dense(family), plan(family)), fused=False).eval()
+    maps: dict[str, Tensor] = {}
+    for name, module in net.named_modules():
+        if name.endswith("attn_drop"):
+            module.register_forward_hook(lambda _, args, out, name=name: maps.update({name: out}))
+    with torch.no_grad():
+        net(x(family))
+    assert maps.keys() == {name for name, _ in net.named_modules() if name.endswith("attn_drop")}
+    assert all(torch.allclose(part.sum(-1), torch.ones(())) for part in maps.values())

@@ -148,17 +148,14 @@ class SlicedAttention(nn.Module):
         q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
         outputs = []
         for _, h, qk, k, v, w in self.head_runs:
-            out_BHNW = attend(
-                self.q_norm(heads_from(q_BNQ, qk, h, k)),
-                self.k_norm(heads_from(k_BNQ, qk, h, k)),
-                heads_from(v_BNV, v, h, w),
-                attn_mask,
-                is_causal,
-                self.scale,
-                dropout,
-                self.fused_attn and k == w,
-                k == 0,
-            )
+            q_BHNK = self.q_norm(heads_from(q_BNQ, qk, h, k))
+            k_BHNK = self.k_norm(heads_from(k_BNQ, qk, h, k))
+            v_BHNW = heads_from(v_BNV, v, h, w)
+            if self.fused_attn and k == w:
+                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, self.scale, dropout)
+            else:
+                attn_BHNN = attention_map(q_BHNK, k_BHNK, attn_mask, is_causal, self.scale, k == 0)
+                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:
@@ -202,17 +199,16 @@ class SlicedWindowAttention(WindowAttention):  # type: ignore[misc]
         q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
         outputs = []
         for first, h, qk, k, v, w in self.head_runs:
-            out_BHNW = attend_windows(
-                heads_from(q_BNQ, qk, h, k),
-                heads_from(k_BNQ, qk, h, k),
-                heads_from(v_BNV, v, h, w),
-                bias_HNN[first : first + h],
-                mask,
-                self.scale,
-                dropout,
-                self.fused_attn and k == w,
-                k == 0,
-            )
+            q_BHNK = heads_from(q_BNQ, qk, h, k)
+            k_BHNK = heads_from(k_BNQ, qk, h, k)
+            v_BHNW = heads_from(v_BNV, v, h, w)
+            run_HNN = bias_HNN[first : first + h]
+            if self.fused_attn and k == w:
+                bias_BHNN = window_bias(run_HNN, mask, q_BHNK.shape[0])
+                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, self.scale, dropout)
+            else:
+                attn_BHNN = window_map(q_BHNK, k_BHNK, run_HNN, mask, self.scale, k == 0)
+                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
@@ -283,36 +279,42 @@ def attend(
     is_causal: bool,
     scale: float,
     dropout: float,
-    fused: bool,
-    empty: bool,
 ) -> Tensor:
-    """Return the output of one run of equal heads, shape (B, H, N, W).
+    """Return the output of one run of equal heads by the fused kernel, shape (B, H, N, W).
 
     Args:
         q_BHNK: the queries.
         k_BHNK: the keys.
-        v_BHNW: the values.
+        v_BHNW: the values, W = K.
         mask: added to the scores or, if boolean, false where the score is -inf.
         is_causal: whether tokens attend to earlier ones only; any mask is then ignored.
         scale: of the products of queries and keys.
         dropout: the probability, 0 in evaluation mode.
-        fused: whether to use the fused kernel.
-        empty: whether queries and keys have no dims, K = 0.
     """
-    if fused:
-        return F.scaled_dot_product_attention(
-            q_BHNK,
-            k_BHNK,
-            v_BHNW,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=is_causal,
-            scale=scale,
-        )
-    attn_BHNN = add_mask(scores(q_BHNK * scale, k_BHNK, empty), mask, is_causal).softmax(dim=-1)
-    if dropout > 0.0:
-        attn_BHNN = F.dropout(attn_BHNN, dropout)
-    return attn_BHNN @ v_BHNW
+    return F.scaled_dot_product_attention(
+        q_BHNK,
+        k_BHNK,
+        v_BHNW,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+    )
+
+
+def attention_map(
+    q_BHNK: Tensor,
+    k_BHNK: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    empty: bool,
+) -> Tensor:
+    """Return how much each token attends to each other one, before dropout, (B, H, N, N).
+
+    `empty` says whether queries and keys have no dims, K = 0; the others are those of `attend`.
+    """
+    return add_mask(scores(q_BHNK * scale, k_BHNK, empty), mask, is_causal).softmax(dim=-1)
 
 
 torch.fx.wrap("add_mask")  # a trace records the call, because masks may be arguments of the network
@@ -330,36 +332,32 @@ def add_mask(attn_BHNN: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return attn_BHNN + mask
 
 
-def attend_windows(
+def window_bias(bias_HNN: Tensor, mask: Tensor | None, n_windows: int) -> Tensor:
+    """Return what is added to the scores of all windows, (1 or n_windows, H, N, N).
+
+    `bias_HNN` is added to those of every window, `mask` (L, N, N) to those of the L windows of each
+    image.
+    """
+    if mask is None:
+        return bias_HNN[None]
+    return (bias_HNN + mask[:, None]).repeat(n_windows // mask.shape[0], 1, 1, 1)
+
+
+def window_map(
     q_BHNK: Tensor,
     k_BHNK: Tensor,
-    v_BHNW: Tensor,
     bias_HNN: Tensor,
     mask: Tensor | None,
     scale: float,
-    dropout: float,
-    fused: bool,
     empty: bool,
 ) -> Tensor:
-    """Return the output of one run of equal heads in windows, shape (B, H, N, W).
-
-    `bias_HNN` is added to the scores of all windows, `mask` (L, N, N) to those of the L windows of
-    each image; the other arguments are those of `attend`.
-    """
-    if mask is None:
-        return attend(q_BHNK, k_BHNK, v_BHNW, bias_HNN[None], False, scale, dropout, fused, empty)
-    bias_LHNN = bias_HNN + mask[:, None]
-    n_images = q_BHNK.shape[0] // mask.shape[0]  # len() would be a constant of a traced graph
-    if fused:
-        bias_BHNN = bias_LHNN.repeat(n_images, 1, 1, 1)
-        return attend(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, scale, dropout, fused, empty)
+    """Return `attention_map` of windows, (B, H, N, N); bias and mask are as in `window_bias`."""
     attn_BHNN = scores(q_BHNK * scale, k_BHNK, empty)
+    if mask is None:
+        return (attn_BHNN + bias_HNN[None]).softmax(dim=-1)
+    n_images = q_BHNK.shape[0] // mask.shape[0]  # len() would be a constant of a traced graph
     by_image = torch.unflatten(attn_BHNN, 0, [n_images, mask.shape[0]])
-    attn_BHNN = (by_image + bias_LHNN).flatten(0, 1)
-    attn_BHNN = attn_BHNN.softmax(dim=-1)
-    if dropout > 0.0:
-        attn_BHNN = F.dropout(attn_BHNN, dropout)
-    return attn_BHNN @ v_BHNW
+    return (by_image + (bias_HNN + mask[:, None])).flatten(0, 1).softmax(dim=-1)
 
 
 def scores(q_BHNK: Tensor, k_BHNK: Tensor, empty: bool) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vitrim.data import Loaders
-from vitrim.errors import is_rate
+from vitrim.errors import is_count, is_rate
 from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
@@ -219,8 +219,9 @@ def _known_accuracy(path: Path) -> dict[str, float] | None:
         known = content if isinstance(content, dict) else {}
         names = ("top1", "top5")
         values = {name: v for name in names if is_rate(v := known.get(name)) and v <= 100}
-        if len(values) == len(names):
-            return values
+        images = known.get("images")
+        if len(values) == len(names) and (images is None or is_count(images)):
+            return values if images is None else {**values, "images": images}
         _log.warning("%s: no accuracy, evaluated again", path)
     return None
 

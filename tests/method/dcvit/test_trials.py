@@ -293,7 +293,7 @@ def test_a_trial_mimics_what_the_tuning_does() -> None:
 @pytest.mark.parametrize(
     ("selection", "reconstruct", "kept"),
     [
-        ("obs_greedy", True, {"target", "cov", "mean", "weight"}),
+        ("obs_greedy", True, {"target", "fingerprint", "cov", "mean", "weight"}),
         ("obs_greedy", False, {"cov", "mean", "weight"}),
         ("activation", False, {"mean", "weight"}),
         ("random", False, set()),

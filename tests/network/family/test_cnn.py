@@ -424,7 +424,10 @@ def test_a_run_gets_from_yaml_to_report(command: Command, method: Any) -> None:
         ((*DENSE, "method.group_size=2"), "method.group_size=2: this network has no attentions"),
         ((*DENSE, "method.accounting=paper"), "method.accounting=paper: this network has no"),
         ((*DENSE, "+model.args.act_layer=gelu"), "nor any that could be dropped as a whole"),
-        (("method=dcvit", "target.blocks=1"), "target.blocks=1"),
+        (
+            ("method=dcvit", "target.blocks=1"),
+            "no stage has 1 successive blocks that are not protected",
+        ),
     ],
 )
 def test_what_needs_tokens_is_refused_before_any_training(

@@ -136,8 +136,7 @@ class Trials(LightningModule):
         if self._targets.lacks(batch_index):  # this process began after the first epoch
             self._targets.keep(images)
             self._judging_set.add(images)
-        target = self._targets.of(images, batch_index)
-        loss = self._trial.step(images, target, self.manual_backward)
+        loss = self._trial.step(images, self._targets.of(images, batch_index), self.manual_backward)
         self.log("loss", loss, prog_bar=True)
 
     def on_train_epoch_start(self) -> None:

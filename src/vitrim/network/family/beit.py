@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.network.attention import (
     attend,
+    attention_map,
     head_runs,
     heads_from,
     join_runs,
@@ -57,17 +58,15 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
         q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
         outputs = []
         for first, h, qk, k, v, w in self.head_runs:
-            out_BHNW = attend(
-                heads_from(q_BNQ, qk, h, k),
-                heads_from(k_BNQ, qk, h, k),
-                heads_from(v_BNV, v, h, w),
-                None if bias_1HNN is None else bias_1HNN[..., first : first + h, :, :],
-                False,
-                self.scale,
-                dropout,
-                self.fused_attn and k == w,
-                k == 0,
-            )
+            q_BHNK = heads_from(q_BNQ, qk, h, k)
+            k_BHNK = heads_from(k_BNQ, qk, h, k)
+            v_BHNW = heads_from(v_BNV, v, h, w)
+            run_1HNN = None if bias_1HNN is None else bias_1HNN[..., first : first + h, :, :]
+            if self.fused_attn and k == w:
+                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, run_1HNN, False, self.scale, dropout)
+            else:
+                attn_BHNN = attention_map(q_BHNK, k_BHNK, run_1HNN, False, self.scale, k == 0)
+                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrim.network.attention import (
     attend,
+    attention_map,
     head_runs,
     heads_from,
     join_runs,
@@ -79,17 +80,13 @@ class SlicedEvaAttention(nn.Module):
         outputs = []
         for _, h, qk, k, v, w in self.head_runs:
             v_BHNW = heads_from(v_BNV, v, h, w)
-            out_BHNW = attend(
-                self._rotated(self.q_norm(heads_from(q_BNQ, qk, h, k)), rope).type_as(v_BHNW),
-                self._rotated(self.k_norm(heads_from(k_BNQ, qk, h, k)), rope).type_as(v_BHNW),
-                v_BHNW,
-                attn_mask,
-                is_causal,
-                self.scale,
-                dropout,
-                self.fused_attn and k == w,
-                k == 0,
-            )
+            q_BHNK = self._rotated(self.q_norm(heads_from(q_BNQ, qk, h, k)), rope).type_as(v_BHNW)
+            k_BHNK = self._rotated(self.k_norm(heads_from(k_BNQ, qk, h, k)), rope).type_as(v_BHNW)
+            if self.fused_attn and k == w:
+                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, self.scale, dropout)
+            else:
+                attn_BHNN = attention_map(q_BHNK, k_BHNK, attn_mask, is_causal, self.scale, k == 0)
+                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:

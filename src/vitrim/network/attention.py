@@ -107,14 +107,61 @@ class Sliced(Protocol):
     v_dims: tuple[int, ...]
 
 
-class SlicedAttention(nn.Module):
+class SlicedHeads:
+    """What all cut attentions share: heads of several widths, computed in runs of equal heads.
+
+    The softmax scale is the dense network's and is passed to the kernel, which would otherwise
+    compute it from the new width.
+    """
+
+    if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
+        attn_drop: nn.Dropout
+        scale: float
+        fused_attn: bool
+        training: bool
+
+    def set_widths(self, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
+        """Set the query-key and the value width of every head, each of shape (heads,)."""
+        self.qk_dims = qk_dims
+        self.v_dims = v_dims
+        self.num_heads = len(v_dims)
+        self.head_runs = head_runs(qk_dims, v_dims)
+        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+
+    def attended(
+        self,
+        q_BHNK: Tensor,
+        k_BHNK: Tensor,
+        v_BHNW: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        k: int,
+        w: int,
+    ) -> Tensor:
+        """Return the output of a run of heads with K = `k` and W = `w`, shape (B, H, N, W).
+
+        Equal widths use the fused kernel; others, and all where it is switched off, call the
+        dropout module on the attention map, where hooks can read it.
+        """
+        if self.fused_attn and k == w:
+            dropout = self.attn_drop.p if self.training else 0.0
+            return attend(q_BHNK, k_BHNK, v_BHNW, mask, is_causal, self.scale, dropout)
+        attn_BHNN = attention_map(q_BHNK, k_BHNK, mask, is_causal, self.scale, k == 0)
+        out_BHNW: Tensor = self.attn_drop(attn_BHNN) @ v_BHNW
+        return out_BHNW
+
+    def extra_repr(self) -> str:
+        """Show the widths per head."""
+        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
+
+
+class SlicedAttention(SlicedHeads, nn.Module):
     """timm's self-attention after a cut: every head has its own query-key and value width.
 
-    The modules and parameter names are those of the attention that it replaces. The softmax scale
-    is the dense network's and is passed to the kernel, which would otherwise compute it from the
-    new width. Neighbouring heads of equal widths run together. Equal query-key and value widths
-    use the fused kernel; others use three plain operations, which on CPU are faster than the fused
-    kernel's fallback. A head without query-key dims attends to every token equally.
+    The modules and parameter names are those of the attention that it replaces. Neighbouring heads
+    of equal widths run together. Equal query-key and value widths use the fused kernel; others use
+    three plain operations, which on CPU are faster than the fused kernel's fallback. A head without
+    query-key dims attends to every token equally.
     """
 
     if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
@@ -132,11 +179,7 @@ class SlicedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale: float = dense.scale  # type: ignore[assignment]
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
-        self.num_heads = len(v_dims)
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+        self.set_widths(qk_dims, v_dims)
         self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
         take_over(self, dense, optional=("gate",))
 
@@ -144,18 +187,13 @@ class SlicedAttention(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); `attn_mask` and `is_causal` as in timm."""
-        dropout = self.attn_drop.p if self.training else 0.0
         q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
         outputs = []
         for _, h, qk, k, v, w in self.head_runs:
             q_BHNK = self.q_norm(heads_from(q_BNQ, qk, h, k))
             k_BHNK = self.k_norm(heads_from(k_BNQ, qk, h, k))
             v_BHNW = heads_from(v_BNV, v, h, w)
-            if self.fused_attn and k == w:
-                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, self.scale, dropout)
-            else:
-                attn_BHNN = attention_map(q_BHNK, k_BHNK, attn_mask, is_causal, self.scale, k == 0)
-                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
+            out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:
@@ -163,12 +201,8 @@ class SlicedAttention(nn.Module):
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
         return out_BND
 
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
-
-class SlicedWindowAttention(WindowAttention):  # type: ignore[misc]
+class SlicedWindowAttention(SlicedHeads, WindowAttention):  # type: ignore[misc]
     """timm's window attention after a cut; widths, scale and kernels are as in `SlicedAttention`.
 
     The relative position bias table, ((2h-1)(2w-1), heads) for windows of (h, w) tokens, has no
@@ -183,18 +217,13 @@ class SlicedWindowAttention(WindowAttention):  # type: ignore[misc]
         self.window_area: int = dense.window_area  # type: ignore[assignment]
         self.scale: float = dense.scale  # type: ignore[assignment]
         self.fused_attn: bool = dense.fused_attn  # type: ignore[assignment]
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
-        self.num_heads = len(v_dims)
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+        self.set_widths(qk_dims, v_dims)
         index = dense.get_buffer("relative_position_index")
         self.register_buffer("relative_position_index", index, persistent=False)
         take_over(self, dense)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
-        dropout = self.attn_drop.p if self.training else 0.0
         bias_HNN = self.relative_position_bias_table[self.relative_position_index].movedim(-1, 0)
         q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
         outputs = []
@@ -203,19 +232,15 @@ class SlicedWindowAttention(WindowAttention):  # type: ignore[misc]
             k_BHNK = heads_from(k_BNQ, qk, h, k)
             v_BHNW = heads_from(v_BNV, v, h, w)
             run_HNN = bias_HNN[first : first + h]
-            if self.fused_attn and k == w:
+            if mask is None or (self.fused_attn and k == w):
                 bias_BHNN = window_bias(run_HNN, mask, q_BHNK.shape[0])
-                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, self.scale, dropout)
+                out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, k, w)
             else:
                 attn_BHNN = window_map(q_BHNK, k_BHNK, run_HNN, mask, self.scale, k == 0)
                 out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
-
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
 def take_over(attn: nn.Module, dense: nn.Module, *, optional: Sequence[str] = ()) -> None:
@@ -344,17 +369,10 @@ def window_bias(bias_HNN: Tensor, mask: Tensor | None, n_windows: int) -> Tensor
 
 
 def window_map(
-    q_BHNK: Tensor,
-    k_BHNK: Tensor,
-    bias_HNN: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    empty: bool,
+    q_BHNK: Tensor, k_BHNK: Tensor, bias_HNN: Tensor, mask: Tensor, scale: float, empty: bool
 ) -> Tensor:
-    """Return `attention_map` of windows, (B, H, N, N); bias and mask are as in `window_bias`."""
+    """Return `attention_map` with the bias and the mask of `window_bias`, which is not repeated."""
     attn_BHNN = scores(q_BHNK * scale, k_BHNK, empty)
-    if mask is None:
-        return (attn_BHNN + bias_HNN[None]).softmax(dim=-1)
     n_images = q_BHNK.shape[0] // mask.shape[0]  # len() would be a constant of a traced graph
     by_image = torch.unflatten(attn_BHNN, 0, [n_images, mask.shape[0]])
     return (by_image + (bias_HNN + mask[:, None])).flatten(0, 1).softmax(dim=-1)

@@ -9,9 +9,7 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
 from vitrim.network.attention import (
-    attend,
-    attention_map,
-    head_runs,
+    SlicedHeads,
     heads_from,
     join_runs,
     sliced,
@@ -25,7 +23,7 @@ from vitrim.network.stream import Stream
 from vitrim.network.structure import Structure, joined
 
 
-class SlicedBeitAttention(Attention):  # type: ignore[misc]
+class SlicedBeitAttention(SlicedHeads, Attention):  # type: ignore[misc]
     """timm's attention after a cut: every head has its own value width."""
 
     def __init__(
@@ -33,11 +31,7 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
     ) -> None:
         nn.Module.__init__(self)
         self.scale: float = dense.scale
-        self.num_heads = len(v_dims)
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+        self.set_widths(qk_dims, v_dims)
         self.fused_attn: bool = dense.fused_attn
         self.window_size = dense.window_size
         self.q_bias, self.k_bias, self.v_bias = dense.q_bias, None, dense.v_bias
@@ -49,7 +43,6 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, D) to (B, N, D); a shared bias has all heads, (1, heads, N, N)."""
-        dropout = self.attn_drop.p if self.training else 0.0
         bias_1HNN = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own_1HNN = self._get_rel_pos_bias()
@@ -62,18 +55,10 @@ class SlicedBeitAttention(Attention):  # type: ignore[misc]
             k_BHNK = heads_from(k_BNQ, qk, h, k)
             v_BHNW = heads_from(v_BNV, v, h, w)
             run_1HNN = None if bias_1HNN is None else bias_1HNN[..., first : first + h, :, :]
-            if self.fused_attn and k == w:
-                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, run_1HNN, False, self.scale, dropout)
-            else:
-                attn_BHNN = attention_map(q_BHNK, k_BHNK, run_1HNN, False, self.scale, k == 0)
-                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
+            out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, run_1HNN, False, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
-
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
 @sliced.register(Attention)

@@ -14,9 +14,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitrim.network.attention import (
-    attend,
-    attention_map,
-    head_runs,
+    SlicedHeads,
     heads_from,
     join_runs,
     sliced,
@@ -30,7 +28,7 @@ from vitrim.network.stream import Stream
 from vitrim.network.structure import Structure, joined
 
 
-class SlicedEvaAttention(nn.Module):
+class SlicedEvaAttention(SlicedHeads, nn.Module):
     """timm's rotary attention after a cut: every head has its own value width."""
 
     if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
@@ -51,14 +49,10 @@ class SlicedEvaAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale: float = dense.scale
-        self.num_heads = len(v_dims)
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
+        self.set_widths(qk_dims, v_dims)
         self.num_prefix_tokens: int = dense.num_prefix_tokens
         self.rotate_half: bool = getattr(dense, "rotate_half", False)  # since timm 1.0.20
         self.fused_attn: bool = dense.fused_attn
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
         biases = dict(dense.named_parameters(recurse=False))
         self.q_bias, self.v_bias = biases.get("q_bias"), biases.get("v_bias")
         take_over(self, dense, optional=("qkv", "q_proj", "k_proj", "v_proj", "gate"))
@@ -71,7 +65,6 @@ class SlicedEvaAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); the other arguments as in timm."""
-        dropout = self.attn_drop.p if self.training else 0.0
         if self.qkv is not None:
             qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
         else:
@@ -82,11 +75,7 @@ class SlicedEvaAttention(nn.Module):
             v_BHNW = heads_from(v_BNV, v, h, w)
             q_BHNK = self._rotated(self.q_norm(heads_from(q_BNQ, qk, h, k)), rope).type_as(v_BHNW)
             k_BHNK = self._rotated(self.k_norm(heads_from(k_BNQ, qk, h, k)), rope).type_as(v_BHNW)
-            if self.fused_attn and k == w:
-                out_BHNW = attend(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, self.scale, dropout)
-            else:
-                attn_BHNN = attention_map(q_BHNK, k_BHNK, attn_mask, is_causal, self.scale, k == 0)
-                out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
+            out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BNV = self.norm(join_runs(outputs))
         if self.gate is not None:
@@ -105,10 +94,6 @@ class SlicedEvaAttention(nn.Module):
         else:
             rotated = apply_rot_embed_cat(patches, rope)
         return torch.cat([prefix, rotated], dim=2)
-
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
 _ATTENTIONS = (EvaAttention, AttentionRope, SlicedEvaAttention)

@@ -19,7 +19,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from vitrim.network.attention import (
-    head_runs,
+    SlicedHeads,
     heads_from,
     join_runs,
     sliced,
@@ -33,18 +33,14 @@ from vitrim.network.mlp import mlp_of
 from vitrim.network.structure import Layer, Part, Structure, full, joined
 
 
-class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
+class SlicedCosineAttention(SlicedHeads, WindowAttention):  # type: ignore[misc]
     """timm's cosine attention after a cut: every head has its own value width."""
 
     def __init__(
         self, dense: WindowAttention, *, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]
     ) -> None:
         nn.Module.__init__(self)
-        self.num_heads = len(v_dims)
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
+        self.set_widths(qk_dims, v_dims)
         self.max_logit_scale = math.log(100)  # as in timm
         self.window_size = dense.window_size
         self.pretrained_window_size = dense.pretrained_window_size
@@ -73,10 +69,6 @@ class SlicedCosineAttention(WindowAttention):  # type: ignore[misc]
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
         out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
         return out_BND
-
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
 
 
 @sliced.register(WindowAttention)

@@ -17,10 +17,10 @@ import vitrim
 from command import QUICK, Command
 from conftest import MODEL, TINY, randomise, small_net
 from families import FAMILIES
+from sources import source
 from vitrim import Plan, save
 from vitrim.errors import ConfigError
 from vitrim.model.source import Timm
-from vitrim.trainer.recipe import Recipe
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")  # of timm, when it resizes
@@ -59,23 +59,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mvitv2": ("mvitv2_tiny", {"img_size": 64, "num_classes": 7}),
 }
 CASES = OTHERS | {family: case[:2] for family, case in FAMILIES.items()}
-
-
-def source(**changes: Any) -> Timm:
-    arguments: dict[str, Any] = {
-        "name": MODEL["name"],
-        "pretrained": False,
-        "checkpoint": None,
-        "sha256": None,
-        "num_classes": 5,
-        "reset_head": False,
-        "image_size": 32,
-        "mean": None,
-        "std": None,
-        "args": {key: TINY[key] for key in TINY if key not in ("num_classes", "img_size")},
-        "training": Recipe.__new__(Recipe),
-    }
-    return Timm(**arguments | changes)
 
 
 def model_of(name: str, args: dict[str, Any], file: Path) -> Timm:

@@ -11,16 +11,13 @@ import torch
 
 from command import Command
 from conftest import MODEL, TINY, small_net
+from sources import source
 from vitrim import Plan, save
 from vitrim.errors import ConfigError
 from vitrim.model import conversion
-from vitrim.model.source import Timm
 from vitrim.network import skeleton
-from vitrim.trainer.recipe import Recipe
 
 QUIET = ("tracking=none", "progress=false", "latency.repeats=1")
-RECIPE = Recipe.__new__(Recipe)
-"""A recipe for models that are not trained."""
 
 
 @pytest.fixture
@@ -37,23 +34,6 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(skeleton, "_shared", {})
     monkeypatch.setattr(conversion, "_known", {})
     return names
-
-
-def source(**changes: Any) -> Timm:
-    arguments: dict[str, Any] = {
-        "name": MODEL["name"],
-        "pretrained": False,
-        "checkpoint": None,
-        "sha256": None,
-        "num_classes": 5,
-        "reset_head": False,
-        "image_size": 32,
-        "mean": None,
-        "std": None,
-        "args": {key: TINY[key] for key in TINY if key not in ("num_classes", "img_size")},
-        "training": RECIPE,
-    }
-    return Timm(**arguments | changes)
 
 
 def test_a_skeleton_is_built_once(built: list[str]) -> None:

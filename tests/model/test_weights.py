@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
-from conftest import TINY, small_net
+import sources
+from conftest import small_net
 from vitrim.files import sha256
-from vitrim.model.source import Timm
 from vitrim.model.weights import describe_weights, digest_of
-from vitrim.trainer.recipe import Recipe
 
-RECIPE = Recipe.__new__(Recipe)
-
-
-def source(**changes: Any) -> Timm:
-    unset = dict.fromkeys(("checkpoint", "sha256", "num_classes", "image_size", "mean", "std"))
-    known = {"name": "vit_tiny_patch16_224", "pretrained": False, "reset_head": False}
-    return Timm(**{**unset, **known, "args": TINY, "training": RECIPE, **changes})
+source = partial(sources.source, num_classes=None, image_size=None)
 
 
 def test_a_digest_depends_on_every_tensor() -> None:

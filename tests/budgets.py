@@ -36,6 +36,7 @@ from vitrim.cli.compose import CONF, register_resolvers
 from vitrim.errors import VitrimError
 from vitrim.method import Method
 from vitrim.network import UnsupportedArchitecture
+from vitrim.network.structure import cuttable_channels
 from vitrim.network.survivors import propagate
 from vitrim.plan import Evidence, Proposal
 
@@ -224,9 +225,13 @@ def scored_by(one: Case, cost: Cost) -> list[str]:
         case "oneshot":
             return [site.name for site in oneshot.sites_of(described, one.options["sites"])]
         case "fskd":
-            return [*fskd.sites_of(described, settings("fskd")["sites"])]
+            return cuttable_channels(
+                described, [fskd.SITES[name] for name in settings("fskd")["sites"]]
+            )
         case "cd":
-            return [*cd.sites_of(described, settings("cd")["sites"])]
+            return cuttable_channels(
+                described, [cd.SITES[name] for name in settings("cd")["sites"]]
+            )
         case _:
             return []
 

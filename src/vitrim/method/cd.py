@@ -26,7 +26,7 @@ haolibai/Cross-Distillation):
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ from vitrim.closed_form.reconstruction import ridge_solve
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.method import Granularity
 from vitrim.network import structure
-from vitrim.network.structure import Kind, Structure, of_kind
+from vitrim.network.structure import Kind, Structure, cuttable_channels
 from vitrim.network.survivors import index_of, removed_of, resolve
 from vitrim.plan import Evidence, Keep, Plan, Proposal
 from vitrim.trainer.classify import Classify
@@ -100,7 +100,7 @@ class CD:
 
     def check(self, cost: Cost, target: Target) -> None:
         """Raise TargetError if the network has none of the units, or too few for the target."""
-        names = sites_of(cost.structure, self.sites)
+        names = cuttable_channels(cost.structure, [SITES[name] for name in self.sites])
         if not names:
             raise TargetError(f"method.sites={[*self.sites]}: this network has none of them")
         sites = cost.structure.sites
@@ -113,7 +113,7 @@ class CD:
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Remove the channels that the proximal gradient removes first; by L1 without images."""
         described = cost.structure
-        names = sites_of(described, self.sites)
+        names = cuttable_channels(described, [SITES[name] for name in self.sites])
         if evidence.images is not None:
             scores = self._survival(net, described, names, evidence.images)
         else:
@@ -173,18 +173,6 @@ class CD:
 
     def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
         return trim(cost, scores, target, scope=self.scope, round_to=self.round_to)
-
-
-def sites_of(described: Structure, chosen: Collection[str]) -> list[str]:
-    """Return the names of the chosen kinds of sites that can be cut, in network order.
-
-    Hidden units are those of MLPs whose name is `mlp`: MLP-Mixers have none.
-    """
-    return [
-        site.name
-        for site in of_kind(described, *(SITES[name] for name in chosen))
-        if not site.locked_reason and (site.kind != "hidden" or site.name.endswith("mlp.hidden"))
-    ]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ Where we differ from the paper, or where it is silent:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +39,7 @@ from vitrim.errors import is_count, is_positive, require
 from vitrim.method import Granularity
 from vitrim.network import structure
 from vitrim.network.attention import parameters_of
-from vitrim.network.structure import Kind, Layer, Structure, of_kind
+from vitrim.network.structure import Kind, Layer, Structure, cuttable_channels
 from vitrim.network.survivors import index_of, resolve
 from vitrim.plan import Evidence, Keep, Plan, Proposal
 from vitrim.trainer.collect import Collect
@@ -80,7 +80,7 @@ class FSKD:
 
     def check(self, cost: Cost, target: Target) -> None:
         """Raise TargetError if the network has none of the units, or too few for the target."""
-        names = sites_of(cost.structure, self.sites)
+        names = cuttable_channels(cost.structure, [SITES[name] for name in self.sites])
         if not names:
             raise TargetError(f"method.sites={[*self.sites]}: this network has none of them")
         sites = cost.structure.sites
@@ -97,7 +97,7 @@ class FSKD:
             name: importance(
                 net, cost.structure, {}, sites[name], criterion="magnitude", ridge=0.0, seed=0
             )
-            for name in sites_of(cost.structure, self.sites)
+            for name in cuttable_channels(cost.structure, [SITES[name] for name in self.sites])
         }
         return Proposal(edits=self._trim(cost, scores, target))
 
@@ -118,18 +118,6 @@ class FSKD:
 
     def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
         return trim(cost, scores, target, scope=self.scope, round_to=self.round_to)
-
-
-def sites_of(described: Structure, chosen: Collection[str]) -> list[str]:
-    """Return the names of the chosen kinds of sites that can be cut, in network order.
-
-    Hidden units are those of MLPs whose name is `mlp`: MLP-Mixers have none.
-    """
-    return [
-        site.name
-        for site in of_kind(described, *(SITES[name] for name in chosen))
-        if not site.locked_reason and (site.kind != "hidden" or site.name.endswith("mlp.hidden"))
-    ]
 
 
 @torch.no_grad()

@@ -134,6 +134,18 @@ def of_kind(structure: Structure, *kinds: Kind) -> list[Site]:
     return [site for site in structure.sites.values() if site.kind in kinds]
 
 
+def cuttable_channels(structure: Structure, kinds: Collection[Kind]) -> list[str]:
+    """Return the names of the sites of the given kinds that can be cut, in network order.
+
+    Hidden units are those of MLPs whose name is `mlp`: MLP-Mixers have none.
+    """
+    return [
+        site.name
+        for site in of_kind(structure, *kinds)
+        if not site.locked_reason and (site.kind != "hidden" or site.name.endswith("mlp.hidden"))
+    ]
+
+
 def blocks_of(structure: Structure) -> dict[str, list[str]]:
     """Return the branches of every block, by the block's path, in network order."""
     blocks: dict[str, list[str]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -60,11 +60,8 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     Paths are replaced by what they stand for, and the batch of a process by that of all processes
     together. Addresses of classes are no part of it, so that a class can move.
     """
-    recipe = {
-        key: value
-        for key, value in cast(Config, _without_unset_batches(without_addresses(resolved))).items()
-        if key not in (*NOT_RECIPE, "from_run")
-    }
+    known = cast(Config, _without(without_addresses(resolved), _is_unset_batch))
+    recipe = {key: value for key, value in known.items() if key not in (*NOT_RECIPE, "from_run")}
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
     recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in LATENCY_TARGETS or v}
@@ -146,23 +143,19 @@ def _accumulated(trainer: Mapping[str, object]) -> int:
 
 def without_addresses(node: object) -> object:
     """Return a copy of `node` without the addresses of classes."""
+    return _without(node, lambda key, _: key == "_target_")
+
+
+def _without(node: object, is_left_out: Callable[[str, object], bool]) -> object:
+    """Return a copy of nested plain data without the keys and values that are left out."""
     if isinstance(node, dict):
-        return {key: without_addresses(value) for key, value in node.items() if key != "_target_"}
-    return [without_addresses(item) for item in node] if isinstance(node, list) else node
+        return {k: _without(v, is_left_out) for k, v in node.items() if not is_left_out(k, v)}
+    return [_without(item, is_left_out) for item in node] if isinstance(node, list) else node
 
 
-def _without_unset_batches(node: object) -> object:
-    """Return a copy of `node` without the `reference_batch` of trainings whose lr is not scaled.
-
-    Such trainings are as they were before there was that key.
-    """
-    if isinstance(node, dict):
-        return {
-            key: _without_unset_batches(value)
-            for key, value in node.items()
-            if key != "reference_batch" or value is not None
-        }
-    return [_without_unset_batches(item) for item in node] if isinstance(node, list) else node
+def _is_unset_batch(key: str, value: object) -> bool:
+    """Whether a training's lr is not scaled: it is as it was before there was that key."""
+    return key == "reference_batch" and value is None
 
 
 def of_series(recipe: Config) -> Config:

@@ -54,7 +54,7 @@ class Loaders(LightningDataModule, ABC):
     def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
         """Return the images of `calibration_dataloader`; after the first epoch, augmented.
 
-        From then on they are reshuffled in every epoch, and each is augmented anew, as `seed`, the
+        From then on they are reshuffled in every epoch, and each is augmented again, as `seed`, the
         epoch and the image say (`vitrim.data.loader.plain_then_augmented`).
 
         Raises:

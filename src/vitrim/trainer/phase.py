@@ -27,7 +27,7 @@ class AugmentedImages:
     """`images` unlabelled training images, all of them in every epoch and in every process.
 
     In the first epoch they are plain and in one order; from then on they are reshuffled and
-    augmented anew in every epoch (`vitrim.data.Loaders.augmented_dataloader`).
+    augmented again in every epoch (`vitrim.data.Loaders.augmented_dataloader`).
     """
 
     images: int

@@ -18,7 +18,7 @@ from vitrim.trainer.recipe import Recipe, optimizer_and_schedule, scaled_to
 TrialState = dict[str, dict[str, Any]]
 """State dicts of the network, the optimiser and the schedule."""
 Views = Literal["plain", "augmented"]
-"""How a trial sees the images: as they are and in one order, or augmented anew in each epoch."""
+"""How a trial sees the images: as they are and in one order, or augmented again in each epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,9 @@ if PACKAGE:
     sys.path.insert(0, str(Path(PACKAGE).parent))
     guard.trust(Path(PACKAGE).name)
 
-NAMES = sorted(path.stem for path in (_FOLDER / "method").rglob("*.yaml"))
+NAMES = sorted(
+    path.stem for path in (_FOLDER / "method").rglob("*.yaml") if path.parent.name != "base"
+)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
         *DENSE,
         *("method=oneshot", *METHODS["oneshot"], "method.scope=global"),
         *("method.criterion=taylor", "method.compensation=ridge", "method.fine_tune=true"),
-        "method.tuning.logits_weight=1.0",
+        *("method.tuning.objective=mimic", "method.tuning.logits_weight=1.0"),
     ),
     "vtp-site": (
         *(*DENSE, "method=vtp", *METHODS["vtp"]),

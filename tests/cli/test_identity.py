@@ -172,3 +172,23 @@ def test_the_number_of_evaluated_images_is_that_of_the_part(command: Command) ->
     report = json.loads(command("strength=0", "data=none").report.read_text())
     assert report["evaluated_images"] is None
     assert "limits" not in report
+
+
+TUNED = ("method=oneshot", "method.fine_tune=true")
+LONGER = ("method.tuning.recovery.training.epochs=9", "method.tuning.recovery.ema=0.5")
+
+
+def test_settings_of_a_recovery_are_part_of_a_run_only_if_it_takes_place() -> None:
+    default, mimicked = identified(*TUNED), identified(*TUNED, "method.tuning.objective=mimic")
+    assert len({keys(found.identity) for found in (default, mimicked)}) == 2
+    assert keys(identified(*TUNED, *LONGER).identity) != keys(default.identity)
+    for words in (("method=oneshot",), (*TUNED, "method.tuning.objective=mimic")):
+        found, longer = identified(*words), identified(*words, *LONGER)
+        assert keys(found.identity) == keys(longer.identity)
+        assert found.folder == longer.folder
+
+
+def test_runs_from_before_there_was_a_recovery_keep_their_names() -> None:
+    words = (("method=oneshot",), (*TUNED, "method.tuning.objective=mimic"))
+    digests = [identified(*chosen).identity.digest for chosen in words]
+    assert digests == ["1f1dbe9a", "9356477d"]

@@ -21,6 +21,7 @@ from vitrim.plan import Evidence, Plan
 from vitrim.trainer.calibrate import Calibrate
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic
+from vitrim.trainer.recovery import Recovery
 from vitrim.trainer.refit import Refit
 
 SIZES = {
@@ -119,6 +120,8 @@ def test_a_name_without_a_table_is_refused() -> None:
         ("method.ridges.fold=0", r"method\.ridges\.fold=0"),
         ("method.tuning.objective=x", r"method\.tuning\.objective=x.*mimic"),
         ("method.tuning.temperature=0", r"method\.tuning\.temperature=0"),
+        ("method.tuning.recovery.ema=1", r"method\.tuning\.recovery\.ema=1"),
+        ("method.tuning.recovery.views.crop=2", r"method\.tuning\.recovery\.views\.crop=2"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused_at_construction(override: str, message: str) -> None:
@@ -187,7 +190,8 @@ def test_without_images_units_are_ranked_by_their_weights() -> None:
     [
         ((), [Refit]),
         (("method.compensation=ridge",), []),
-        (("method.fine_tune=true",), [Refit, Mimic]),
+        (("method.fine_tune=true",), [Refit, Recovery]),
+        (("method.fine_tune=true", "method.tuning.objective=mimic"), [Refit, Mimic]),
         (("method.fine_tune=true", "method.tuning.objective=distill"), [Refit, Distill]),
         (
             ("method.fine_tune=true", "method.compensation=none", "method.tuning.objective=labels"),

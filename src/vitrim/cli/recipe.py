@@ -87,6 +87,23 @@ def drop_added(recipe: Config) -> None:
         group, _, name = key.partition(".")
         if recipe[group].get(name, ...) == value:
             del recipe[group][name]
+    _drop_recovery(recipe["method"])
+
+
+def _drop_recovery(method: Config) -> None:
+    """Remove the settings of a recovery that does not take place.
+
+    `mimic` was the default objective before there was a recovery.
+    """
+    tuning = method.get("tuning")
+    if not isinstance(tuning, dict) or "recovery" not in tuning:
+        return
+    objective = tuning.get("objective", "recovery")
+    if method.get("fine_tune") and objective == "recovery":
+        return
+    del tuning["recovery"]
+    if objective == "recovery" and "objective" in tuning:
+        tuning["objective"] = "mimic"
 
 
 def _identify_model(model: Config, *, images: bool) -> None:

@@ -20,7 +20,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vitrim.data.dataset import MapDataset
-from vitrim.data.loader import ResumableBatchSampler, ResumableLoader, seed_all
+from vitrim.data.loader import ResumableBatchSampler, ResumableLoader, seed_all, split
 from vitrim.errors import ConfigError
 
 
@@ -64,6 +64,33 @@ class Loaders(LightningDataModule, ABC):
             f"{type(self).__name__} has no augmented_dataloader: choose plain images, or a data "
             "set that has one"
         )
+
+    def split_dataloaders(
+        self, samples: int, seed: int, *, held_out: float, place: tuple[int, int]
+    ) -> tuple[ResumableLoader, ResumableLoader]:
+        """Return the images of `calibration_dataloader` in two parts, neither of them augmented.
+
+        Args:
+            samples: how many images at most.
+            seed: by which they are drawn.
+            held_out: share of them in the second part, evenly spaced and at least one; 0: none.
+            place: rank of this process, and the number of processes.
+
+        Returns:
+            Batches to train on, reshuffled in every epoch and shared out among the processes; and
+            the images that are held out, in order and all of them in every process.
+
+        Raises:
+            ConfigError: there is one image only, or this data set's loader cannot be split.
+        """
+        plain = self.calibration_dataloader(samples, seed)
+        if not isinstance(plain, ResumableLoader):
+            raise ConfigError(
+                f"{type(self).__name__}.calibration_dataloader returns a "
+                f"{type(plain).__name__}, which cannot be split: expected a ResumableLoader "
+                "(vitrim.data.loader.sequential)"
+            )
+        return split(plain, seed=self.seed, held_out=held_out, rank=place[0], world=place[1])
 
     def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
         """Seed what is drawn for a training batch, by mixup and cutmix and in the network."""

@@ -120,6 +120,11 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def place() -> tuple[int, int]:
+    """Return the rank of this process, and how many processes there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def broadcast(value: T | None) -> T:
     """Return the value that the main process passes; the others may pass None."""
     values = [value]

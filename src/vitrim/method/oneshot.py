@@ -38,6 +38,7 @@ from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic
 from vitrim.trainer.phase import Phase
 from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.recovery import Recovery, RecoverySettings
 from vitrim.trainer.refit import Refit
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ SITES: Mapping[str, Kind] = {
 }
 ALIASES: Mapping[str, Criterion] = {"surgeon": "obs_greedy"}
 """Former names of criteria, which are still accepted."""
-Objective = Literal["labels", "mimic", "distill"]
+Objective = Literal["recovery", "labels", "mimic", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +76,11 @@ class OneShotRidges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneShotTuning:
-    """Training after the cut: with `labels`, to `mimic` features, or to `distill` probabilities.
+    """Training after the cut: `recovery` from few images, or training on all training images.
 
-    When mimicking, `pooled_weight` weighs the error of what the classifier reads against that of
-    all tokens, and `logits_weight` an added distillation loss; `temperature` is that of both kinds
-    of distillation.
+    The latter is with `labels`, to `mimic` features, or to `distill` probabilities. When mimicking,
+    `pooled_weight` weighs the error of what the classifier reads against that of all tokens, and
+    `logits_weight` an added distillation loss; `temperature` is that of both kinds of distillation.
     """
 
     objective: Objective
@@ -87,6 +88,7 @@ class OneShotTuning:
     logits_weight: float
     temperature: float
     training: Recipe
+    recovery: RecoverySettings
 
     def __post_init__(self) -> None:
         objectives = get_args(Objective)
@@ -308,6 +310,8 @@ def _training(
 ) -> Phase:
     """Return the training after the cut."""
     match tuning.objective:
+        case "recovery":
+            return Recovery(student, teacher, settings=tuning.recovery)
         case "mimic":
             return Mimic(
                 student,

@@ -5,6 +5,7 @@
     resume.py    checkpoints within a phase            tracking.py   metrics.jsonl, W&B, TensorBoard
     recipe.py    AdamW with warm-up and cosine decay   batchnorm.py  statistics of folded BatchNorms
     classify.py  supervised training, evaluation       mimic.py      training towards a teacher
+    recovery.py  the same from few images, with views.py, low_rank_updates.py and kept_states.py
     calibrate.py, collect.py   scorers that train nothing
     refit.py     least squares on the compact network
 

@@ -9,12 +9,12 @@ submodules such as `net`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
 from vitrim.plan import Evidence
@@ -33,6 +33,22 @@ class AugmentedImages:
     images: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitImages:
+    """Unlabelled training images without augmentation, a share of which is held out.
+
+    Each process gets its part of the others, reshuffled in every epoch, and all that are held out,
+    by `HoldsOut.hold_out` (`vitrim.data.Loaders.split_dataloaders`).
+
+    Args:
+        images: how many at most; None: all training images.
+        held_out: the share, 0: none.
+    """
+
+    images: int | None
+    held_out: float
+
+
 class Phase(Protocol):
     """A LightningModule that works on `net` for `epochs` passes over its images."""
 
@@ -47,11 +63,11 @@ class Phase(Protocol):
         ...
 
     @property
-    def calibration_images(self) -> int | AugmentedImages | None:
+    def calibration_images(self) -> int | AugmentedImages | SplitImages | None:
         """How many unlabelled training images it sees, in one order and without augmentation.
 
-        `AugmentedImages`: so in the first epoch only. None: augmented and labelled batches of the
-        whole training set.
+        `AugmentedImages`: so in the first epoch only. `SplitImages`: reshuffled, and some are held
+        out (`HoldsOut`). None: augmented and labelled batches of the whole training set.
         """
         ...
 
@@ -75,6 +91,15 @@ class Phase(Protocol):
 
         The statistics of folded BatchNorms are then estimated first (`vitrim.trainer.batchnorm`).
         """
+        ...
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A phase whose `calibration_images` are `SplitImages`."""
+
+    def hold_out(self, images: Iterable[Sequence[Tensor]]) -> None:
+        """Take the batches of images (B, C, H, W) that are held out; empty where none are."""
         ...
 
 
@@ -115,6 +140,12 @@ def check_phase(phase: object, members: tuple[str, ...] = PHASE) -> None:
         raise ConfigError(
             f"{name} lacks {', '.join(missing)}: a phase has {', '.join(members)} "
             "(vitrim.trainer.phase)"
+        )
+    splits = isinstance(cast(Phase, phase).calibration_images, SplitImages)
+    if splits and not isinstance(phase, HoldsOut):
+        raise ConfigError(
+            f"{name} lacks hold_out, which takes the images that are held out of its SplitImages "
+            "(vitrim.trainer.phase.HoldsOut)"
         )
     resumes_at, trains = cast(Phase, phase).resumes_at, cast(Phase, phase).trains
     if resumes_at not in get_args(ResumePoint):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vitrim.data import Loaders
@@ -26,7 +28,7 @@ from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
-from vitrim.trainer.phase import AugmentedImages, Phase, check_phase
+from vitrim.trainer.phase import AugmentedImages, HoldsOut, Phase, SplitImages, check_phase
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
@@ -141,7 +143,7 @@ class PhaseRunner:
             checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
         images = phase.calibration_images
-        loader = None if images is None else self._calibration(images)
+        loader = None if images is None else self._loader(phase, images)
         with quiet_lightning():
             trainer = self._trainer(
                 resume,
@@ -170,10 +172,25 @@ class PhaseRunner:
         none = isinstance(share, float) and int(batches * share) < 1
         return {"limit_train_batches": 1} if none else {}
 
-    def _calibration(self, images: int | AugmentedImages) -> DataLoader[object]:
-        """Return batches of that many training images."""
-        if isinstance(images, AugmentedImages):
-            return self.data.augmented_dataloader(images.images, self.seed)
+    def _loader(
+        self, phase: Phase, images: int | AugmentedImages | SplitImages
+    ) -> DataLoader[object]:
+        """Return batches of that many training images; hand over those that are held out."""
+        match images:
+            case AugmentedImages():
+                return self.data.augmented_dataloader(images.images, self.seed)
+            case SplitImages():
+                assert isinstance(phase, HoldsOut)
+                samples = sys.maxsize if images.images is None else images.images
+                training, held_out = self.data.split_dataloaders(
+                    samples, self.seed, held_out=images.held_out, place=distributed.place()
+                )
+                phase.hold_out(cast(Iterable[Sequence[Tensor]], held_out))
+                return training
+        return self._calibration(images)
+
+    def _calibration(self, images: int) -> DataLoader[object]:
+        """Return batches of that many training images, plain and in order."""
         return self.data.calibration_dataloader(images, self.seed)
 
     def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:

@@ -26,7 +26,8 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import resolve_target
 from vitrim.files import WEIGHTS, sha256
 from vitrim.measure import count
-from vitrim.network.surgery import cut, masked
+from vitrim.network.masking import masked
+from vitrim.network.surgery import cut
 from vitrim.plan import Plan
 from vitrim.trainer import resume
 

@@ -14,6 +14,7 @@ from vitrim.plan import (
     MAX_NAME,
     Drop,
     Edit,
+    Int8,
     Keep,
     LowRank,
     Plan,
@@ -30,7 +31,8 @@ KEEPS = st.builds(
     st.sets(st.integers(0, 2**31), min_size=1),
 )
 LOW_RANKS = st.builds(LowRank, linear=NAMES, rank=st.integers(1, 2**31))
-EDITS = st.one_of(KEEPS, LOW_RANKS, st.builds(Drop, branch=NAMES))
+INT8S = st.builds(Int8, linear=NAMES, dynamic=st.booleans())
+EDITS = st.one_of(KEEPS, LOW_RANKS, st.builds(Drop, branch=NAMES), INT8S)
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -45,7 +47,7 @@ OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=3)
 
 def address(edit: Edit) -> tuple[type, str]:
     match edit:
-        case Keep(site=name) | LowRank(linear=name) | Drop(branch=name):
+        case Keep(site=name) | LowRank(linear=name) | Drop(branch=name) | Int8(linear=name):
             return type(edit), name
 
 
@@ -71,12 +73,19 @@ def test_a_plan_comes_back_from_its_text(
 
 
 def test_edits_come_back_in_their_order_and_by_kind() -> None:
-    edits = (Drop(branch="b"), Keep(site="s", index=(1, 4)), LowRank(linear="l", rank=2))
+    edits: tuple[Edit, ...] = (
+        Drop(branch="b"),
+        Keep(site="s", index=(1, 4)),
+        LowRank(linear="l", rank=2),
+        Int8(linear="l"),
+    )
     plan = loads(dumps(Plan(model={}, edits=edits)))
     assert plan.edits == edits
     assert [*plan.keeps()] == [edits[1]]
     assert [*plan.low_ranks()] == [edits[2]]
     assert [*plan.drops()] == [edits[0]]
+    assert [*plan.int8s()] == [edits[3]]
+    assert plan.in_float().edits == edits[:3]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,8 @@ def test_a_text_with_such_an_index_is_refused(index: Any) -> None:
         {"low_rank": "linear", "rank": 1.5},
         {"drop": "branch", "index": [0]},
         {"drop": None},
+        {"int8": "linear"},
+        {"int8": "linear", "dynamic": 1},
         {},
         [],
         "keep",

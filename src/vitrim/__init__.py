@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vitrim.measure import count as count
+    from vitrim.network.masking import masked as masked
     from vitrim.network.surgery import combine as combine
     from vitrim.network.surgery import cut as cut
-    from vitrim.network.surgery import masked as masked
     from vitrim.pipeline import Identity as Identity
     from vitrim.pipeline import Job as Job
     from vitrim.pipeline import compress as compress
     from vitrim.plan import Drop as Drop
     from vitrim.plan import Evidence as Evidence
+    from vitrim.plan import Int8 as Int8
     from vitrim.plan import Keep as Keep
     from vitrim.plan import LowRank as LowRank
     from vitrim.plan import Plan as Plan
@@ -36,7 +37,7 @@ _HOME = {
     "load": "vitrim.store",
     "save": "vitrim.store",
     "cut": "vitrim.network.surgery",
-    "masked": "vitrim.network.surgery",
+    "masked": "vitrim.network.masking",
     "combine": "vitrim.network.surgery",
     "count": "vitrim.measure",
     "Prune": "vitrim.prune",
@@ -44,6 +45,7 @@ _HOME = {
     "Keep": "vitrim.plan",
     "LowRank": "vitrim.plan",
     "Drop": "vitrim.plan",
+    "Int8": "vitrim.plan",
     "Evidence": "vitrim.plan",
 }
 

@@ -10,7 +10,7 @@ import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import lt
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,22 @@ class Drop:
         _check_name("branch", self.branch)
 
 
-Edit = Keep | LowRank | Drop
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8:
+    """Store the weight of the Linear layer at module path `linear` in int8, one scale per row.
+
+    With `dynamic`, each of its input vectors is rounded to int8 at run time as well. A layer that
+    is also sliced or factorised is rounded afterwards, both of its factors.
+    """
+
+    linear: str
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("linear", self.linear)
+
+
+Edit = Keep | LowRank | Drop | Int8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +149,14 @@ class Plan:
     def drops(self) -> Iterator[Drop]:
         """Iterate over the dropped branches."""
         return (edit for edit in self.edits if isinstance(edit, Drop))
+
+    def int8s(self) -> Iterator[Int8]:
+        """Iterate over the int8 layers."""
+        return (edit for edit in self.edits if isinstance(edit, Int8))
+
+    def in_float(self) -> Plan:
+        """Return the plan without its int8 layers."""
+        return replace(self, edits=tuple(edit for edit in self.edits if not isinstance(edit, Int8)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +242,8 @@ def _to_json(edit: Edit) -> dict[str, Any]:
             return {"low_rank": linear, "rank": rank}
         case Drop(branch=branch):
             return {"drop": branch}
+        case Int8(linear=linear, dynamic=dynamic):
+            return {"int8": linear, "dynamic": dynamic}
 
 
 def _from_json(document: Any) -> Edit:
@@ -229,8 +254,11 @@ def _from_json(document: Any) -> Edit:
             return LowRank(linear=linear, rank=_integer("rank", rank))
         case {"drop": str(branch), **rest} if not rest:
             return Drop(branch=branch)
+        case {"int8": str(linear), "dynamic": bool(dynamic), **rest} if not rest:
+            return Int8(linear=linear, dynamic=dynamic)
     raise PlanError(
-        f"edit {reprlib.repr(document)}: expected exactly keep+index, low_rank+rank or drop"
+        f"edit {reprlib.repr(document)}: expected exactly keep+index, low_rank+rank, drop or "
+        "int8+dynamic"
     )
 
 
@@ -242,6 +270,8 @@ def _address(edit: Edit) -> tuple[str, str]:
             return "linear", linear
         case Drop(branch=branch):
             return "branch", branch
+        case Int8(linear=linear):
+            return "int8 linear", linear
 
 
 def _integer(name: str, value: Any) -> int:

@@ -86,7 +86,7 @@ class Prune(Callback):
             self.target.metric,
             self.target.keep,
             f"{remaining:,}",
-            metric,
+            self.target.unit,
             f"{limit - remaining:,}",
             f"{limit:,}",
         )

@@ -74,7 +74,7 @@ def assign(net: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> nn.Module
     empty = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if empty:  # modules that cannot refill them (most, before timm 1.0.23): build a second network
         twin = cut_(timm.create_model(plan.model["name"], **plan.model["args"]), plan)
-        twin.to(next(net.parameters()).dtype)
+        twin.to(next(tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()))
         _fill(net, {name: twin.get_buffer(name) for name in empty})
     return net
 

@@ -138,3 +138,16 @@ def test_at_most_one_known_target_may_be_set(target: dict[str, Any], named: str)
 def test_a_budget_in_blocks_is_a_positive_number(keep: Any) -> None:
     with pytest.raises(TargetError, match=f"target.blocks={keep}: expected how many blocks"):
         Target(metric="blocks", keep=keep)
+
+
+@pytest.mark.parametrize("keep", [0, -1, "many", True])
+def test_a_size_is_in_megabytes(keep: Any) -> None:
+    with pytest.raises(TargetError, match=f"target.size_mb={keep}: expected megabytes"):
+        Target(metric="size_mb", keep=keep)
+
+
+def test_a_size_counts_bytes_and_is_below_that_of_the_dense_network() -> None:
+    target = Target(metric="size_mb", keep=1)
+    assert (target.limit(2_500_000), target.unit, target.is_identity) == (1_000_000, "bytes", False)
+    with pytest.raises(TargetError, match=r"target.size_mb=1: expected at most the 0.5 MB"):
+        target.limit(500_000)

@@ -172,8 +172,7 @@ def _shortfall(cost: Cost, target: Target, amount: int) -> str:
     """Return how far `amount`, the least that can remain, is above the target, in words."""
     total = cost.total(target.counted_metric)
     return (
-        f"{amount:,} of {total:,} {target.counted_metric} ({amount / total:.4f}), "
-        f"not {cost.limit(target):,}"
+        f"{amount:,} of {total:,} {target.unit} ({amount / total:.4f}), not {cost.limit(target):,}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The closed formula of a network: params and MACs from the widths that a plan leaves."""
+"""The closed formula of a network: params, MACs and bytes from the widths that a plan leaves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 from vitrim.budget.target import CountedMetric, Target, TargetError
 from vitrim.measure import InputSize, count_layers
 from vitrim.network import structure
+from vitrim.network.factored import widths_of_layer
+from vitrim.network.int8 import is_int8, linears_of
 from vitrim.network.structure import (
     Dim,
     Layer,
@@ -20,21 +22,26 @@ from vitrim.network.structure import (
     factorisable_rows,
     members,
 )
+from vitrim.network.surgery import statistics_of
 from vitrim.network.survivors import Kept, dropped_of, propagate, ranks_of, resolve, width_of
-from vitrim.plan import Plan
+from vitrim.plan import Plan, PlanError
 
 
 class Amount(NamedTuple):
-    """What a plan leaves, as exact integers; counting the cut network gives the same."""
+    """What a plan leaves, as exact integers; counting the cut network gives the same.
+
+    `size_bytes` are those of the tensors that `vitrim.save` writes: parameters and buffers.
+    """
 
     params: int
     macs: int
     units: int
+    size_bytes: int
 
     def of(self, metric: CountedMetric) -> int:
         """Return the amount of one metric.
 
-        >>> Amount(params=3, macs=2, units=1).of("macs")
+        >>> Amount(params=3, macs=2, units=1, size_bytes=12).of("macs")
         2
         """
         match metric:
@@ -44,6 +51,25 @@ class Amount(NamedTuple):
                 return self.macs
             case "units":
                 return self.units
+            case "size_bytes":
+                return self.size_bytes
+
+
+_SCALE = 4
+"""Bytes of the scale of a row."""
+
+
+class _Linear(NamedTuple):
+    """The widths of a Linear, and the bytes of one of its weights."""
+
+    columns: int
+    rows: int
+    itemsize: int
+
+    @property
+    def saved(self) -> int:
+        """The bytes that int8 saves."""
+        return self.rows * (self.columns * (self.itemsize - 1) - _SCALE)
 
 
 class TimeModel(Protocol):
@@ -64,25 +90,36 @@ class TimeModel(Protocol):
 
 
 class _Term(NamedTuple):
-    """Params and MACs of a layer for each of its weights, or for each of its rows.
+    """Params, MACs and bytes of a layer for each of its weights, or for each of its rows.
 
     With `layer`, there are rows x columns weights (fewer in two factors); without, one per row.
+    `linear` is the layer's name in a plan that makes it int8, and empty where it stays in float.
     """
 
     branch: str
     params: int
     macs: int
+    nbytes: int
     out: Dim
     layer: Layer | None = None
+    linear: str = ""
+
+
+class _Constant(NamedTuple):
+    """Params and bytes that no plan narrows."""
+
+    params: int
+    nbytes: int
 
 
 class Cost:
-    """The closed formula of one network: params and MACs from the widths that a plan leaves.
+    """The closed formula of one network: params, MACs and bytes from the widths that a plan leaves.
 
     Each Linear has rows x columns weights, or rank x (rows + columns) in two factors, and is
     applied at its positions. A Conv has a kernel in place of each weight, or of each row if it is
     depthwise; norms have no MACs. Each attention costs its context times its query-key and value
-    dims at every token. Everything that no plan cuts is a constant.
+    dims at every token. Everything that no plan cuts is a constant. An int8 weight is one byte, and
+    each of its rows (of both factors) has a scale of four.
 
     Args:
         net: the network that plans are for.
@@ -90,6 +127,9 @@ class Cost:
         origin: the cost of the dense network, if `net` was cut from one: targets count from it.
         latency_table: returns what predicts latency on this device, and measures it when first
             called.
+
+    Raises:
+        PlanError: the network has int8 layers.
     """
 
     def __init__(
@@ -99,6 +139,8 @@ class Cost:
         origin: Cost | None = None,
         latency_table: Callable[[], TimeModel] | None = None,
     ) -> None:
+        if is_int8(net):
+            raise PlanError("the network has int8 layers: plan for the float network")
         self.latency_table = latency_table
         self.structure: Structure = structure(net)
         self.input_size = input_size
@@ -109,12 +151,19 @@ class Cost:
             net, input_size, [*dict.fromkeys(called.values())]
         )
         self._positions = {name: positions[module] for name, module in called.items()}
-        self._terms = list(_terms(net, self.structure, self._positions))
+        self._linears = {
+            name: _Linear(*widths_of_layer(layer), next(layer.parameters()).itemsize)
+            for name, layer in linears_of(net).items()
+        }
+        self._terms = list(_terms(net, self.structure, self._positions, self._linears))
+        self._unsliced = self._linears.keys() - {term.linear for term in self._terms}
         dense = propagate(self.structure, {})
         weights = [_weights(term, dense, {}) for term in self._terms]
         params = sum(term.params * n for term, n in zip(self._terms, weights, strict=True))
         macs = sum(term.macs * n for term, n in zip(self._terms, weights, strict=True))
-        self._constant_params = self.dense_count.params - params
+        nbytes = sum(term.nbytes * n for term, n in zip(self._terms, weights, strict=True))
+        size = sum(tensor.nbytes for tensor in net.state_dict().values())
+        self._constant = _Constant(self.dense_count.params - params, size - nbytes)
         self._constant_macs = self.dense_count.macs - macs
         self._constant_of_branch = _constants(net, self.structure, self._terms, weights)
 
@@ -124,6 +173,7 @@ class Cost:
         scored: Sequence[str] = (),
         ranks: Mapping[str, int] | None = None,
         dropped: Collection[str] = (),
+        int8: Collection[str] = (),
     ) -> Amount:
         """Return what remains.
 
@@ -132,16 +182,25 @@ class Cost:
             scored: the sites whose kept units are counted as `units`.
             ranks: the rank of each layer, or piece of a layer, that is in two factors.
             dropped: the branches that are removed, with their norms and layer scales.
+            int8: the layers whose weights are int8.
         """
-        params = self._constant_params - sum(self._constant_of_branch[name] for name in dropped)
+        constants = [self._constant_of_branch[name] for name in dropped]
+        params = self._constant.params - sum(constant.params for constant in constants)
+        size = self._constant.nbytes - sum(constant.nbytes for constant in constants)
         macs = self._constant_macs
         for term in self._terms:
             if term.branch not in dropped:
                 weights = _weights(term, survivors, ranks or {})
                 params += term.params * weights
                 macs += term.macs * weights
+                if term.linear and term.linear in int8:
+                    size += weights + _SCALE * _scales(term, survivors, ranks or {})
+                else:
+                    size += term.nbytes * weights
+        size -= sum(self._linears[name].saved for name in self._unsliced.intersection(int8))
         removed = members(self.structure, dropped) if dropped else ()
-        return Amount(params, macs, sum(len(survivors[s]) for s in scored if s not in removed))
+        units = sum(len(survivors[site]) for site in scored if site not in removed)
+        return Amount(params, macs, units, size)
 
     def limit(self, target: Target, scored: Sequence[str] = ()) -> int:
         """Return how much of the target's metric may remain.
@@ -176,9 +235,12 @@ class Cost:
 
     def plan(self, plan: Plan, scored: Sequence[str] = ()) -> Amount:
         """Return what a plan leaves; `units` counts the kept units of the sites in `scored`."""
-        ranks = ranks_of(self.structure, plan)
         return self.cost_of(
-            resolve(self.structure, plan), scored, ranks, dropped_of(self.structure, plan)
+            resolve(self.structure, plan),
+            scored,
+            ranks_of(self.structure, plan),
+            dropped_of(self.structure, plan),
+            {edit.linear for edit in plan.int8s()},
         )
 
     def positions(self, layer: str) -> int:
@@ -198,19 +260,20 @@ class Cost:
 
 def _constants(
     net: nn.Module, described: Structure, terms: Sequence[_Term], weights: Sequence[int]
-) -> dict[str, int]:
-    """Return the params of each branch that no plan narrows: of its norm and layer scale."""
-    constants = {
-        branch.name: sum(
-            tensor.numel()
-            for path in branch.modules
-            for tensor in net.get_submodule(path).parameters()
-        )
-        for branch in described.branches
-    }
+) -> dict[str, _Constant]:
+    """Return what no plan narrows in each branch: its norm and layer scale."""
+    constants = {}
+    for branch in described.branches:
+        modules = [net.get_submodule(path) for path in branch.modules]
+        params = sum(tensor.numel() for module in modules for tensor in module.parameters())
+        nbytes = sum(t.nbytes for module in modules for t in module.state_dict().values())
+        constants[branch.name] = _Constant(params, nbytes)
     for term, n_weights in zip(terms, weights, strict=True):
         if term.branch in constants:
-            constants[term.branch] -= term.params * n_weights
+            params, nbytes = constants[term.branch]
+            constants[term.branch] = _Constant(
+                params - term.params * n_weights, nbytes - term.nbytes * n_weights
+            )
     return constants
 
 
@@ -218,33 +281,68 @@ def _weights(term: _Term, survivors: Kept, ranks: Mapping[str, int]) -> int:
     """Return how many weights, or rows, of a layer are kept."""
     if term.layer is None:
         return width_of(term.out, survivors)
-    columns = width_of(term.layer.inp, survivors)
-    rows_of, total = {term.layer.name: term.out}, 0
-    if ranks and term.layer.pieces:
-        pieces = factorisable_rows(term.layer)
-        del pieces[term.layer.name]
-        rows_of = rows_of if ranks.keys().isdisjoint(pieces) else pieces
-    for name, out in rows_of.items():
+    columns, total = width_of(term.layer.inp, survivors), 0
+    for name, out in _matrices(term.layer, ranks).items():
         rows = width_of(out, survivors)
         total += ranks[name] * (rows + columns) if name in ranks else rows * columns
     return total
 
 
-def _terms(net: nn.Module, described: Structure, positions: Mapping[str, int]) -> Iterator[_Term]:
+def _scales(term: _Term, survivors: Kept, ranks: Mapping[str, int]) -> int:
+    """Return how many rows an int8 layer has: those of its factors, where it is in two."""
+    assert term.layer is not None
+    matrices = _matrices(term.layer, ranks)
+    return sum(width_of(out, survivors) + ranks.get(name, 0) for name, out in matrices.items())
+
+
+def _matrices(layer: Layer, ranks: Mapping[str, int]) -> dict[str, Dim]:
+    """Return the rows of a layer, or of each of its pieces where one of these has a rank."""
+    if ranks and layer.pieces:
+        pieces = factorisable_rows(layer)
+        del pieces[layer.name]
+        if not ranks.keys().isdisjoint(pieces):
+            return pieces
+    return {layer.name: layer.out}
+
+
+def _terms(
+    net: nn.Module,
+    described: Structure,
+    positions: Mapping[str, int],
+    linears: Collection[str],
+) -> Iterator[_Term]:
     for layer in described.layers:
         name = layer.name
-        weight = net.get_parameter(f"{name}.weight")
-        area = math.prod(weight.shape[2 if layer.inp else 1 :])
+        module, weight = net.get_submodule(name), net.get_parameter(f"{name}.weight")
+        area, each = math.prod(weight.shape[2 if layer.inp else 1 :]), weight.itemsize
         macs = area * positions[name] if weight.ndim > 1 else 0
-        yield _Term(layer.branch, area, macs, layer.out, layer if layer.inp else None)
-        if net.get_submodule(name).bias is not None:
-            yield _Term(layer.branch, 1, 0, layer.out)
+        statistics = sum(t.itemsize for t in statistics_of(module))
+        yield _Term(
+            layer.branch,
+            area,
+            macs,
+            area * each + statistics,
+            layer.out,
+            layer if layer.inp else None,
+            _owner(name, linears),
+        )
+        if module.bias is not None:
+            yield _Term(layer.branch, 1, 0, each, layer.out)
     for table in described.per_head_parameters:
         units = Part(site=table.site, offset=0, size=described.sites[table.site].size)
-        yield _Term(table.branch, net.get_parameter(table.name).numel() // units.size, 0, (units,))
+        parameter = net.get_parameter(table.name)
+        area = parameter.numel() // units.size
+        yield _Term(table.branch, area, 0, area * parameter.itemsize, (units,))
     dims = {part.site: part for layer in described.layers for part in (*layer.out, *layer.inp)}
     for attention in described.attentions:
         tokens = positions[attention.qkv]
         context = attention.context or tokens
         for site in (attention.qk, attention.v):
-            yield _Term(attention.branch, 0, tokens * context, (dims[site],))
+            yield _Term(attention.branch, 0, tokens * context, 0, (dims[site],))
+
+
+def _owner(name: str, linears: Collection[str]) -> str:
+    """Return which of `linears` the layer at `name` is, or is a part of; empty if it is none."""
+    while name and name not in linears:
+        name = name.rpartition(".")[0]
+    return name

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 from vitrim.errors import VitrimError, is_rate
 
-Metric = Literal["macs", "params", "units", "blocks", "latency", "latency_ms"]
+Metric = Literal["macs", "params", "units", "blocks", "size_mb", "latency", "latency_ms"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-CountedMetric = Literal["macs", "params", "units"]
+CountedMetric = Literal["macs", "params", "units", "size_bytes"]
 """What the closed formula counts (`vitrim.budget.cost.Amount`)."""
 LEVELS = 6
 """Entries in a method's strength table: strengths 0, 1, 2, 3, 4 and 5."""
@@ -28,7 +28,8 @@ class Target:
 
     For blocks, `keep` is the number of blocks to remove, fractions included: the target is the MACs
     of the dense network minus those of that many blocks of mean size. For latency it is a fraction
-    of the dense network's latency, for latency_ms a latency in milliseconds.
+    of the dense network's latency, for latency_ms a latency in milliseconds. For size_mb it is the
+    size of the saved tensors in 1e6 bytes.
     """
 
     metric: Metric
@@ -49,6 +50,12 @@ class Target:
                 raise TargetError(
                     f"target.{self.metric}={self.keep}: expected "
                     f"{'a fraction up to 1' if relative else 'milliseconds'}, above 0"
+                )
+            return
+        if self.metric == "size_mb":
+            if not is_rate(self.keep) or self.keep == 0:
+                raise TargetError(
+                    f"target.size_mb={self.keep}: expected megabytes (1e6 bytes), above 0"
                 )
             return
         is_number = is_rate(self.keep) and self.keep >= 2 and self.keep == int(self.keep)
@@ -74,6 +81,8 @@ class Target:
         match self.metric:
             case "blocks":
                 return "macs"
+            case "size_mb":
+                return "size_bytes"
             case "latency" | "latency_ms":
                 raise TargetError(
                     f"target.{self.metric} is for methods that slice heads, dims or MLP units: "
@@ -83,9 +92,14 @@ class Target:
                 return metric
 
     @property
+    def unit(self) -> str:
+        """What is counted, for messages: macs, params, units or bytes."""
+        return self.counted_metric.removeprefix("size_")
+
+    @property
     def is_identity(self) -> bool:
         """Whether nothing has to be removed."""
-        return self.metric not in ("blocks", "latency_ms") and self.keep == 1
+        return self.metric not in ("blocks", "size_mb", "latency_ms") and self.keep == 1
 
     def limit(self, dense: int) -> int:
         """Return how much of `dense` may remain.
@@ -93,6 +107,13 @@ class Target:
         Raises:
             TargetError: the target is above `dense`.
         """
+        if self.metric == "size_mb":
+            if self.keep * 1e6 > dense:
+                raise TargetError(
+                    f"target.size_mb={self.keep}: expected at most the {dense / 1e6:g} MB of the "
+                    "dense network"
+                )
+            return math.floor(self.keep * 1e6 + 1e-6)
         if self.keep > dense:
             raise TargetError(
                 f"target.{self.metric}={self.keep}: expected at most the {dense:,} {self.metric} "

@@ -99,7 +99,7 @@ def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: boo
     return Scale(
         limit=cost.limit(target, scored),
         total=cost.total(metric, scored),
-        unit=metric,
+        unit=target.unit,
         amount=lambda survivors: cost.cost_of(survivors, scored).of(metric),
     )
 

@@ -251,13 +251,11 @@ def _nothing_left(folder: str, cost: Cost, start: Plan, target: Target) -> list[
     if target.is_identity or target.metric == "units":
         return []
     metric, limit = target.counted_metric, cost.limit(target)
-    has, dense = (
-        amount.macs if metric == "macs" else amount.params
-        for amount in (cost.plan(start), cost.dense_count)
-    )
+    has, dense = cost.plan(start).of(metric), cost.total(metric)
     if has > limit:
         return []
     return [
-        f"target.{target.metric}={target.keep} leaves {limit:,} {metric}, and from_run={folder} "
-        f"has only {has:,} already ({has / dense:.4f} of the dense network's): set a smaller target"
+        f"target.{target.metric}={target.keep} leaves {limit:,} {target.unit}, and from_run="
+        f"{folder} has only {has:,} already ({has / dense:.4f} of the dense network's): set a "
+        "smaller target"
     ]

@@ -16,6 +16,8 @@ from vitrim.files import PHASES, read_yaml
 
 LATENCY_TARGETS = ("latency", "latency_ms")
 """Targets that depend on where they were measured."""
+ADDED_TARGETS = (*LATENCY_TARGETS, "size_mb")
+"""Targets that later versions added; recipes have them only where they are set."""
 NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
 """Keys that change where and how a run works, not its result."""
 NOT_TRAINER = (
@@ -64,7 +66,7 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     recipe = {key: value for key, value in known.items() if key not in (*NOT_RECIPE, "from_run")}
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
-    recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in LATENCY_TARGETS or v}
+    recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in ADDED_TARGETS or v}
     if any(map(recipe["target"].get, LATENCY_TARGETS)):
         recipe["latency"] = {key: resolved["latency"][key] for key in ("batch", "device")}
     if recipe["data"].get("samples") is None or contents.images is None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ from vitrim.trainer.phase import Phase, ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine, images_per_step
 
 _log = logging.getLogger(__name__)
+METRICS = ("macs", "params", "units")
+"""What `levels` may be fractions of."""
 _LEAST_MOVE = 0.1
 """Of the way of a gate from 1 to 0: gates that cannot move as far are warned of."""
 
@@ -72,7 +74,7 @@ class VTP:
         require(
             "method",
             self,
-            ("metric", self.metric in get_args(CountedMetric), "macs, params or units"),
+            ("metric", self.metric in METRICS, "macs, params or units"),
             ("scope", self.scope in ("global", "site"), "global or site"),
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),

@@ -68,7 +68,7 @@ def non_persistent_buffers(net: nn.Module) -> dict[str, Tensor]:
     By default these are the buffers on the meta device of modules that timm can fill again, in the
     dtype of the parameters.
     """
-    dtype = next((tensor.dtype for tensor in net.parameters()), None)
+    dtype = next((tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()), None)
     buffers: dict[str, Tensor] = {}
     for path, module in net.named_modules():
         empty = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}

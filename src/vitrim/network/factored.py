@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vitrim.network.int8_linear import Int8Linear
 from vitrim.network.structure import Layer, full
 
 
@@ -109,6 +110,8 @@ def widths_of_layer(module: nn.Module) -> tuple[int, int]:
             return widths_of_layer(module.down)[0], module.out_features
         case SplitLinear():
             return widths_of_layer(module.q)[0], module.out_features
+        case Int8Linear():
+            return module.in_features, module.out_features
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise TypeError(f"{type(module).__name__}: expected a Linear or a Conv2d")

@@ -1,7 +1,7 @@
-"""Apply a plan: `cut` returns the smaller network, `masked` the same function in dense shapes.
+"""Apply a plan: `cut` returns the smaller network; `vitrim.network.masking` has its dense twin.
 
-Both are pure: the given network is not modified and shares no memory with the result. Slices are
-applied first; a low-rank edit factorises the sliced layer.
+`cut` is pure: the given network is not modified and shares no memory with the result. Slices are
+applied first; a low-rank edit factorises the sliced layer; int8 rounds what has resulted.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from vitrim.network.attention import GatheredLinear, sliced
 from vitrim.network.decompose import decompose
 from vitrim.network.dispatch import drop_branch, structure
 from vitrim.network.factored import LowRankLinear, SplitLinear
+from vitrim.network.int8 import int8_of, quantize_
 from vitrim.network.structure import Attention, Layer, Structure, factorisable_rows, members
 from vitrim.network.survivors import (
     Kept,
     axes_of,
     dropped_of,
-    index_of,
     ranks_of,
-    removed_of,
     resolve,
     to_edits,
     width_of,
     widths_of,
 )
-from vitrim.plan import MAX_NAME, Plan
+from vitrim.plan import MAX_NAME, Int8, LowRank, Plan
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,6 +65,7 @@ def _cut(
     dropped = dropped_of(described, plan)
     survivors = resolve(described, plan)
     ranks = ranks_of(described, plan)
+    int8 = int8_of(net, described, plan)
     slices = {
         layer.name: axes_of(layer, survivors)
         for layer in described.layers
@@ -82,40 +82,7 @@ def _cut(
             _reshape(compact, attention, described, survivors)
     for layer in described.layers if ranks else ():
         _factorise(compact, layer, survivors, ranks)
-    return compact
-
-
-def masked(net: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of `net` with the same shapes and zeros for everything that `plan` removes.
-
-    A factorised weight is the product of its factors; a dropped branch ends in zeros.
-    """
-    described = structure(net)
-    dropped = dropped_of(described, plan)
-    survivors = resolve(described, plan)
-    ranks = ranks_of(described, plan)
-    twin = copy.deepcopy(net)
-    with torch.no_grad():
-        for branch in described.branches:
-            for path in branch.ends if branch.name in dropped else ():
-                for tensor in twin.get_submodule(path).parameters():
-                    tensor.zero_()
-        for item in described.per_head_parameters:
-            entries = twin.get_parameter(item.name).movedim(item.axis, 0)
-            entries[removed_of(len(entries), survivors[item.site])] = 0.0
-        for layer in described.layers:
-            weight, bias = _tensors(twin, layer.name)
-            axes = axes_of(layer, survivors)
-            for axis, kept in enumerate(axes):
-                weight.movedim(axis, 0)[removed_of(weight.shape[axis], kept)] = 0.0
-            if bias is not None:
-                bias[removed_of(len(bias), axes[0])] = 0.0
-            for name, out in factorisable_rows(layer).items():
-                if name in ranks:
-                    rows, columns = index_of(out, survivors)[:, None], axes[1]
-                    up, down = decompose(weight[rows, columns], None).factors(ranks[name])
-                    weight[rows, columns] = up @ down
-    return twin
+    return quantize_(compact, int8)
 
 
 def combine(net: nn.Module, first: Plan, second: Plan) -> Plan:
@@ -137,11 +104,16 @@ def combine(net: nn.Module, first: Plan, second: Plan) -> Plan:
     drops = (*first.drops(), *second.drops())
     removed = members(outer, {edit.branch for edit in drops})
     keeps = (keep for keep in to_edits(outer, survivors, requested) if keep.site not in removed)
-    ranks = (edit for plan in (first, second) for edit in plan.low_ranks())
+    linears = [
+        edit
+        for plan in (first, second)
+        for edit in plan.edits
+        if isinstance(edit, LowRank | Int8) and edit.linear not in removed
+    ]
     steps = [*steps_of(first), *steps_of(second)]
     return Plan(
         model=first.model,
-        edits=(*drops, *keeps, *(edit for edit in ranks if edit.linear not in removed)),
+        edits=(*drops, *keeps, *linears),
         method=method_of(steps),
         provenance={"steps": steps},
     )
@@ -165,7 +137,7 @@ def method_of(steps: Iterable[Mapping[str, object]]) -> str:
     return joined if len(joined) <= MAX_NAME else f"{joined[: MAX_NAME - 3]}..."
 
 
-def _tensors(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+def tensors_of(net: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Return weight and bias of the layer at `name`."""
     layer = net.get_submodule(name)
     bias = layer.bias
@@ -204,10 +176,10 @@ def _slices(
     index: dict[int, tuple[Tensor, ...]] = {}
     buffers: dict[int, object] = {}
     for name, axes in of_layers.items():
-        weight, bias = _tensors(net, name)
+        weight, bias = tensors_of(net, name)
         index[id(weight)] = axes
         index[id(bias)] = axes[:1]
-        for tensor in _statistics(net.get_submodule(name)):
+        for tensor in statistics_of(net.get_submodule(name)):
             buffers[id(tensor)] = _slice(tensor, axes[:1])
     for name, axes in of_parameters.items():
         index[id(net.get_parameter(name))] = axes
@@ -232,7 +204,7 @@ def _per_head_slices(
     }
 
 
-def _statistics(module: nn.Module) -> Iterator[Tensor]:
+def statistics_of(module: nn.Module) -> Iterator[Tensor]:
     """Iterate over the buffers that have one element per row."""
     for name, tensor in module.named_buffers(recurse=False):
         if name in ("running_mean", "running_var"):
@@ -262,7 +234,7 @@ def _slice(tensor: Tensor, index: Sequence[Tensor]) -> Tensor:
 def _narrow(compact: nn.Module, layer: Layer, axes: tuple[Tensor, ...]) -> None:
     """Adapt the module at `layer` to its sliced tensors."""
     linear = compact.get_submodule(layer.name)
-    weight, bias = _tensors(compact, layer.name)
+    weight, bias = tensors_of(compact, layer.name)
     match linear:
         case nn.BatchNorm1d() | nn.BatchNorm2d():
             linear.num_features = len(weight)

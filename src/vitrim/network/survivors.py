@@ -17,7 +17,7 @@ from vitrim.network.structure import (
     factorisable_rows,
     members,
 )
-from vitrim.plan import Drop, Keep, LowRank, Plan, PlanError
+from vitrim.plan import Drop, Int8, Keep, LowRank, Plan, PlanError
 
 Kept = dict[str, Tensor]
 """Site name -> kept units, int64, ascending, shape (kept,)."""
@@ -54,7 +54,7 @@ def ranks_of(structure: Structure, plan: Plan) -> dict[str, int]:
         if name in locked:
             raise PlanError(f"linear {name!r} cannot be factorised: {locked[name]}")
         if name not in limits:
-            raise PlanError(f"unknown linear {name!r}: expected one of {_similar(name, limits)}")
+            raise PlanError(f"unknown linear {name!r}: expected one of {similar(name, limits)}")
         if rank > limits[name]:
             raise PlanError(f"linear {name!r}: rank {rank} is above its maximum of {limits[name]}")
         if name.rpartition(".")[0] in ranks:
@@ -71,7 +71,7 @@ def dropped_of(structure: Structure, plan: Plan) -> frozenset[str]:
     known = [branch.name for branch in structure.branches]
     dropped = frozenset(edit.branch for edit in plan.drops())
     for name in sorted(dropped.difference(known)):
-        raise PlanError(f"unknown branch {name!r}: expected one of {_similar(name, known)}")
+        raise PlanError(f"unknown branch {name!r}: expected one of {similar(name, known)}")
     inside = members(structure, dropped)
     for edit in plan.edits:
         if not isinstance(edit, Drop) and (address := _address(edit)) in inside:
@@ -79,11 +79,11 @@ def dropped_of(structure: Structure, plan: Plan) -> frozenset[str]:
     return dropped
 
 
-def _address(edit: Keep | LowRank) -> str:
+def _address(edit: Keep | LowRank | Int8) -> str:
     return edit.site if isinstance(edit, Keep) else edit.linear
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
+def similar(name: str, known: Iterable[str]) -> str:
     """Return up to 12 known names, those with the same last part as `name` if there are any."""
     names = [*known]
     similar = [other for other in names if other.split(".")[-1] == name.split(".")[-1]]
@@ -194,7 +194,7 @@ def _check_keep(structure: Structure, keep: Keep) -> None:
     name = keep.site
     site = structure.sites.get(name)
     if site is None:
-        raise PlanError(f"unknown site {name!r}: expected one of {_similar(name, structure.sites)}")
+        raise PlanError(f"unknown site {name!r}: expected one of {similar(name, structure.sites)}")
     if site.locked_reason:
         raise PlanError(f"site {name!r} cannot be cut exactly: {site.locked_reason}")
     if keep.index[-1] >= site.size:

@@ -137,9 +137,9 @@ class DCViT:
                 "target.units: attentions are removed, which are not counted in units here; set "
                 "target.macs, target.params or target.blocks"
             )
-        if self.accounting == "paper" and target.metric == "params":
+        if self.accounting == "paper" and target.metric in ("params", "size_mb"):
             raise TargetError(
-                "target.params: method.accounting=paper counts MACs; set target.macs or "
+                f"target.{target.metric}: method.accounting=paper counts MACs; set target.macs or "
                 "target.blocks, or method.accounting=exact"
             )
         if not target.is_identity:

@@ -57,7 +57,7 @@ def ranks_within(
     if lowest > limit:
         raise TargetError(
             f"target.{target.metric}={target.keep} cannot be reached: rank 1 in every one of "
-            f"method.layers leaves {lowest:,} {metric}, not {limit:,}"
+            f"method.layers leaves {lowest:,} {target.unit}, not {limit:,}"
         )
     return allocate(
         curves,

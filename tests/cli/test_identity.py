@@ -189,6 +189,11 @@ def test_settings_of_a_recovery_are_part_of_a_run_only_if_it_takes_place() -> No
 
 
 def test_runs_from_before_there_was_a_recovery_keep_their_names() -> None:
-    words = (("method=oneshot",), (*TUNED, "method.tuning.objective=mimic"))
-    digests = [identified(*chosen).identity.digest for chosen in words]
-    assert digests == ["1f1dbe9a", "9356477d"]
+    digests = {
+        ("method=oneshot",): "1f1dbe9a",
+        (*TUNED, "method.tuning.objective=mimic"): "9356477d",
+        ("method=dcvit",): "dfdc6abc",
+        ("method=mixed_rank",): "e2ed9c16",
+        ("method=aiminify",): "ce53c89e",
+    }
+    assert {words: identified(*words).identity.digest for words in digests} == digests

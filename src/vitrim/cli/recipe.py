@@ -104,7 +104,9 @@ def _drop_recovery(method: Config) -> None:
     if method.get("fine_tune") and objective == "recovery":
         return
     del tuning["recovery"]
-    if objective == "recovery" and "objective" in tuning:
+    if "objective" not in tuning:
+        method.pop("fine_tune", None)  # which came with the recovery
+    elif objective == "recovery":
         tuning["objective"] = "mimic"
 
 

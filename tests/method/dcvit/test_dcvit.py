@@ -36,6 +36,8 @@ from vitrim.method.dcvit.trial_training import trained_tensors
 from vitrim.network.structure import blocks_of
 from vitrim.network.surgery import cut
 from vitrim.plan import Drop, Evidence, Keep, Plan, Proposal
+from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.recovery import Recovery
 
 
 def composed(*overrides: str) -> tuple[DCViT, Target]:
@@ -424,6 +426,18 @@ def test_a_trial_that_cannot_be_the_first_step_leaves_no_trace() -> None:
         for part in ("mlp.fc2.weight", "attn.proj.weight"):
             path = f"{block}.{part}"
             assert torch.equal(student.get_parameter(path), net.get_parameter(path)), path
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_a_recovery_of_the_whole_network_comes_last(fine_tune: bool) -> None:
+    net = randomise(deep_net())
+    method, _ = composed(
+        "target.macs=0.8", "method.reconstruct=false", f"method.fine_tune={str(fine_tune).lower()}"
+    )
+    evidence = Evidence(block_scores={f"blocks.{i}": float(i) for i in range(1, 5)})
+    student = cut(net, Plan(model={}, edits=(Drop(branch="blocks.2.attn"),)))
+    phases = [type(phase) for phase in method.recovery(student, net, evidence, 10)]
+    assert phases == [Mimic, *([Recovery] if fine_tune else [])]
 
 
 def small_swin() -> nn.Module:

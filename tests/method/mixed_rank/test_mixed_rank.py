@@ -30,6 +30,7 @@ from vitrim.method.mixed_rank.residual import Residual
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import capture
 from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.recovery import Recovery
 
 RULES = ("uniform", "energy", "error", "loss")
 
@@ -218,6 +219,7 @@ def test_the_mean_is_kept_by_the_bias() -> None:
         (("method.regression=false",), []),
         (("method.residual.rank=2", "method.tuning.trained=all"), [Regress, Residual, Mimic]),
         (("method.regression=false", "method.tuning.trained=uncompressed"), [Mimic]),
+        (("method.fine_tune=true",), [Regress, Recovery]),
     ],
 )
 def test_phases_after_the_cut(overrides: tuple[str, ...], phases: list[type]) -> None:

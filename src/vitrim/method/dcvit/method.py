@@ -98,6 +98,7 @@ class DCViT:
     distance: Distance
     sampling: Sampling
     ridges: DCViTRidges
+    fine_tune: bool
     tuning: DCViTTuning
     seed: int
 
@@ -128,6 +129,7 @@ class DCViT:
             ("progressive", isinstance(self.progressive, bool), "true or false"),
             ("judging_set", self.judging_set in get_args(JudgingImages), "images or synthetic"),
             ("distance", self.distance in get_args(Distance), "kl or mse"),
+            ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
 
     def check(self, cost: Cost, target: Target) -> None:
@@ -208,11 +210,7 @@ class DCViT:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[Phase]:
-        """Yield regression and mimicking, group by group if `progressive`, else once for all.
-
-        Between the phases of progressive compression the network has the groups so far; the other
-        blocks are the dense network's own until it is their turn.
-        """
+        """Yield regression and mimicking, group by group if `progressive`, else once for all."""
         scores, described = evidence.block_scores, structure(teacher)
         candidates = [  # an earlier run may have compressed blocks: these have no scores
             group for group in self._candidates(described) if group[0] in scores
@@ -238,6 +236,7 @@ class DCViT:
             evidence.best_trial if self.progressive else None,
             tuning=self.tuning,
             refit=refit if self.reconstruct and branches else None,
+            fine_tune=self.fine_tune,
         )
 
     @property

@@ -16,6 +16,7 @@ from vitrim.method.dcvit.settings import DCViTTuning
 from vitrim.method.dcvit.trial_training import trained_tensors
 from vitrim.trainer.mimic import Mimic, frozen_parameters
 from vitrim.trainer.phase import Phase
+from vitrim.trainer.recovery import Recovery
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ def phases_of_recovery(
     *,
     tuning: DCViTTuning,
     refit: Callable[[Group], Phase] | None,
+    fine_tune: bool,
 ) -> Iterator[Phase]:
-    """Yield regression and mimicking for one group after the other.
+    """Yield regression and mimicking for one group after the other, then a recovery of the whole.
 
     Args:
         student: the compact network, which changes between the phases (`progressive_steps`).
@@ -64,6 +66,7 @@ def phases_of_recovery(
         trial: the best trial, if the first step may be it: see `progressive_steps`.
         tuning: how the network mimics.
         refit: returns the regression of the last layers of some blocks; None: there is none.
+        fine_tune: whether there is a recovery.
     """
     for step in progressive_steps(student, teacher, groups, trial):
         if step.trained:  # a phase without training, so that the result of the trial is evaluated
@@ -82,6 +85,8 @@ def phases_of_recovery(
                     student, step.compressed, freeze_tail=tuning.freeze_tail, dense=teacher
                 ),
             )
+    if fine_tune:
+        yield Recovery(student, teacher, settings=tuning.recovery)
 
 
 def progressive_steps(

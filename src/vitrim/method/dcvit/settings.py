@@ -9,6 +9,7 @@ from vitrim.errors import is_positive, is_rate, require
 from vitrim.method.dcvit.trial_training import Views
 from vitrim.trainer.mimic import FeatureLoss
 from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.recovery import RecoverySettings
 
 Tokens = Literal["all", "class"]
 
@@ -70,13 +71,14 @@ class DCViTTuning:
 
     `pooled_weight` is the weight of the error of the classifier's input; that of all tokens has
     weight 1. With `freeze_tail`, the blocks after the neighbour of the last compressed block are
-    not trained.
+    not trained. `recovery` is what follows with `fine_tune`, of the network as a whole.
     """
 
     mimic: Tokens
     pooled_weight: float
     freeze_tail: bool
     training: Recipe
+    recovery: RecoverySettings
 
     def __post_init__(self) -> None:
         require(

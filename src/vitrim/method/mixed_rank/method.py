@@ -58,6 +58,7 @@ from vitrim.plan import Evidence, LowRank, Plan, Proposal
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.phase import Phase
+from vitrim.trainer.recovery import Recovery
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class MixedRank:
     gradient_images: int
     regression: bool
     residual: ResidualSettings
+    fine_tune: bool
     tuning: MixedRankTuning
     curves: bool
     metric: ClassVar[Metric] = "params"
@@ -104,6 +106,7 @@ class MixedRank:
             ("max_rank_fraction", is_fraction, "a number above 0 and at most 1"),
             ("gradient_images", is_count(self.gradient_images), "a whole number from 1 on"),
             ("regression", isinstance(self.regression, bool), "true or false"),
+            ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
             ("curves", isinstance(self.curves, bool), "true or false"),
         )
 
@@ -188,7 +191,7 @@ class MixedRank:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[Phase]:
-        """Yield regression, residual and training, those that are asked for, when each begins."""
+        """Yield regression, residual, mimicking and recovery, those that are asked for."""
         if self.regression:
             yield Regress(student, teacher, sampling=self.sampling, ridge=self.ridges.regression)
         residual = Residual(
@@ -209,6 +212,8 @@ class MixedRank:
                 pooled_weight=self.tuning.pooled_weight,
                 frozen=frozen,
             )
+        if self.fine_tune:
+            yield Recovery(student, teacher, settings=self.tuning.recovery)
 
     def _pieces(self, described: Structure) -> dict[str, Piece]:
         return pieces_of(described, self.layers, separate=self.qkv == "separate")

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.recovery import RecoverySettings
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 QkvFactors = Literal["fused", "separate"]
@@ -58,11 +59,13 @@ class MixedRankTuning:
     """Training at the end, of which parameters and how: to mimic the dense network's features.
 
     `pooled_weight` weighs the error of what the classifier reads against that of all tokens.
+    `recovery` is what follows with `fine_tune`.
     """
 
     trained: Trained
     pooled_weight: float
     training: Recipe
+    recovery: RecoverySettings
 
     def __post_init__(self) -> None:
         allowed = get_args(Trained)

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ class Job:
         start: the compact network of an earlier run; None: the dense network.
         latency: how latency is measured.
         latency_table: gives the table that predicts latency; None where the target is no time.
-        quantize: int8 schemes in which the compact network is evaluated as well.
+        quantize: int8 schemes in which the compact network is evaluated, timed and saved as well.
         seed: of everything that is random.
         tracking: offline, online, tensorboard or none.
         progress: whether progress bars are shown.
@@ -157,16 +156,19 @@ def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
     cost = Cost(dense, job.model.spec().size, latency_table=job.latency_table)
     compressed = _compressed(job, identity, runner, dense, cost, folder)
     stages = _stages(job, runner, compressed, dense_accuracy, folder)
-    int8 = _int8(job, runner, compressed.net)
+    compressed = _with_int8_layers(job, runner, compressed, stages, folder)
+    plan = _final_plan(job, identity, compressed.plan)
+    int8 = _quantized(job, runner, compressed.net, plan)
     if not distributed.is_main_process():
         return {}
-    plan = _save(job, identity, compressed, folder)
-    times = latencies((dense, compressed.net), cost.input_size, **asdict(job.latency))
+    _save(compressed, plan, int8, folder)
+    nets = (dense, compressed.net, *(quantized.net for quantized in int8.values()))
+    times = latencies(nets, cost.input_size, **asdict(job.latency))
     compact_count = count(compressed.net, cost.input_size)
     report = {
-        **record(cost, compact_count, plan, times, dense_accuracy, stages, job.target),
+        **record(cost, compact_count, plan, times[:2], dense_accuracy, stages, job.target),
         **_predicted(job, cost, plan),
-        **int8,
+        **quantize.report_entries(compressed.net, int8, [time.median for time in times[2:]]),
         **identity.facts,
         "weights": _weights(job, dense),
         "latency": {**asdict(job.latency), **conditions(compressed.net)},
@@ -284,27 +286,54 @@ def _stage_name(phase: Phase, stages: Iterable[str]) -> str:
     return kind if number == 1 else f"{kind}-{number}"
 
 
-def _int8(job: Job, runner: PhaseRunner | None, net: nn.Module) -> dict[str, object]:
-    """Return what the report says of the compact network in int8."""
-    if not job.quantize:
-        return {}
-    evaluate = None
+def _with_int8_layers(
+    job: Job,
+    runner: PhaseRunner | None,
+    compressed: Compressed,
+    stages: dict[str, Accuracy],
+    folder: Path,
+) -> Compressed:
+    """Return the network with the int8 layers of its plan, once it is trained; a stage of its own.
+
+    A network to start from has none.
+    """
+    edits = tuple(compressed.plan.int8s())
+    if not edits:
+        return compressed
+    net = cut(compressed.net, Plan(model={}, edits=edits))
     if runner is not None and job.data is not None:
-        evaluate = partial(runner.accuracy, n_classes=job.data.n_classes)
-    return quantize.evaluate_schemes(net, job.quantize, evaluate)
+        stages["int8"] = runner.evaluate(folder / PHASES / "int8", net, job.data.n_classes)
+    return compressed._replace(net=net)
 
 
-def _save(job: Job, identity: Identity, compressed: Compressed, folder: Path) -> Plan:
-    """Save the compact network with its plan and diagnostics; return the plan."""
+def _quantized(
+    job: Job, runner: PhaseRunner | None, net: nn.Module, plan: Plan
+) -> dict[str, quantize.Quantized]:
+    """Return the compact network in every int8 scheme, evaluated."""
+    networks = {}
+    for scheme in job.quantize:
+        int8, its_plan = quantize.in_int8(net, plan, scheme)
+        accuracy = None
+        if runner is not None and job.data is not None:
+            accuracy = runner.accuracy(int8, job.data.n_classes)
+        networks[scheme] = quantize.Quantized(int8, its_plan, accuracy)
+    return networks
+
+
+def _final_plan(job: Job, identity: Identity, plan: Plan) -> Plan:
+    """Return the plan with its network, seed and recipe."""
     of_run = {"seed": job.seed, "recipe_hash": identity.digest}
-    plan = replace(
-        compressed.plan,
-        model=job.model.description(),
-        provenance={**compressed.plan.provenance, **of_run},
-    )
+    return replace(plan, model=job.model.description(), provenance={**plan.provenance, **of_run})
+
+
+def _save(
+    compressed: Compressed, plan: Plan, int8: Mapping[str, quantize.Quantized], folder: Path
+) -> None:
+    """Save the compact network with its plan and diagnostics, and each int8 network in a folder."""
     save(folder, compressed.net, plan)
+    for scheme, quantized in int8.items():
+        save(folder / scheme, quantized.net, quantized.plan)
     _write_json(folder / DIAGNOSTICS, compressed.proposal.diagnostics)
-    return plan
 
 
 def _predicted(job: Job, cost: Cost, plan: Plan) -> dict[str, object]:

@@ -11,6 +11,7 @@ from torch import nn
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.method import Compensates, Method
+from vitrim.network.int8 import int8_of
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.trainer.phase import Scorer, check_scorer
@@ -35,6 +36,7 @@ class Prune(Callback):
     proposal: Proposal
     plan: Plan
     compact: nn.Module
+    """In float, so that it can be trained; layers that the plan makes int8 are made so later."""
 
     def __init__(
         self,
@@ -65,7 +67,8 @@ class Prune(Callback):
             provenance=self.proposal.notes,
         )
         self._log_room()
-        self.compact = cut(net, self.plan)
+        int8_of(net, self.cost.structure, self.plan)  # refused before anything is trained
+        self.compact = cut(net, self.plan.in_float())
         if isinstance(self.method, Compensates):
             values = self.method.compensation_of(net, self.compact, self.plan, self.evidence)
             with torch.no_grad():

@@ -15,17 +15,14 @@ _HERE = ("src", PROJECT, "versions.py")
 """Path of this file in a checkout of vitrim."""
 
 
-def versions(*optional: str) -> dict[str, object]:
+def versions() -> dict[str, object]:
     """Return what a result depends on besides its recipe: package versions and vitrim's commit.
 
     The commit is that of vitrim's own checkout, with whether it has changes; for an installed
     vitrim it is the one that pip recorded, if it installed from a repository. Both are None where
     they are not known.
-
-    Args:
-        optional: installed packages that only some runs use.
     """
-    names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics", *optional)
+    names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics")
     commit, dirty = _revision(Path(__file__).resolve())
     return {
         "vitrim": metadata.version(PROJECT),

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -14,24 +12,23 @@ from torch import Tensor, nn
 from command import Command
 from conftest import MODEL, images, plan_of, relative_error, small_net
 from refusals import TINY, assert_refused
-from vitrim import LowRank, Plan, cut, load
+from vitrim import Int8, LowRank, Plan, cut, load
 from vitrim.cli.report import main
 from vitrim.deploy.quantize import (
     SCHEMES,
+    Quantized,
     check,
-    evaluate_schemes,
+    in_int8,
     is_exact,
     megabytes,
-    quantized,
+    report_entries,
 )
 from vitrim.errors import ConfigError
+from vitrim.network import int8_linear
 from vitrim.network.attention import GatheredLinear, SlicedAttention
+from vitrim.network.int8 import linears_of
+from vitrim.network.int8_linear import Int8Linear, to_int8
 
-if find_spec("torchao") is None:
-    pytest.skip("torchao is not installed", allow_module_level=True)
-
-needs_exact = pytest.mark.skipif(not is_exact(), reason="this processor's int8 products overflow")
-EVALUATED = ["int8_weight_only", pytest.param("int8_dynamic", marks=needs_exact)]
 CUT = plan_of(
     {
         "blocks.0.attn.input": (0, 3, 5, 23),
@@ -46,13 +43,21 @@ CUT = plan_of(
 """Ragged heads, gathered inputs, odd widths, and Linears with a single input of either kind."""
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the integers (rows, width) and the scales (rows, 1) of symmetric int8, in float.
+KERNELS = [
+    pytest.param(False, id="float32"),
+    pytest.param(
+        True,
+        id="int8",
+        marks=pytest.mark.skipif(not is_exact(), reason="this processor's int8 products overflow"),
+    ),
+]
+"""What multiplies integers: float32 matrices, or torch's int8 kernel, where it is exact."""
 
-    The largest of a row is a tie, 127.5: it is multiplied by the inverse, as torchao does.
-    """
-    scale = (x.abs().amax(-1, keepdim=True) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
-    return (x * (1 / scale)).round().clamp(-128, 127), scale
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers (rows, width) and the scales (rows, 1) of symmetric int8, in float."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (x / scale).round(), scale
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -78,31 +83,44 @@ def vit() -> nn.Module:
     return small_net(dtype=torch.float32, embed_dim=48, num_classes=10)
 
 
+def int8(layer: nn.Module, scheme: str) -> nn.Module:
+    return to_int8(layer, dynamic=scheme == "int8_dynamic")
+
+
+def quantized(net: nn.Module, scheme: str) -> nn.Module:
+    return in_int8(net, Plan(model=MODEL, edits=()), scheme)[0]
+
+
 @pytest.mark.parametrize("widths", [(17, 5), (1, 3), (1, 1), (64, 192), (577, 10)], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_weight_only_is_the_product_with_rounded_weights(
     widths: tuple[int, int], shape: tuple[int, ...], bias: bool
 ) -> None:
     layer, x = linear(*widths, bias=bias), inputs(*shape, widths[0])
     weight, scale = rounded(layer.weight.detach())
-    output = logits(quantized(layer, "int8_weight_only"), x)
+    output = logits(int8(layer, "int8_weight_only"), x)
     expected = logits(lambda x: F.linear(x, weight * scale, layer.bias), x)  # type: ignore[arg-type]
     assert output.shape == expected.shape
     assert relative_error(output, expected) < 1e-5
 
 
-@needs_exact
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("widths", [(17, 5), (1, 3), (1, 1), (64, 192), (3072, 10)], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_dynamic_is_the_product_of_rounded_weights_and_tokens(
-    widths: tuple[int, int], shape: tuple[int, ...], bias: bool
+    monkeypatch: pytest.MonkeyPatch,
+    widths: tuple[int, int],
+    shape: tuple[int, ...],
+    bias: bool,
+    kernel: bool,
 ) -> None:
+    monkeypatch.setattr(int8_linear, "has_kernel", lambda *_: kernel)
     layer, x = linear(*widths, bias=bias), inputs(*shape, widths[0])
     weight, scale = rounded(layer.weight.detach())
     tokens, scale_of_token = rounded(x)
-    output = logits(quantized(layer, "int8_dynamic"), x)
+    output = logits(int8(layer, "int8_dynamic"), x)
     with torch.no_grad():
         expected = F.linear((tokens * scale_of_token).double(), (weight * scale).double())
         expected = expected + (layer.bias if layer.bias is not None else 0)
@@ -110,21 +128,24 @@ def test_dynamic_is_the_product_of_rounded_weights_and_tokens(
         sum_x, sum_w = x.abs().sum(-1, keepdim=True), layer.weight.abs().sum(-1)
         bound = half_x * sum_w + half_w * sum_x + widths[0] * half_x * half_w
         gap = (output - layer(x)).abs()
+    assert output.shape == expected.shape
     assert relative_error(output, expected) < 1e-5
     assert (gap <= bound + 1e-5).all()
-    assert gap.max() > 0
+    assert gap.max() > 0 or widths[0] == 1
 
 
-@needs_exact
-def test_dynamic_products_do_not_overflow() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dynamic_products_do_not_overflow(monkeypatch: pytest.MonkeyPatch, kernel: bool) -> None:
+    monkeypatch.setattr(int8_linear, "has_kernel", lambda *_: kernel)
     layer = nn.Linear(3072, 8, bias=False)
     nn.init.ones_(layer.weight)
+    layer = int8(layer, "int8_dynamic")
     for sign in (1.0, -1.0):
-        output = logits(quantized(layer, "int8_dynamic"), torch.full((2, 3072), sign))
-        assert relative_error(output, torch.full((2, 8), 3072 * sign)) < 0.01
+        output = logits(layer, torch.full((2, 3072), sign))
+        assert relative_error(output, torch.full((2, 8), 3072 * sign)) < 1e-6
 
 
-@pytest.mark.parametrize("scheme", EVALUATED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_vit_answers_nearly_as_before(scheme: str) -> None:
     net, x = vit(), images(dtype=torch.float32, batch=64)
     before, after = logits(net, x), logits(quantized(net, scheme), x)
@@ -133,7 +154,7 @@ def test_a_vit_answers_nearly_as_before(scheme: str) -> None:
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("scheme", EVALUATED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_cut_net_answers_nearly_as_before(scheme: str) -> None:
     net, x = cut(small_net(dtype=torch.float32), CUT), images(dtype=torch.float32, batch=64)
     kinds = {type(module) for module in net.modules()}
@@ -145,7 +166,7 @@ def test_a_cut_net_answers_nearly_as_before(scheme: str) -> None:
     assert relative_error(after, before) < 0.05
 
 
-@pytest.mark.parametrize("scheme", EVALUATED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rank", [1, 7])
 def test_low_rank_layers_answer_nearly_as_before(scheme: str, rank: int) -> None:
     layers = ("blocks.0.attn.qkv.q", "blocks.0.mlp.fc1", "blocks.1.attn.qkv", "blocks.1.mlp.fc2")
@@ -155,7 +176,7 @@ def test_low_rank_layers_answer_nearly_as_before(scheme: str, rank: int) -> None
     assert relative_error(logits(quantized(net, scheme), x), logits(net, x)) < 0.05
 
 
-@pytest.mark.parametrize("scheme", EVALUATED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_mixed_precision_evaluates_too(scheme: str) -> None:
     net, x = vit(), images(dtype=torch.float32, batch=16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,12 +187,26 @@ def test_mixed_precision_evaluates_too(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("plan", [plan_of({}), CUT], ids=["dense", "cut"])
 def test_every_linear_is_quantised_and_nothing_else(scheme: str, plan: Plan) -> None:
-    net = quantized(cut(small_net(dtype=torch.float32), plan), scheme)
-    linears = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    assert len(linears) == 2 * 4 + 1
-    inside = {id(layer.weight) for layer in linears}
+    dense = small_net(dtype=torch.float32)
+    net, changed = in_int8(cut(dense, plan), plan, scheme)
+    layers = [module for module in net.modules() if isinstance(module, Int8Linear)]
+    assert len(layers) == 2 * 4 + 1
+    assert {layer.dynamic for layer in layers} == {scheme == "int8_dynamic"}
+    assert not any(isinstance(module, nn.Linear) for module in net.modules())
+    inside = {id(layer.weight_int8) for layer in layers}
     for parameter in net.parameters():
-        assert (type(parameter.data).__name__ == "Int8Tensor") == (id(parameter) in inside)
+        assert (parameter.dtype == torch.int8) == (id(parameter) in inside)
+    assert changed.edits[: len(plan.edits)] == plan.edits
+    x = images(dtype=torch.float32)
+    assert torch.equal(logits(net, x), logits(cut(dense, changed), x))
+
+
+def test_layers_that_are_int8_stay_as_they_are() -> None:
+    plan = Plan(model=MODEL, edits=(Int8(linear="head"),))
+    net, changed = in_int8(cut(vit(), plan), plan, "int8_dynamic")
+    assert not net.get_submodule("head").dynamic
+    assert len({edit.linear for edit in changed.int8s()}) == len([*changed.int8s()]) == 9
+    assert {edit.linear for edit in changed.int8s()} == {*linears_of(vit())}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -179,44 +214,42 @@ def test_the_input_is_left_alone(scheme: str) -> None:
     net = cut(small_net(dtype=torch.float32), CUT)
     kept = {name: (id(p), p.clone()) for name, p in net.named_parameters()}
     state, rng = [*net.modules()], torch.get_rng_state()
-    int8 = quantized(net, scheme)
+    copied = quantized(net, scheme)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [*net.modules()] == state
     for name, parameter in net.named_parameters():
         assert id(parameter) == kept[name][0]
         assert torch.equal(parameter, kept[name][1])
     shared = {p.data_ptr() for p in net.parameters()}
-    for tensor in chain(int8.parameters(), int8.buffers()):
-        assert type(tensor.data).__name__ == "Int8Tensor" or tensor.data_ptr() not in shared
+    assert all(t.data_ptr() not in shared for t in chain(copied.parameters(), copied.buffers()))
 
 
 def test_megabytes_are_the_bytes_held() -> None:
     layer = linear(300, 100)
     assert megabytes(layer) == 4 * (300 * 100 + 100) / 1e6
-    for scheme in SCHEMES:  # integers, a scale, a zero point, the bias in float
-        assert megabytes(quantized(layer, scheme)) == (300 * 100 + 100 * (4 + 1 + 4)) / 1e6
     net = vit()
     weights = sum(m.weight.nbytes for m in net.modules() if isinstance(m, nn.Linear)) / 1e6
-    for scheme in SCHEMES:
+    for scheme in SCHEMES:  # integers, a scale, the bias in float
+        assert megabytes(int8(linear(300, 100), scheme)) == (300 * 100 + 100 * (4 + 4)) / 1e6
         linears = megabytes(quantized(net, scheme)) - (megabytes(net) - weights)
         assert 0.25 * weights < linears < 0.29 * weights
 
 
-@needs_exact
-def test_every_scheme_has_accuracy_and_megabytes() -> None:
-    net, seen = vit(), []
-
-    def evaluate(int8: nn.Module) -> dict[str, float]:
-        seen.append(int8)
-        return {"top1": 50.0, "top5": 90.0}
-
-    evaluated = evaluate_schemes(net, SCHEMES, evaluate)
-    assert evaluated["float_mb"] == megabytes(net)
-    assert [*evaluated["quantized"]] == [*SCHEMES]
-    for int8, row in zip(seen, evaluated["quantized"].values(), strict=True):
-        assert row == {"top1": 50.0, "top5": 90.0, "mb": megabytes(int8)}
-    blind = evaluate_schemes(net, SCHEMES[:1], None)["quantized"]["int8_weight_only"]
-    assert blind == {"top1": None, "top5": None, "mb": megabytes(seen[0])}
+def test_every_scheme_has_accuracy_megabytes_and_latency() -> None:
+    net = vit()
+    known, plan = {"top1": 50.0, "top5": 90.0, "images": 3}, Plan(model=MODEL, edits=())
+    networks = {
+        scheme: Quantized(*in_int8(net, plan, scheme), accuracy)
+        for scheme, accuracy in zip(SCHEMES, (known, None), strict=True)
+    }
+    entries: Any = report_entries(net, networks, [1.0, 2.0])
+    assert entries["float_mb"] == megabytes(net)
+    size = megabytes(networks["int8_dynamic"].net)
+    assert entries["quantized"] == {
+        "int8_weight_only": {"top1": 50.0, "top5": 90.0, "mb": size, "latency_ms": 1.0},
+        "int8_dynamic": {"top1": None, "top5": None, "mb": size, "latency_ms": 2.0},
+    }
+    assert report_entries(net, {}, []) == {}
 
 
 @pytest.mark.parametrize(
@@ -240,16 +273,6 @@ def test_an_unknown_scheme_lists_the_allowed_ones() -> None:
         quantized(vit(), "int4")
 
 
-def test_without_torchao_the_run_does_not_start(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    words = ["quantize=[int8_weight_only]", "pip install torchao"]
-    assert_refused(command, *TINY, "quantize=[int8_weight_only]", expected=words)
-    with pytest.raises(ConfigError, match="pip install torchao"):
-        quantized(vit(), "int8_weight_only")
-
-
 def test_a_processor_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitrim.deploy.quantize.is_exact", lambda: False)
     check(["int8_weight_only"], accelerator="cpu")
@@ -259,34 +282,33 @@ def test_a_processor_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) 
     check(["int8_dynamic"], accelerator="gpu")
 
 
-def test_importing_torchao_says_nothing_and_leaves_the_loggers() -> None:
-    code = (
-        "import logging; from torch import nn; from vitrim.deploy.quantize import quantized; "
-        "quantized(nn.Linear(3, 2), 'int8_dynamic'); "
-        "assert not logging.getLogger('torchao').level"
-    )
-    words = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-@needs_exact
-def test_a_run_reports_the_quantised_net_and_the_compact_one(
-    command: Command, capsys: pytest.CaptureFixture[str]
+def test_a_run_reports_and_saves_the_int8_networks(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schemes = f"quantize=[{','.join(SCHEMES)}]"
-    done = command(*TINY, "strength=3", schemes)
-    assert done.code == 0, done.message
-    report = json.loads(done.report.read_text())
-    net, _ = load(done.report.parent)
-    assert report["float_mb"] == megabytes(net)
+    monkeypatch.setattr("vitrim.deploy.quantize.is_exact", lambda: True)
+    run = command(*TINY, "strength=3", f"quantize=[{','.join(SCHEMES)}]")
+    assert run.code == 0, run.message
+    folder, report = run.report.parent, json.loads(run.report.read_text())
+    net, plan = load(folder)
+    assert report["float_mb"] == report["compact"]["mb"] == megabytes(net)
     assert [*report["quantized"]] == sorted(SCHEMES)
+    x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for scheme, row in report["quantized"].items():
-        assert row["mb"] == megabytes(quantized(net, scheme)) < 0.4 * report["float_mb"]
+        saved, its_plan = load(folder / scheme)
+        expected, _ = in_int8(net, plan, scheme)
+        assert torch.equal(logits(saved, x), logits(expected, x))
+        assert its_plan.in_float() == plan
+        assert row["mb"] == megabytes(saved) < 0.4 * report["float_mb"]
         assert abs(row["top1"] - report["compact"]["top1"]) < 5
         assert 0 <= row["top1"] <= row["top5"] <= 100
-    assert "torchao" in report["versions"]
-    capsys.readouterr()
+        assert row["latency_ms"] > 0
+    check_report(command, capsys)
+    further = command(*TINY, "data=none", "strength=4", f"from_run={folder / 'int8_dynamic'}")
+    assert further.code
+    assert "has int8 layers" in further.message
+
+
+def check_report(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(command.out), "--wandb", "disabled"])
     printed = capsys.readouterr().out.splitlines()
     assert "vit_digits on digits in int8" in printed

@@ -83,7 +83,8 @@ def test_delta_is_paired_by_seed(tmp_path: Path) -> None:
 def in_int8(folder: Path, **measured: object) -> None:
     path = folder / "report.json"
     report = json.loads(path.read_text())
-    quantized = {"int8_dynamic": {"top1": 89.0, "top5": 99.0, "mb": 0.25, **measured}}
+    int8 = {"top1": 89.0, "top5": 99.0, "mb": 0.25, "latency_ms": 1.0, **measured}
+    quantized = {"int8_dynamic": int8}
     path.write_text(json.dumps({**report, "float_mb": 1.0, "quantized": quantized}))
 
 
@@ -95,7 +96,7 @@ def test_int8_rows_are_in_a_table_of_their_own(
     save(tmp_path / "float", method="aiminify")
     rows = summarise([read_run(tmp_path / name) for name in ("0", "1", "float")])
     cells = ["vtp", "vit_digits", "digits", "3", "int8_dynamic", "1.000", "0.2500", "92.00"]
-    cells += ["90.50 ± 2.12", "2", "-1.50", "99.00"]
+    cells += ["90.50 ± 2.12", "2", "-1.50", "99.00", "2.00 -> 1.00 (2.00x)"]
     assert int8_table(rows)[1:] == [cells]
     assert int8_table([row for row in rows if row.record["label"] == "aiminify"]) == []
     head, *values = numbers(rows)
@@ -110,9 +111,9 @@ def test_int8_rows_are_in_a_table_of_their_own(
 
 def test_int8_rows_without_images(tmp_path: Path) -> None:
     run = save(tmp_path / "run", top1=None, cut=None, dense=None)
-    in_int8(run, top1=None, top5=None)
+    in_int8(run, top1=None, top5=None, latency_ms=None)
     (line,) = int8_table(summarise([read_run(run)]))[1:]
-    assert line[-5:] == ["-", "-", "1", "-", "-"]
+    assert line[-6:] == ["-", "-", "1", "-", "-", "-"]
 
 
 def test_malformed_int8_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,11 @@ def start(folder: str | None, model: Timm, *, retrains: bool, seed: int) -> Star
             f"from_run={folder}: not the folder of a finished run (the one with report.json)"
         )
     net, plan = load(folder)
+    if any(plan.int8s()):
+        raise ConfigError(
+            f"from_run={folder}: its network has int8 layers, which cannot be cut or trained: "
+            "choose a run whose network is in float"
+        )
     dense = model.description()
     alike = without_classes(plan.model) == without_classes(dense)
     if not (alike if retrains else plan.model == dense):

@@ -149,11 +149,11 @@ def _try_quantize(job: Job) -> None:
     """Raise ConfigError if a small layer cannot be quantised."""
     import torch
 
-    from vitrim.deploy.quantize import quantized
+    from vitrim.network.int8_linear import to_int8
 
     for scheme in job.quantize:
         try:
-            quantized(torch.nn.Linear(16, 16), scheme)(torch.ones(2, 16))
+            to_int8(torch.nn.Linear(16, 16), dynamic=scheme == "int8_dynamic")(torch.ones(2, 16))
         except (RuntimeError, TypeError, ImportError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"quantize: {scheme} does not work here ({reason})") from None

@@ -41,6 +41,8 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
     if isinstance(job.method, Revised) and job.method.revision > 1:
         recipe["revision"] = job.method.revision
+    if job.quantize:  # 2: int8 networks are saved; those of 0.1.0 were torchao's, and were not
+        recipe["quantize"] = {"schemes": recipe["quantize"], "revision": 2}
     targets = [name for name, keep in resolved["target"].items() if keep is not None]
     point = "-".join(f"{name}{resolved['target'][name]}" for name in targets)
     point = f"{point or f's{cfg.strength:g}'}-seed{cfg.seed}"
@@ -70,7 +72,7 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
             "variant": _variant(job),
             **_limits(resolved),
             **_checkpoint_facts(job),
-            **versions(*(("torchao",) if job.quantize else ())),
+            **versions(),
         },
     )
     folder = job.out / identity.series / identity.name

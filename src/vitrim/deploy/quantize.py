@@ -1,103 +1,94 @@
-"""Post-training quantisation of a network's Linears to int8, by torchao, without calibration.
+"""The compact network of a run in int8: built, evaluated and saved next to the one in float.
 
     int8_weight_only   int8 weights, one scale per output channel; activations stay in float
     int8_dynamic       the same weights; int8 activations, one scale per token, at run time
 
-Both are symmetric: scale = max |row| / 127.5, values rounded to the nearest and clamped to
--128..127, zero stays zero. Every Linear is quantised, the classifier included; the patch
-embedding's convolution, norms, biases, tokens and position embeddings stay in float.
+Both are symmetric: scale = max |row| / 127, values rounded to the nearest, zero stays zero. Every
+Linear is quantised, the classifier included, without calibration; convolutions, norms, biases,
+tokens and position embeddings stay in float. The plan of such a network has an Int8 edit for every
+layer. A Linear whose weight the network reads without calling it keeps its activations in float.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 
 from vitrim.errors import ConfigError
-from vitrim.network.attention import GatheredLinear
+from vitrim.network import structure
+from vitrim.network.int8 import int8_edits
+from vitrim.network.surgery import cut
+from vitrim.plan import Plan
 
 SCHEMES = ("int8_weight_only", "int8_dynamic")
+
+
+class Quantized(NamedTuple):
+    """A network in int8, the plan that leads to it, and its accuracy if there are images."""
+
+    net: nn.Module
+    plan: Plan
+    accuracy: Mapping[str, float] | None
 
 
 def check(schemes: object, *, accelerator: str) -> None:
     """Refuse what could not be quantised or evaluated on Lightning's `accelerator`.
 
     Raises:
-        ConfigError: no list of different schemes, no torchao, or a processor that cannot do it.
+        ConfigError: no list of different schemes, or a processor that cannot do it.
     """
     if not isinstance(schemes, list) or any(scheme not in SCHEMES for scheme in schemes):
         known = _format_schemes(SCHEMES)
         raise ConfigError(f"quantize={_format_schemes(schemes)}: expected a list out of {known}")
     if len({*schemes}) < len(schemes):
         raise ConfigError(f"quantize={_format_schemes(schemes)}: expected each scheme at most once")
-    _torchao(_format_schemes(schemes))
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     if "int8_dynamic" in schemes and on_cpu and not is_exact():
         raise ConfigError(
-            f"quantize={_format_schemes(schemes)}: the int8 products of this processor overflow, "
-            "and the accuracy of int8_dynamic would be wrong: omit it, or choose trainer=gpu or a "
-            "processor with VNNI or AMX instructions"
+            f"quantize={_format_schemes(schemes)}: the int8 products of this processor overflow: "
+            "omit int8_dynamic, or choose trainer=gpu or a processor with VNNI or AMX instructions"
         )
 
 
-def quantized(net: nn.Module, scheme: str) -> nn.Module:
-    """Return a copy of `net` whose Linears are int8, for evaluation; `net` is not modified.
+def in_int8(net: nn.Module, plan: Plan, scheme: str) -> tuple[nn.Module, Plan]:
+    """Return a copy of `net`, the result of `plan`, with all Linears in int8, and its plan.
 
-    Linears may have any width and be of a subclass, as long as F.linear reads their weight. Where
-    `is_exact` returns False, do not run int8_dynamic on CPU.
+    Layers that are int8 already stay as they are.
 
     Raises:
-        ConfigError: an unknown scheme, or torchao is missing.
+        ConfigError: an unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme={scheme}: expected one of {', '.join(SCHEMES)}")
-    torchao = _torchao(_format_schemes([scheme]))
-    configs = {
-        "int8_weight_only": torchao.Int8WeightOnlyConfig,
-        "int8_dynamic": torchao.Int8DynamicActivationInt8WeightConfig,
-    }
-    root = nn.Sequential(copy.deepcopy(net))  # so that every Linear has a parent
-    _pad_single_inputs(root)
-    torchao.quantize_(
-        root,
-        configs[scheme](set_inductor_config=False),  # a setting of the whole process
-        filter_fn=lambda module, name: isinstance(module, nn.Linear),
-    )
-    return root[0]
+    edits = int8_edits(net, structure(net), dynamic=scheme == "int8_dynamic")
+    int8 = cut(net, Plan(model=plan.model, edits=edits))
+    return int8, replace(plan, edits=(*plan.edits, *edits))
 
 
 def megabytes(net: nn.Module) -> float:
-    """Return the size of the parameters and buffers of `net` in 1e6 bytes.
-
-    An int8 weight has its integers, and a float32 scale and an int8 zero point per output channel.
-    """
-    return sum(_bytes(tensor) for tensor in (*net.parameters(), *net.buffers())) / 1e6
+    """Return the size of the tensors of `net` that are saved, in 1e6 bytes."""
+    nbytes: int = sum(tensor.nbytes for tensor in net.state_dict().values())
+    return nbytes / 1e6
 
 
-def evaluate_schemes(
-    net: nn.Module,
-    schemes: Sequence[str],
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+def report_entries(
+    net: nn.Module, networks: Mapping[str, Quantized], latencies_ms: Sequence[float]
 ) -> dict[str, object]:
-    """Return the entries of a report about `net` quantised by each scheme: accuracy and megabytes.
+    """Return the entries of a report about `net` and its int8 networks by scheme.
 
-    `evaluate` returns top1 and top5 in percent; it is None where there are no images.
+    `latencies_ms` has one latency for each of `networks`.
     """
-    names = ("top1", "top5")
-    rows: dict[str, dict[str, float | None]] = {}
-    for scheme in schemes:
-        int8 = quantized(net, scheme)
-        accuracy = None if evaluate is None else evaluate(int8)
-        percent = {name: None if accuracy is None else accuracy[name] for name in names}
-        rows[scheme] = {**percent, "mb": megabytes(int8)}
+    if not networks:
+        return {}
+    rows = {}
+    for (scheme, int8), latency_ms in zip(networks.items(), latencies_ms, strict=True):
+        known = int8.accuracy
+        accuracy = {name: None if known is None else known[name] for name in ("top1", "top5")}
+        rows[scheme] = {**accuracy, "mb": megabytes(int8.net), "latency_ms": latency_ms}
     return {"float_mb": megabytes(net), "quantized": rows}
 
 
@@ -106,67 +97,10 @@ def is_exact() -> bool:
 
     Without VNNI or AMX, x86 adds pairs of products in 16 bits, which saturate.
     """
-    probe = nn.Linear(64, 64, bias=False, device="meta").to_empty(device="cpu")
-    nn.init.ones_(probe.weight)
-    with torch.no_grad():
-        product: Tensor = quantized(probe, "int8_dynamic")(torch.ones(2, 64))
-    return bool(product.sub(64).abs().max() < 1)
+    left, right = (torch.full(shape, 127, dtype=torch.int8) for shape in ((32, 64), (64, 64)))
+    return bool((torch._int_mm(left, right) == 127 * 127 * 64).all())
 
 
 def _format_schemes(schemes: object) -> str:
     """Return `schemes` as one writes them on the command line."""
     return f"[{','.join(map(str, schemes))}]" if isinstance(schemes, list | tuple) else str(schemes)
-
-
-def _torchao(schemes: str) -> ModuleType:
-    """Return torchao's quantisation module, imported when `schemes` first need it."""
-    try:
-        with _quiet("torch.utils._pytree", "torchao"):
-            from torchao import quantization
-    except ImportError as error:
-        raise ConfigError(
-            f"quantize={schemes}: torchao cannot be imported ({error}): pip install torchao, or "
-            "quantize=[]"
-        ) from None
-    module: ModuleType = quantization
-    return module
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Suppress the warnings of these loggers: about torchao's enums and kernels not used here."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _pad_single_inputs(root: nn.Module) -> None:
-    """Let the Linears below `root` that have one input read it twice, with zero weights.
-
-    torchao cannot compute the scales of a matrix with one column, and torch multiplies such int8
-    matrices wrongly on CPU.
-    """
-    for parent in [*root.modules()]:
-        for name, child in [*parent.named_children()]:
-            if type(child) is nn.Linear and child.in_features == 1:
-                setattr(parent, name, _padded(child))
-
-
-def _padded(linear: nn.Linear) -> GatheredLinear:
-    index = torch.zeros(2, dtype=torch.long, device=linear.weight.device)
-    weight = nn.Parameter(F.pad(linear.weight.detach(), (0, 1)))
-    padded = GatheredLinear(weight=weight, bias=linear.bias, index=index, in_features=1)
-    return padded.train(linear.training)
-
-
-def _bytes(tensor: Tensor) -> int:
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_bytes(getattr(tensor, name)) for name in names)
-    return tensor.nbytes

@@ -1,7 +1,6 @@
-"""A Linear whose weight is int8, and the rounding that leads to it.
+"""A Linear whose weight is int8, and the rounding that leads to it."""
 
-Annotations are evaluated here, because TorchScript reads no strings.
-"""
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,6 @@ class Int8Linear(nn.Module):
 
     if TYPE_CHECKING:
         scale: Tensor
-
-    __jit_unused_properties__ = ("weight",)
 
     def __init__(
         self,
@@ -96,6 +93,23 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().clamp(-LEVELS, LEVELS), scale
 
 
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch has a fast kernel for this int8 product: with VNNI or AMX, or on a GPU.
+
+    On a GPU it needs more than 16 rows, and widths that are multiples of 8. Graphs that are
+    exported or compiled do without it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    match x.device.type:
+        case "cpu":
+            return torch.cpu._is_vnni_supported()
+        case "cuda":
+            rows = x.numel() // x.shape[-1]
+            return rows > 16 and all(width % 8 == 0 for width in weight.shape)
+    return False
+
+
 _EXACT = 2**24 // LEVELS**2
 """Columns of int8 matrices whose products in float32 are exact whatever the order of sums."""
 
@@ -103,15 +117,26 @@ _EXACT = 2**24 // LEVELS**2
 def integer_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x W^T in `dtype`, rounded once, for whole numbers x (..., in) and an int8 W (out, in).
 
-    Float32 products of up to 1040 columns are exact. More columns are multiplied in parts, whose
-    sums are added in float64.
+    The result is the same on every device. Where there is a fast kernel it is used. Elsewhere
+    products are in float32, which is exact for up to 1040 columns; more are multiplied in parts,
+    whose sums are added in float64.
     """
-    x, weight = x.float(), weight.float()
+    product = _kernel(x, weight) if has_kernel(x, weight) else _in_float(x.float(), weight.float())
+    return product.to(dtype)
+
+
+def _kernel(x: Tensor, weight: Tensor) -> Tensor:
+    rows = x.to(torch.int8).reshape(-1, weight.shape[1])
+    product: Tensor = torch._int_mm(rows, weight.t())
+    return product.reshape([*x.shape[:-1], len(weight)])
+
+
+def _in_float(x: Tensor, weight: Tensor) -> Tensor:
     columns = weight.shape[1]
     if columns <= _EXACT:
-        return F.linear(x, weight).to(dtype)
+        return F.linear(x, weight)
     total = F.linear(x[..., :_EXACT], weight[:, :_EXACT]).double()
     for start in range(_EXACT, columns, _EXACT):
-        part = slice(start, start + _EXACT)
-        total = total + F.linear(x[..., part], weight[:, part])
-    return total.to(dtype)
+        end = start + _EXACT
+        total = total + F.linear(x[..., start:end], weight[:, start:end])
+    return total

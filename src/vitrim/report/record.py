@@ -45,8 +45,11 @@ def record(
         raise AssertionError(f"the plan's formula gives {formula}, the counter {compact_count}")
     dense_count, final = cost.dense_count, [*stages.values()][-1]
     nothing = Plan(model=plan.model, edits=())
+    bytes_of = [cost.plan(edits).size_bytes for edits in (nothing, plan)]
     dense = _side(dense_count, dense_accuracy, times[0], _as_published(cost, nothing))
     compact = _side(compact_count, final, times[1], _as_published(cost, plan))
+    for side, nbytes in zip((dense, compact), bytes_of, strict=True):
+        side["mb"] = nbytes / 1e6
     return {
         "format": FORMAT,
         "dense": dense,
@@ -58,6 +61,7 @@ def record(
         "kept": {
             "params": compact_count.params / dense_count.params,
             "macs": compact_count.macs / dense_count.macs,
+            "mb": bytes_of[1] / bytes_of[0],
         },
     }
 

@@ -90,7 +90,7 @@ def _latency(dense_ms: float | None, compact_ms: float | None) -> str:
 def int8_table(rows: Sequence[Row]) -> list[list[str]]:
     """Return the headings and a line per row and int8 scheme; nothing where none was evaluated."""
     head = ["method", "model", "data", "strength", "scheme", "MB float", "MB int8"]
-    head += ["top-1 float", "top-1 int8", "n", "delta", "top-5"]
+    head += ["top-1 float", "top-1 int8", "n", "delta", "top-5", "latency ms"]
     pairs = [(row, key[:-3]) for row in rows for key in row.spreads if key.endswith(".mb")]
     return [head, *(_int8_cells(row, prefix) for row, prefix in pairs)] if pairs else []
 
@@ -109,6 +109,7 @@ def _int8_cells(row: Row, prefix: str) -> list[str]:
         str(counted.n if counted else 0),
         fixed(row.mean(f"{prefix}.delta"), "+.2f"),
         fixed(row.mean(f"{prefix}.top5")),
+        _latency(row.mean("compact.latency_ms"), row.mean(f"{prefix}.latency_ms")),
     ]
 
 

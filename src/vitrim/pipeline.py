@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning import Trainer, seed_everything
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
 from vitrim.budget.latency import LatencyTable
@@ -312,7 +312,10 @@ def _quantized(
     """Return the compact network in every int8 scheme, evaluated."""
     networks = {}
     for scheme in job.quantize:
-        int8, its_plan = quantize.in_int8(net, plan, scheme)
+        images: Iterable[Tensor] = ()
+        if scheme == quantize.SMOOTH and runner is not None:
+            images = runner.calibration_images(quantize.SMOOTH_IMAGES)
+        int8, its_plan = quantize.in_int8(net, plan, scheme, images)
         accuracy = None
         if runner is not None and job.data is not None:
             accuracy = runner.accuracy(int8, job.data.n_classes)

@@ -16,6 +16,7 @@ from vitrim import Int8, LowRank, Plan, cut, load
 from vitrim.cli.report import main
 from vitrim.deploy.quantize import (
     SCHEMES,
+    SMOOTH,
     Quantized,
     check,
     in_int8,
@@ -88,7 +89,11 @@ def int8(layer: nn.Module, scheme: str) -> nn.Module:
 
 
 def quantized(net: nn.Module, scheme: str) -> nn.Module:
-    return in_int8(net, Plan(model=MODEL, edits=()), scheme)[0]
+    return in_int8(net, Plan(model=MODEL, edits=()), scheme, seen())[0]
+
+
+def seen() -> list[Tensor]:
+    return [images(dtype=torch.float32, batch=8)]
 
 
 @pytest.mark.parametrize("widths", [(17, 5), (1, 3), (1, 1), (64, 192), (577, 10)], ids=str)
@@ -188,17 +193,18 @@ def test_mixed_precision_evaluates_too(scheme: str) -> None:
 @pytest.mark.parametrize("plan", [plan_of({}), CUT], ids=["dense", "cut"])
 def test_every_linear_is_quantised_and_nothing_else(scheme: str, plan: Plan) -> None:
     dense = small_net(dtype=torch.float32)
-    net, changed = in_int8(cut(dense, plan), plan, scheme)
+    net, changed = in_int8(cut(dense, plan), plan, scheme, seen())
     layers = [module for module in net.modules() if isinstance(module, Int8Linear)]
     assert len(layers) == 2 * 4 + 1
-    assert {layer.dynamic for layer in layers} == {scheme == "int8_dynamic"}
+    assert {layer.dynamic for layer in layers} == {scheme != "int8_weight_only"}
     assert not any(isinstance(module, nn.Linear) for module in net.modules())
     inside = {id(layer.weight_int8) for layer in layers}
     for parameter in net.parameters():
         assert (parameter.dtype == torch.int8) == (id(parameter) in inside)
     assert changed.edits[: len(plan.edits)] == plan.edits
     x = images(dtype=torch.float32)
-    assert torch.equal(logits(net, x), logits(cut(dense, changed), x))
+    if scheme != SMOOTH:  # which changes norms, too
+        assert torch.equal(logits(net, x), logits(cut(dense, changed), x))
 
 
 def test_layers_that_are_int8_stay_as_they_are() -> None:
@@ -229,7 +235,7 @@ def test_megabytes_are_the_bytes_held() -> None:
     assert megabytes(layer) == 4 * (300 * 100 + 100) / 1e6
     net = vit()
     weights = sum(m.weight.nbytes for m in net.modules() if isinstance(m, nn.Linear)) / 1e6
-    for scheme in SCHEMES:  # integers, a scale, the bias in float
+    for scheme in SCHEMES[:2]:  # integers, a scale, the bias in float
         assert megabytes(int8(linear(300, 100), scheme)) == (300 * 100 + 100 * (4 + 4)) / 1e6
         linears = megabytes(quantized(net, scheme)) - (megabytes(net) - weights)
         assert 0.25 * weights < linears < 0.29 * weights
@@ -240,7 +246,7 @@ def test_every_scheme_has_accuracy_megabytes_and_latency() -> None:
     known, plan = {"top1": 50.0, "top5": 90.0, "images": 3}, Plan(model=MODEL, edits=())
     networks = {
         scheme: Quantized(*in_int8(net, plan, scheme), accuracy)
-        for scheme, accuracy in zip(SCHEMES, (known, None), strict=True)
+        for scheme, accuracy in zip(SCHEMES[:2], (known, None), strict=True)
     }
     entries: Any = report_entries(net, networks, [1.0, 2.0])
     assert entries["float_mb"] == megabytes(net)
@@ -260,12 +266,13 @@ def test_every_scheme_has_accuracy_megabytes_and_latency() -> None:
         ("quantize=null", ["quantize=None", "list"]),
         ("quantize=[[]]", ["quantize=[[]]", "list"]),
         ("quantize=[int8_weight_only,int8_weight_only]", ["quantize=", "at most once"]),
+        ("data=none quantize=[int8_dynamic_smooth]", ["needs training images"]),
     ],
 )
 def test_bad_schemes_are_refused_before_the_run(
     command: Command, argument: str, expected: list[str]
 ) -> None:
-    assert_refused(command, *TINY, argument, expected=expected)
+    assert_refused(command, *TINY, *argument.split(), expected=expected)
 
 
 def test_an_unknown_scheme_lists_the_allowed_ones() -> None:
@@ -295,8 +302,10 @@ def test_a_run_reports_and_saves_the_int8_networks(
     x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for scheme, row in report["quantized"].items():
         saved, its_plan = load(folder / scheme)
-        expected, _ = in_int8(net, plan, scheme)
-        assert torch.equal(logits(saved, x), logits(expected, x))
+        if scheme != SMOOTH:
+            expected, _ = in_int8(net, plan, scheme)
+            assert torch.equal(logits(saved, x), logits(expected, x))
+        assert relative_error(logits(saved, x), logits(net, x)) < 0.05
         assert its_plan.in_float() == plan
         assert row["mb"] == megabytes(saved) < 0.4 * report["float_mb"]
         assert abs(row["top1"] - report["compact"]["top1"]) < 5
@@ -313,11 +322,11 @@ def check_report(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out.splitlines()
     assert "vit_digits on digits in int8" in printed
     rows = [line for line in printed if "int8_dynamic" in line or "int8_weight_only" in line]
-    assert len(rows) == 2
+    assert len(rows) == len(SCHEMES)
     assert max(map(len, rows)) <= 120
     text = (command.out / "report" / "report.md").read_text()
     assert "## In int8" in text
-    assert text.count("| int8_") == 2
+    assert text.count("| int8_") == len(SCHEMES)
 
 
 def test_only_runs_that_quantise_get_another_folder(command: Command) -> None:

@@ -191,7 +191,7 @@ def network_digest(folder: str | None) -> str | None:
 
 def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list[str]:
     """Return why the parts of a job do not go together, one sentence each."""
-    problems = _check_target(job, cfg, choices["method"])
+    problems = [*_check_target(job, cfg, choices["method"]), *_check_smooth(job)]
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:
@@ -214,6 +214,19 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     except ConfigError as error:
         problems.append(str(error))
     return problems
+
+
+def _check_smooth(job: Job) -> list[str]:
+    """Return why an int8 scheme that scales by activations does not fit the network or images."""
+    from vitrim.deploy.quantize import SMOOTH, check_smooth
+
+    try:
+        if SMOOTH in job.quantize:
+            trainable = job.data is not None and job.data.trainable
+            check_smooth(job.model.shared_skeleton(), trainable=trainable)
+    except VitrimError as error:
+        return [str(error)]
+    return []
 
 
 def _check_target(job: Job, cfg: Config, name: str | None) -> list[str]:

@@ -1,30 +1,38 @@
 """The compact network of a run in int8: built, evaluated and saved next to the one in float.
 
-    int8_weight_only   int8 weights, one scale per output channel; activations stay in float
-    int8_dynamic       the same weights; int8 activations, one scale per token, at run time
+    int8_weight_only      int8 weights, one scale per output channel; activations stay in float
+    int8_dynamic          the same weights; int8 activations, one scale per token, at run time
+    int8_dynamic_smooth   the same after SmoothQuant's scaling (`vitrim.network.smooth`)
 
-Both are symmetric: scale = max |row| / 127, values rounded to the nearest, zero stays zero. Every
-Linear is quantised, the classifier included, without calibration; convolutions, norms, biases,
-tokens and position embeddings stay in float. The plan of such a network has an Int8 edit for every
-layer. A Linear whose weight the network reads without calling it keeps its activations in float.
+All are symmetric: scale = max |row| / 127, values rounded to the nearest, zero stays zero. Every
+Linear is quantised, the classifier included; convolutions, norms, biases, tokens and position
+embeddings stay in float. int8_dynamic_smooth looks at SMOOTH_IMAGES training images, the others at
+none. The plan of such a network has an Int8 edit for every layer. A Linear whose weight the network
+reads without calling it keeps its activations in float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
-from vitrim.network import structure
+from vitrim.network import stream, structure
 from vitrim.network.int8 import int8_edits
+from vitrim.network.smooth import smooth_
 from vitrim.network.surgery import cut
 from vitrim.plan import Plan
 
-SCHEMES = ("int8_weight_only", "int8_dynamic")
+SMOOTH = "int8_dynamic_smooth"
+SCHEMES = ("int8_weight_only", "int8_dynamic", SMOOTH)
+SMOOTH_IMAGES = 128
+"""Training images whose largest activations SmoothQuant's scaling takes."""
+_EXPONENT = 0.5  # the paper's
 
 
 class Quantized(NamedTuple):
@@ -47,24 +55,41 @@ def check(schemes: object, *, accelerator: str) -> None:
     if len({*schemes}) < len(schemes):
         raise ConfigError(f"quantize={_format_schemes(schemes)}: expected each scheme at most once")
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
-    if "int8_dynamic" in schemes and on_cpu and not is_exact():
+    if {*schemes} - {"int8_weight_only"} and on_cpu and not is_exact():
         raise ConfigError(
             f"quantize={_format_schemes(schemes)}: the int8 products of this processor overflow: "
-            "omit int8_dynamic, or choose trainer=gpu or a processor with VNNI or AMX instructions"
+            "choose int8_weight_only, trainer=gpu, or a processor with VNNI or AMX instructions"
         )
 
 
-def in_int8(net: nn.Module, plan: Plan, scheme: str) -> tuple[nn.Module, Plan]:
+def check_smooth(net: nn.Module, *, trainable: bool) -> None:
+    """Refuse int8_dynamic_smooth where there are no training images, or no norms to scale.
+
+    Raises:
+        ConfigError: there are no training images.
+        UnsupportedArchitecture: `net` has no residual stream of tokens.
+    """
+    if not trainable:
+        raise ConfigError(f"quantize: {SMOOTH} needs training images: omit it, or choose data")
+    stream(net)
+
+
+def in_int8(
+    net: nn.Module, plan: Plan, scheme: str, images: Iterable[Tensor] = ()
+) -> tuple[nn.Module, Plan]:
     """Return a copy of `net`, the result of `plan`, with all Linears in int8, and its plan.
 
-    Layers that are int8 already stay as they are.
+    Layers that are int8 already stay as they are. `images` are batches (B, C, H, W) for
+    int8_dynamic_smooth.
 
     Raises:
         ConfigError: an unknown scheme.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme={scheme}: expected one of {', '.join(SCHEMES)}")
-    edits = int8_edits(net, structure(net), dynamic=scheme == "int8_dynamic")
+    if scheme == SMOOTH:
+        net = smooth_(copy.deepcopy(net), images, exponent=_EXPONENT)
+    edits = int8_edits(net, structure(net), dynamic=scheme != "int8_weight_only")
     int8 = cut(net, Plan(model=plan.model, edits=edits))
     return int8, replace(plan, edits=(*plan.edits, *edits))
 

@@ -193,6 +193,11 @@ class PhaseRunner:
         """Return batches of that many training images, plain and in order."""
         return self.data.calibration_dataloader(images, self.seed)
 
+    def calibration_images(self, images: int) -> Iterator[Tensor]:
+        """Iterate over batches (B, C, H, W) of that many training images, plain and in order."""
+        for batch in cast(Iterable[Sequence[Tensor]], self._calibration(images)):
+            yield batch[0]
+
     def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:
         """Return the `accuracy` of `net`, which is saved in `folder` and computed only once."""
         known = folder / "accuracy.json"

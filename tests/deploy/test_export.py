@@ -28,7 +28,7 @@ from vitrim import Drop, LowRank, Plan, cut, save
 from vitrim.cli.export import main
 from vitrim.deploy import formats
 from vitrim.deploy.export import FILES
-from vitrim.deploy.runfolder import SavedNetwork
+from vitrim.deploy.saved import SavedNetwork
 from vitrim.plan import Keep
 
 SWIN = {

@@ -140,6 +140,17 @@ def folder_name(path: str) -> Path:
     return Path(at_home(path))
 
 
+def count_of(text: str) -> int:
+    """Return the whole number of a command's flag, for argparse.
+
+    Raises:
+        ArgumentTypeError: it is none, or below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+    return int(text)
+
+
 def quoted(word: str) -> str:
     """Return `word` as it is typed in a shell, with the quotes that Hydra needs for its value."""
     key, _, value = word.partition("=")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from vitrim import escape
-from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
+from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
 from vitrim.deploy.bench import bench, show
 from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
@@ -48,16 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         default=["eager"],
         help=f"some of {engines} (default: eager)",
     )
-    add("--threads", type=_count, help="of PyTorch and the other engines (default: PyTorch's)")
-    add("--repeats", type=_count, default=20, help="timed passes of each network (default: 20)")
+    add("--threads", type=count_of, help="of PyTorch and the other engines (default: PyTorch's)")
+    add("--repeats", type=count_of, default=20, help="timed passes of each network (default: 20)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: cpu)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
-    return int(text)
 
 
 def _counts(text: str) -> list[int]:

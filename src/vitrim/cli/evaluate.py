@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitrim import escape
 from vitrim.cli import guard
@@ -22,6 +22,8 @@ from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import digest, own_folder, write
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vitrim.data import Data
 
 
@@ -54,42 +56,87 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
         VitrimError: no finished run, damaged files, or choices that do not fit its network.
     """
     from vitrim.cli import checks
-    from vitrim.cli.compose import compose_for_run
-    from vitrim.cli.hardware import new_trainer
     from vitrim.data.outputs import n_present
     from vitrim.store import load
-    from vitrim.trainer.classify import validate
     from vitrim.versions import versions
 
-    recipe = folder / RECIPE
-    if not recipe.is_file():
-        raise ConfigError(
-            f"{folder}: no {RECIPE}: expected the folder of a run, in which report.json is"
-        )
-    read_recipe(folder)  # refuses what is no recipe
+    check_run(folder)
     net = load(folder)[0].float()  # the images are in float32
-    config, built = compose_for_run("eval", arguments, recipe)
-    data = _checked(folder, config, built)
-    settings = {key: config[key] for key in ("data", "trainer", "seed")}
-    path = folder / "eval" / f"{_name(config, settings)}.json"
-    loaders = data.module(built["model"].spec())
-    trainer = new_trainer(
-        built["trainer"], default_root_dir=folder, enable_progress_bar=config["progress"]
-    )
+    chosen = evaluation(folder, arguments)
+    path = folder / "eval" / f"{_name(chosen.config, chosen.settings)}.json"
     result = {
         "format": 1,
-        **validate(net, trainer, loaders, n_classes=data.n_classes),
-        "classes": n_present(data),
-        "outputs": data.n_classes,
+        **chosen.accuracy(net),
+        "classes": n_present(chosen.data),
+        "outputs": chosen.data.n_classes,
         "network": checks.network_digest(str(folder)),
-        "choices": config["choices"],
-        **settings,
+        "choices": chosen.config["choices"],
+        **chosen.settings,
         **versions(),
     }
     own_folder(path.parent)
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     write(path, lambda file: file.write_text(text))
     return path, result
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that is not that of a run.
+
+    Raises:
+        VitrimError: naming the file that is missing, or malformed.
+    """
+    if not (folder / RECIPE).is_file():
+        raise ConfigError(
+            f"{folder}: no {RECIPE}: expected the folder of a run, in which report.json is"
+        )
+    read_recipe(folder)
+
+
+class Evaluation(NamedTuple):
+    """Images to evaluate a run's network on, and how.
+
+    Args:
+        folder: of the run.
+        config: what was chosen, as plain data.
+        built: the data set as it was chosen, the trainer and the model.
+        data: the images with the network's outputs as labels.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    built: Mapping[str, Any]
+    data: Data
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {key: self.config[key] for key in ("data", "trainer", "seed")}
+
+    def accuracy(self, net: nn.Module) -> dict[str, float]:
+        """Return top-1 and top-5 of `net` in percent, and the number of `images`."""
+        from vitrim.cli.hardware import new_trainer
+        from vitrim.trainer.classify import validate
+
+        trainer = new_trainer(
+            self.built["trainer"],
+            default_root_dir=self.folder,
+            enable_progress_bar=self.config["progress"],
+        )
+        loaders = self.data.module(self.built["model"].spec())
+        return validate(net, trainer, loaders, n_classes=self.data.n_classes)
+
+
+def evaluation(folder: Path, arguments: Sequence[str]) -> Evaluation:
+    """Return what `arguments` choose for the network of the run in `folder`.
+
+    Raises:
+        VitrimError: choices that do not fit the network.
+    """
+    from vitrim.cli.compose import compose_for_run
+
+    config, built = compose_for_run("eval", arguments, folder / RECIPE)
+    return Evaluation(folder, config, built, _checked(folder, config, built))
 
 
 def _checked(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) -> Data:

@@ -1,4 +1,7 @@
-"""The command `vitrim-export`: a finished run in the format of other programs."""
+"""The command `vitrim-export`: a finished run in the format of other programs.
+
+int8_static calibrates and evaluates on images, which are chosen as for vitrim-eval.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitrim import escape
-from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
+from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
 from vitrim.deploy import export as module
-from vitrim.deploy.export import FILES, PRECISIONS, export
-from vitrim.errors import VitrimError
+from vitrim.deploy.export import FILES, PRECISIONS, check_precision, export
+from vitrim.errors import ConfigError, VitrimError
+
+if TYPE_CHECKING:
+    from vitrim.deploy.static_int8 import Images
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:
         use_utf8("vitrim.cli.export")
     show_every_character()
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
         path, error = export(
             options.run,
@@ -27,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out=options.out,
             precision=options.precision,
             image_size=options.image_size,
+            images=_images(options),
         )
     except (VitrimError, OSError) as failure:
         message = _explain(failure, options.out or options.run)
@@ -34,6 +42,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     print(f"{options.format}: {error}")
     print(escape.terminal(path), flush=True)
+
+
+def _images(options: argparse.Namespace) -> Images | None:
+    """Return what int8_static calibrates and evaluates on; None for other precisions.
+
+    Raises:
+        ConfigError: images for another precision, or none for this one.
+    """
+    check_precision(options.format, options.precision)
+    is_static = options.precision == "int8_static"
+    if not is_static and options.choices:
+        raise ConfigError(
+            f"{' '.join(options.choices)}: only --precision int8_static looks at images"
+        )
+    if not is_static:
+        return None
+    if options.image_size is not None:
+        raise ConfigError("--image-size: int8_static takes images of the run's size")
+    if not any(word.startswith("data=") for word in options.choices):
+        raise ConfigError(
+            "--precision int8_static calibrates on training images and evaluates on others: add "
+            "data=NAME, as for vitrim-eval"
+        )
+    from vitrim.cli.calibration import images_for
+
+    return images_for(options.run, options.choices, options.calibration_images)
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -57,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="the folder of a finished run (plan.json is in it)",
     )
+    add("choices", nargs="*", help="of int8_static: data=NAME data.root=DIR ... as for vitrim-eval")
     add(
         *("--format", "--to"),
         required=True,
@@ -69,7 +104,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder to write (default: RUN/export/FORMAT)",
     )
-    add("--precision", choices=PRECISIONS, default="f32", help="of openvino (default: f32)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="f32",
+        help="of openvino; int8_static also of onnx (default: f32)",
+    )
+    add(
+        "--calibration-images",
+        type=count_of,
+        default=300,
+        metavar="N",
+        help="training images that int8_static is calibrated on (default: 300)",
+    )
     add(
         "--image-size",
         type=int,

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from timm import __version__ as timm_version
 
 from vitrim import escape
-from vitrim.deploy.runfolder import SavedNetwork
+from vitrim.deploy.saved import SavedNetwork
 from vitrim.deploy.table import markdown_table
 from vitrim.network import structure
 from vitrim.network.skeleton import shared_skeleton

@@ -8,7 +8,10 @@
     hf        the same folder     with a model card, ready for a hub
 
 The logits of what was written are compared with those of the network; then it replaces an earlier
-export. torch is imported when an export starts, not before.
+export. --precision int8_static, of onnx and openvino, stores activations in int8 as well: it takes
+images to calibrate and to evaluate on (data=NAME data.root=DIR, as for vitrim), and writes size,
+accuracy and latency next to those of the network in float to int8.json. torch is imported when an
+export starts, not before.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitrim.errors import VitrimError
 from vitrim.files import refuse_link
 
+if TYPE_CHECKING:
+    from vitrim.deploy.static_int8 import Images
+
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "", "hf": ""}
 """The file of each format, in its folder; empty where it is the folder itself."""
 
-PRECISIONS = ("f32", "bf16", "int8")
+PRECISIONS = ("f32", "bf16", "int8", "int8_static")
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -45,10 +52,12 @@ def export(
     out: Path | None = None,
     precision: str = "f32",
     image_size: int | None = None,
+    images: Images | None = None,
 ) -> tuple[Path, str]:
     """Write the network saved in `run` in the format `format_name`, one of FILES.
 
-    Files of an earlier export are replaced only once all of the new ones are complete.
+    Files of an earlier export are replaced only once all of the new ones are complete. `images` are
+    those that int8_static calibrates and evaluates on.
 
     Returns:
         The absolute path of what was written, and how far its logits are from the network's.
@@ -57,9 +66,12 @@ def export(
         VitrimError: `run` is no folder that vitrim saved, a package is missing, the format cannot
             hold the network, or the exported network computes something else.
     """
-    _check(format_name, precision)
+    check_precision(format_name, precision)
+    if (precision == "int8_static") != (images is not None):
+        raise ExportError("int8_static, and nothing else, needs images to calibrate on")
     from vitrim.deploy import formats
-    from vitrim.deploy.runfolder import read_network
+    from vitrim.deploy.saved import read_network
+    from vitrim.deploy.static_int8 import write_static_int8
 
     saved = read_network(run, image_size=image_size)
     formats.check_images(saved)
@@ -69,6 +81,8 @@ def export(
     with _staged(folder.absolute()) as stage:
         try:
             match format_name:
+                case "onnx" | "openvino" if images is not None:
+                    error = write_static_int8(saved, stage / FILES[format_name], images)
                 case "onnx":
                     error = formats.onnx(saved, stage / FILES[format_name])
                 case "openvino":
@@ -84,13 +98,19 @@ def export(
     return (folder / FILES[format_name]).absolute(), error
 
 
-def _check(format_name: str, precision: str) -> None:
-    """Refuse what cannot work before the network is read."""
-    if precision != "f32" and format_name != "openvino":
+def check_precision(format_name: str, precision: str) -> None:
+    """Refuse what cannot work before the network is read.
+
+    Raises:
+        ExportError: the format has no such precision, or a package is missing.
+    """
+    supporting = {"f32": [*FILES], "int8_static": ["onnx", "openvino"]}.get(precision, ["openvino"])
+    if format_name not in supporting:
         raise ExportError(
-            f"--precision {precision}: only --format openvino has it, {format_name} is in f32"
+            f"--precision {precision}: only --format {' or '.join(supporting)} has it, "
+            f"{format_name} is in f32"
         )
-    needed = [*_PACKAGES.get(format_name, ()), *(["nncf"] if precision == "int8" else [])]
+    needed = [*_PACKAGES.get(format_name, ()), *(["nncf"] if "int8" in precision else [])]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         options = f" --precision {precision}" if precision != "f32" else ""

@@ -1,7 +1,7 @@
 """The reader of run folders: report.json, plan.json, diagnostics.json and recipe.yaml.
 
 Every command that reads a run does it here, with one set of checks. Folders of version 0.1.0 are
-read as well. Importing this module imports no torch; `read_network` does, when it is called.
+read as well. Importing this module imports no torch; `vitrim.deploy.saved` reads the network.
 """
 
 from __future__ import annotations
@@ -10,18 +10,12 @@ import json
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from vitrim.errors import is_count
 from vitrim.files import PHASES, PLAN, StoreError, printable, read_bytes, read_yaml
 from vitrim.plan import MAX_BYTES, Plan, loads
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vitrim.data import ImageSpec
 
 REPORT, RECIPE, DIAGNOSTICS = "report.json", "recipe.yaml", "diagnostics.json"
 FORMAT = 1
@@ -170,12 +164,12 @@ def read_classes(folder: Path) -> list[str]:
 
 
 def read_recipe(folder: Path) -> Document:
-    """Return recipe.yaml, empty where there is none.
+    """Return recipe.yaml, empty where there is none; that of its run for an int8 network.
 
     Raises:
         RunFolderError: naming the file and what is wrong with it.
     """
-    path = folder / RECIPE
+    path = folder_of_run(folder) / RECIPE
     if not path.is_file():
         return {}
     try:
@@ -189,6 +183,16 @@ def read_recipe(folder: Path) -> Document:
     if wrong:
         raise RunFolderError(f"{path}: of a wrong type or out of range: model.{wrong[0]}")
     return recipe
+
+
+def folder_of_run(folder: Path) -> Path:
+    """Return the folder of the run that saved the network in `folder`: its own, or the parent.
+
+    The int8 networks of a run are in folders inside the run's.
+    """
+    inside = (folder / PLAN).is_file() and not (folder / RECIPE).is_file()
+    parent = folder.absolute().parent
+    return parent if inside and (parent / RECIPE).is_file() else folder
 
 
 def _is_side(value: object) -> bool:
@@ -312,80 +316,3 @@ def _is_sound(key: str, value: object) -> bool:
         case int() | float():
             return 0 <= value <= _LARGEST.get(key.rpartition(".")[2], _MAX_NUMBER)
     return True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedNetwork:
-    """The compact network of a run, in float32, and what its folder says about it.
-
-    `recipe` and `report` are recipe.yaml and report.json, empty where the folder has none;
-    `timm_config` is timm's description of the dense weights.
-    """
-
-    net: nn.Module
-    plan: Plan
-    images: ImageSpec
-    recipe: Document
-    report: Document
-    timm_config: Document
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the outputs, in order; empty where the report does not name all of them."""
-        names = self.report.get("classes", [])
-        fits = isinstance(names, list) and len(names) == self.net.num_classes
-        return [str(name) for name in names] if fits else []
-
-
-def read_network(folder: Path, *, image_size: int | None = None) -> SavedNetwork:
-    """Load the network in the folder of a run, or in one that `vitrim.save` wrote.
-
-    Args:
-        folder: where plan.json, model.safetensors and manifest.json are.
-        image_size: the side of the images in pixels; by default as the run had them.
-
-    Raises:
-        StoreError: a file is missing, damaged or malformed.
-        PlanError: the plan is malformed.
-    """
-    from vitrim.store import load
-
-    net, plan = load(folder)
-    recipe = read_recipe(folder)
-    report: Document = {}
-    if (folder / REPORT).exists():
-        read_run(folder)  # refuses what cannot be shown in a card
-        report = read_report(folder)
-    preparation = {
-        key: value for key, value in recipe.get("model", {}).items() if value is not None
-    }
-    if image_size is not None:
-        preparation["image_size"] = image_size
-    return SavedNetwork(
-        net=net.float(),
-        plan=plan,
-        images=_image_spec(net, plan, preparation),
-        recipe=recipe,
-        report=report,
-        timm_config=cast(Document, net.pretrained_cfg),
-    )
-
-
-def _image_spec(net: nn.Module, plan: Plan, preparation: Document) -> ImageSpec:
-    """Return what images the network takes: as timm says, but for what the run set."""
-    from timm.data import resolve_model_data_config
-
-    from vitrim.data import ImageSpec
-
-    config = resolve_model_data_config(net)
-    args = plan.model["args"]
-    channels, height, width = config["input_size"]
-    size = preparation.get("image_size", args.get("img_size", (height, width)))
-    return ImageSpec(
-        channels=args.get("in_chans", channels),
-        size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-        mean=preparation.get("mean", config["mean"]),
-        std=preparation.get("std", config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-    )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lightning import Trainer, seed_everything
 from torch import Tensor, nn
 
-from vitrim.budget.cost import Cost
+from vitrim.budget.cost import Cost, shared_cost
 from vitrim.budget.latency import LatencyTable
 from vitrim.budget.target import Target
 from vitrim.data import Data, bad_images, outputs
@@ -153,7 +153,7 @@ def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
     runner = _runner(job, identity, folder)
     seed_everything(job.seed, verbose=False)  # for weights that are drawn
     dense, dense_accuracy = _dense(job, identity, runner)
-    cost = Cost(dense, job.model.spec().size, latency_table=job.latency_table)
+    cost = _cost(job, dense)
     compressed = _compressed(job, identity, runner, dense, cost, folder)
     stages = _stages(job, runner, compressed, dense_accuracy, folder)
     compressed = _with_int8_layers(job, runner, compressed, stages, folder)
@@ -211,6 +211,20 @@ def _dense(job: Job, identity: Identity, runner: PhaseRunner | None) -> tuple[nn
         phase = Classify(net, recipe=job.model.training, n_classes=job.data.n_classes)
         runner.run_or_load(folder, phase, name="dense")
     return net.eval(), runner.evaluate(folder, net, job.data.n_classes)
+
+
+def _cost(job: Job, dense: nn.Module) -> Cost:
+    """Return the formula of the dense network: its skeleton's, which checks may have counted."""
+    skeleton = job.model.shared_skeleton()
+    if _outline(dense) != _outline(skeleton):  # the tag of its weights changes the network
+        return Cost(dense, job.model.spec().size, latency_table=job.latency_table)
+    return shared_cost(skeleton, job.model.spec().size, job.latency_table)
+
+
+def _outline(net: nn.Module) -> tuple[list[object], list[object]]:
+    """Return the types of all modules and the shapes of all parameters, by name."""
+    modules = [(name, type(module)) for name, module in net.named_modules()]
+    return [*modules], [(name, value.shape) for name, value in net.named_parameters()]
 
 
 def _compressed(

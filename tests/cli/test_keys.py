@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from command import QUICK, Command
 from refusals import TINY, assert_refused
+from vitrim.budget import cost
 from vitrim.cli import app
 from vitrim.errors import ConfigError
 from vitrim.jobs import distributed
@@ -124,6 +128,27 @@ def test_the_bound_also_holds_where_processes_are_started() -> None:
     check_workers(8)
 
 
+def test_a_run_is_composed_once_and_its_dense_network_counted_once(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counting(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(Hydra, "compose_config")
+    counting(cost, "count_layers")
+    cost.shared_cost.cache_clear()
+    assert command(*QUICK, "data=none").code == 0
+    assert calls == {"compose_config": 1, "count_layers": 1}
+
+
 SWEEPING = """# @package _global_
 defaults:
   - override /data: none
@@ -153,8 +178,10 @@ def test_a_sweep_in_a_yaml_is_refused_and_jobs_of_a_sweep_are_single_runs(
     assert "hydra.mode=MULTIRUN: a file must not set" in refused.message
     assert not jobs
     words = ("-m", "latency.repeats=1", "data=none")
-    assert command(*words, "strength=0,1").code == 0
-    assert len(jobs) == 2
+    for asked in (words, ("hydra.mode=MULTIRUN", *words[1:])):
+        jobs.clear()
+        assert command(*asked, "strength=0,1").code == 0
+        assert len(jobs) == 2
     done = command(*jobs[1])
     assert done.code == 0, done.message
     assert len(jobs) == 2  # it started none of its own

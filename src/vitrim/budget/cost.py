@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from torch import nn
@@ -256,6 +257,19 @@ class Cost:
             tokens = self._positions[attention.qkv]
             dims = len(survivors[attention.qk]) + len(survivors[attention.v])
             yield tokens, attention.context or tokens, len(survivors[attention.heads]), dims
+
+
+@lru_cache(maxsize=4)
+def shared_cost(
+    net: nn.Module,
+    input_size: tuple[int, ...],
+    latency_table: Callable[[], TimeModel] | None = None,
+) -> Cost:
+    """Return the `Cost` of a network that nobody modifies, made once (`shared_skeleton`).
+
+    Arguments as those of `Cost`.
+    """
+    return Cost(net, input_size, latency_table=latency_table)
 
 
 def _constants(

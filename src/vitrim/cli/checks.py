@@ -231,7 +231,7 @@ def _check_smooth(job: Job) -> list[str]:
 
 def _check_target(job: Job, cfg: Config, name: str | None) -> list[str]:
     """Return why the method cannot meet the target on this network."""
-    from vitrim.budget.cost import Cost
+    from vitrim.budget.cost import Cost, shared_cost
     from vitrim.cli.suitable import hint
     from vitrim.method import scorer_of
     from vitrim.network import UnsupportedArchitecture
@@ -240,7 +240,7 @@ def _check_target(job: Job, cfg: Config, name: str | None) -> list[str]:
     model, method, target = job.model, job.method, job.target
     problems = []
     try:
-        cost = Cost(model.shared_skeleton(), model.spec().size, latency_table=job.latency_table)
+        cost = shared_cost(model.shared_skeleton(), model.spec().size, job.latency_table)
     except VitrimError as error:
         return [str(error)]
     own, net = cost, model.skeleton()

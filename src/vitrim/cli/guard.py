@@ -13,10 +13,12 @@ from typing import Any, cast
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -85,6 +87,7 @@ def install() -> None:
     _wrap(ConfigRepository, "load_config", _with_checked_file)
     _wrap(ConfigLoaderImpl, "_load_single_config", _with_checked_content)
     _wrap(ConfigLoaderImpl, name, _with_checked_result)
+    _wrap(Hydra, "get_mode", _without_composing)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], object]) -> None:
@@ -161,6 +164,27 @@ def _with_checked_result(load: Callable[..., DictConfig]) -> Callable[..., DictC
         return cfg
 
     return checked
+
+
+def _without_composing(get_mode: Callable[..., RunMode | None]) -> Callable[..., RunMode | None]:
+    """Return Hydra's way to the mode of a command, which composes only where a word may set it.
+
+    No file can (`config_files.check_content`), and Hydra would compose every run twice.
+    """
+
+    @wraps(get_mode)
+    def known(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+        keys = [word.partition("=")[0].strip("+~ ") for word in overrides]
+        setting = [
+            word
+            for key, word in zip(keys, overrides, strict=True)
+            if key == "hydra" or key.startswith("hydra.mode")
+        ]
+        if setting == ["hydra.mode=RUN"]:  # of a job of a sweep
+            return RunMode.RUN
+        return get_mode(hydra, config_name, overrides) if setting else None
+
+    return known
 
 
 def _check_word(word: str) -> None:

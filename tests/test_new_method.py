@@ -1,9 +1,8 @@
 """A method of somebody's own package passes the whole contract without an edit anywhere else."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh import python
 
 METHOD = '''
 """Depth pruning: blocks whose output points where their input points go (arXiv 2403.17887)."""
@@ -91,13 +90,12 @@ def test_a_method_of_another_package_passes_the_contract(tmp_path: Path) -> None
     (package / "__init__.py").write_text("")
     (package / "angular.py").write_text(METHOD.lstrip())
     (package / "conf" / "method" / "angular.yaml").write_text(YAML.lstrip())
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "tests/test_contract.py"],
-        env={**os.environ, "VITRIM_CONTRACT_PACKAGE": str(package), "PYTEST_XDIST_WORKER": ""},
+    done = python(
+        *("-m", "pytest", "-q", "--no-header", "-p", "no:xdist", "tests/test_contract.py"),
+        *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of what is imported already
         cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
+        VITRIM_CONTRACT_PACKAGE=str(package),
+        PYTEST_XDIST_WORKER="",
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -1,11 +1,12 @@
 """The pipeline called from Python, without Hydra and without a command."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+from fresh import python
+
 SCRIPT = """
-import sys
+import sys, warnings
+warnings.simplefilter("ignore")
 from functools import partial
 from pathlib import Path
 from lightning import Trainer
@@ -60,11 +61,6 @@ assert not {"hydra", "omegaconf"} & sys.modules.keys()
 
 
 def test_python_compresses_without_hydra(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", SCRIPT, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "report.json").is_file()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ import torch
 
 import vitrim
 from command import QUICK, Command
+from fresh import Popen
 from refusals import TINY, assert_refused
 from vitrim.cli.app import main
 from vitrim.cli.compose import CONF
@@ -222,7 +224,8 @@ def test_vit_base_is_counted_exactly_without_images(command: Command) -> None:
     assert report["dense"]["top1"] is None
 
 
-def test_a_multirun_prints_every_report(command: Command) -> None:
+def test_a_multirun_prints_every_report(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrim.jobs.sweep.subprocess", SimpleNamespace(Popen=Popen))
     done = command("-m", *TINY, "data=none", "strength=0,5")
     assert done.code == 0
     assert len(list(command.out.rglob("report.json"))) == 2

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 import vitrim
 from command import QUICK, Command
+from fresh import python, together
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
 from vitrim.errors import ConfigError
@@ -31,13 +32,30 @@ TWO = ("trainer.devices=2", "trainer.strategy=ddp", "strength=3")
 
 
 def ran(*command: str) -> Path:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=500
-    )
+    done = python(*command, timeout=500, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.endswith("report.json")]
     return Path(line)
+
+
+def of_torchrun(processes: int) -> list[dict[str, str]]:
+    """Return what `torchrun --nproc-per-node` sets in the environment of each process."""
+    alike = {
+        "TORCHELASTIC_RUN_ID": "tests",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    return [{**alike, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def accuracy_of(folder: Path) -> float:
@@ -69,15 +87,25 @@ def test_under_torchrun_statistics_are_those_of_one_process(
     start = command(*QUICK, "strength=0").report.parent
     words = (*QUICK, f"model.checkpoint={start}", "method=oneshot", "target.macs=0.7")
     alone = command(*words).report.parent
-    together = ran(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "vitrim", *words, "trainer.devices=2", "trainer.strategy=ddp",
-        f"out={tmp_path / 'two'}",
-    ).parent  # fmt: skip
-    plans = [json.loads((folder / "plan.json").read_text()) for folder in (alone, together)]
+    more = ("trainer.devices=2", "trainer.strategy=ddp", f"out={tmp_path / 'two'}")
+    two = together([("-m", "vitrim", *words, *more)] * 2, env=of_torchrun(2), timeout=500)
+    assert [done.returncode for done in two] == [0, 0], two[0].stderr
+    (report,) = tmp_path.glob("two/*/*/report.json")
+    assert two[0].stdout.splitlines()[-1] == str(report)
+    both = report.parent
+    plans = [json.loads((folder / "plan.json").read_text()) for folder in (alone, both)]
     assert plans[0]["edits"] == plans[1]["edits"]
-    one, two = ((folder / "model.safetensors").read_bytes() for folder in (alone, together))
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in (alone, both))
     assert one == two
+
+
+@pytest.mark.slow
+def test_torchrun_itself_starts_a_run(tmp_path: Path) -> None:
+    report = ran(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "vitrim", *QUICK, *TWO, "method=oneshot", f"out={tmp_path}",
+    )  # fmt: skip
+    assert json.loads((report.parent / "status.json").read_text())["status"] == "DONE"
 
 
 def test_sweeps_of_jobs_of_several_processes_are_refused(command: Command) -> None:
@@ -109,11 +137,8 @@ def test_devices_that_are_no_number_are_refused() -> None:
 @contextmanager
 def forked(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], object]) -> Iterator[list[Any]]:
     """Run `work` in two joined processes; at the end expect that both return within a minute."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
     def joined(rank: int) -> None:
         os.environ["LOCAL_RANK"] = str(rank)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import vitrim
 from conftest import skeleton_net, small_net
+from fresh import python
 from vitrim.network import structure
 from vitrim.network.structure import of_kind
 
@@ -85,12 +83,6 @@ def test_a_family_module_is_found_without_another_edit(tmp_path: Path) -> None:
     package = tmp_path / "vitrim"
     shutil.copytree(Path(vitrim.__file__).parent, package)
     (package / "network" / "family" / "toy.py").write_text(FAMILY)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", SCRIPT, str(tmp_path), PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "2", "True"]

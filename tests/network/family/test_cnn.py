@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.nn.modules.batchnorm import BatchNorm2d
 
 from command import Command
 from conftest import images, outputs, plans, randomise, relative_error, skeleton_net
+from fresh import python
 from vitrim import Drop, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
@@ -239,8 +238,8 @@ def test_another_process_reads_the_same_network_to_the_bit(tmp_path: Path) -> No
     for kind, folder in folders.items():
         save(folder, cut(net(kind, torch.float32), half(kind)), half(kind))
         safetensors.torch.save_file({"x": x}, folder / "x")
-    command = [sys.executable, "-c", READ, *(str(folder) for folder in folders.values())]
-    subprocess.run(command, check=True)
+    done = python("-c", READ, *(str(folder) for folder in folders.values()))
+    assert done.returncode == 0, done.stderr
     for kind, folder in folders.items():
         compact, loaded = cut(net(kind, torch.float32), half(kind)), load_file(folder / "read")
         with torch.no_grad():

@@ -1,15 +1,13 @@
 """DINOv2-S with the hub's head: its names, its size, its cut."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 
 from conftest import plan_of, relative_error, skeleton_net
+from loading import logits_elsewhere
 from vitrim import count, cut, load, masked
 from vitrim.closed_form.reconstruction import reconstruct
 from vitrim.network import stream, structure
@@ -138,14 +136,6 @@ def test_the_hubs_files_are_put_together(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_saved_network_is_found_by_name_in_a_fresh_process(tmp_path: Path) -> None:
     net = cut(small(), PLAN)
     save(tmp_path / "run", net, PLAN)
-    code = (
-        "import sys, torch, safetensors.torch, vitrim;"
-        "net, _ = vitrim.load(sys.argv[1]); x = safetensors.torch.load_file(sys.argv[2])['x'];"
-        "safetensors.torch.save_file({'y': net(x).detach()}, sys.argv[3])"
-    )
-    inputs, outputs = tmp_path / "x", tmp_path / "y"
-    safetensors.torch.save_file({"x": pictures()}, inputs)
-    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(inputs), str(outputs)]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    logits = logits_elsewhere(tmp_path / "run", pictures(), tmp_path)
     with torch.no_grad():
-        assert torch.equal(safetensors.torch.load_file(outputs)["y"], net(pictures()))
+        assert torch.equal(logits, net(pictures()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,16 @@ def swin(depths: str) -> tuple[str, ...]:
         f"+model.args.depths={depths}",
         "+model.args.num_heads=[2,3]",
     )
+
+
+def folder_of(*arguments: str) -> Path:
+    """Run `vitrim` without the fixtures of a test and return the folder of its run."""
+    printed = io.StringIO()
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["vitrim", *arguments])
+        main()
+    return Path(printed.getvalue().splitlines()[-1]).parent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,11 @@ settings.register_profile(
     "vitrim",
     derandomize=True,
     deadline=None,
-    max_examples=25,
+    max_examples=12,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
     suppress_health_check=[HealthCheck.too_slow],  # slow on a busy machine only
 )
+settings.register_profile("nightly", settings.get_profile("vitrim"), max_examples=100)
 settings.load_profile("vitrim")
 torch.set_num_threads(1)  # networks this small are slower on two
 
@@ -227,6 +229,15 @@ def images_in(root: Path, **changes: Any) -> ImageFiles:
         "mixing": PLAIN,
     }
     return image_folder(**{**arguments, **changes})
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return what gives the folder of a finished run, made once; tests must not change it."""
+    from command import folder_of
+
+    out = tmp_path_factory.mktemp("finished")
+    return cache(lambda *arguments: folder_of(f"out={out}", *arguments))
 
 
 @pytest.fixture

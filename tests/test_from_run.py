@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,17 @@ from vitrim.plan import Keep, LowRank
 LOW_RANK = ("method=mixed_rank", "target.params=0.6", *QUICK)
 
 
-@pytest.fixture
-def sliced(command: Command) -> Path:
-    done = command("method=oneshot", "target.params=0.8", *QUICK)
-    assert done.code == 0, done.message
-    return done.report.parent
+Finished = Callable[..., Path]
 
 
 @pytest.fixture
-def unseen(command: Command) -> Path:
-    done = command("method=oneshot", "data=none", "target.params=0.8", "latency.repeats=1")
-    return done.report.parent
+def sliced(finished: Finished) -> Path:
+    return finished("method=oneshot", "target.params=0.8", *QUICK)
+
+
+@pytest.fixture
+def unseen(finished: Finished) -> Path:
+    return finished("method=oneshot", "data=none", "target.params=0.8", "latency.repeats=1")
 
 
 def test_a_sliced_network_is_factorised_within_a_joint_budget(
@@ -87,10 +88,10 @@ def test_strength_zero_keeps_what_it_begins_with(command: Command, unseen: Path)
     ],
 )
 def test_units_of_layers_in_two_factors_are_not_ranked(
-    command: Command, unseen: Path, arguments: tuple[str, ...]
+    command: Command, finished: Finished, unseen: Path, arguments: tuple[str, ...]
 ) -> None:
-    low = command("method=mixed_rank", "target.params=0.6", "data=none", f"from_run={unseen}")
-    done = command(*arguments, "target.macs=0.4", "data=none", f"from_run={low.report.parent}")
+    low = finished("method=mixed_rank", "target.params=0.6", "data=none", f"from_run={unseen}")
+    done = command(*arguments, "target.macs=0.4", "data=none", f"from_run={low}")
     assert done.code == 1
     assert "two factors" in done.message
 

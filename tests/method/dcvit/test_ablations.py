@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -18,13 +15,11 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 
 import vitrim
-from command import QUICK
+from command import QUICK, folder_of
 from vitrim.budget.cost import Cost
-from vitrim.cli.app import main
 from vitrim.files import WEIGHTS, sha256
 from vitrim.method.dcvit.accounting import paper_macs
 from vitrim.plan import Plan
@@ -95,22 +90,12 @@ class Table:
         return Cost(self.dense, self.images.shape[-1])
 
 
-def run(*words: str) -> Path:
-    """Run the command and return its folder."""
-    printed = io.StringIO()
-    GlobalHydra.instance().clear()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", ["vitrim", *words])
-        main()
-    return Path(printed.getvalue().splitlines()[-1]).parent
-
-
 def table(out: Path, overlay: str, longer: int, *words: str) -> dict[str, Row]:
     """Run all rows below `out`."""
     rows = {}
     for name, options in ROWS.items():
         own = [f"method.{option}".replace("LONGER", str(longer)) for option in options]
-        rows[name] = Row(run(f"experiment=dcvit/{overlay}", f"out={out}", *words, *own))
+        rows[name] = Row(folder_of(f"experiment=dcvit/{overlay}", f"out={out}", *words, *own))
     return rows
 
 

@@ -157,6 +157,10 @@ class Cost:
             for name, layer in linears_of(net).items()
         }
         self._terms = list(_terms(net, self.structure, self._positions, self._linears))
+        self._terms_of = {
+            name: [term for term in self._terms if term.branch == name]
+            for name in {term.branch for term in self._terms}
+        }
         self._unsliced = self._linears.keys() - {term.linear for term in self._terms}
         dense = propagate(self.structure, {})
         weights = [_weights(term, dense, {}) for term in self._terms]
@@ -175,6 +179,7 @@ class Cost:
         ranks: Mapping[str, int] | None = None,
         dropped: Collection[str] = (),
         int8: Collection[str] = (),
+        within: str | None = None,
     ) -> Amount:
         """Return what remains.
 
@@ -184,12 +189,14 @@ class Cost:
             ranks: the rank of each layer, or piece of a layer, that is in two factors.
             dropped: the branches that are removed, with their norms and layer scales.
             int8: the layers whose weights are int8.
+            within: a branch: only its layers are counted then, besides all constants, so that two
+                amounts differ by what they do in networks that are alike elsewhere.
         """
         constants = [self._constant_of_branch[name] for name in dropped]
         params = self._constant.params - sum(constant.params for constant in constants)
         size = self._constant.nbytes - sum(constant.nbytes for constant in constants)
         macs = self._constant_macs
-        for term in self._terms:
+        for term in self._terms if within is None else self._terms_of.get(within, ()):
             if term.branch not in dropped:
                 weights = _weights(term, survivors, ranks or {})
                 params += term.params * weights
@@ -243,6 +250,11 @@ class Cost:
             dropped_of(self.structure, plan),
             {edit.linear for edit in plan.int8s()},
         )
+
+    @property
+    def linears(self) -> Collection[str]:
+        """The layers that can be int8."""
+        return self._linears.keys()
 
     def positions(self, layer: str) -> int:
         """Return at how many positions of one image a layer is applied."""

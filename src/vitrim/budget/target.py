@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -29,11 +29,12 @@ class Target:
     For blocks, `keep` is the number of blocks to remove, fractions included: the target is the MACs
     of the dense network minus those of that many blocks of mean size. For latency it is a fraction
     of the dense network's latency, for latency_ms a latency in milliseconds. For size_mb it is the
-    size of the saved tensors in 1e6 bytes.
+    size of the saved tensors in 1e6 bytes. `others` are further targets that must be met as well.
     """
 
     metric: Metric
     keep: float | int
+    others: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -65,6 +66,11 @@ class Target:
             f"target.{self.metric}={self.keep}: expected the fraction to keep, above 0 and at most "
             f"1, or the number of {self.metric} to keep, a whole number from 2 on"
         )
+
+    @property
+    def all(self) -> tuple[Target, ...]:
+        """This target and the others, each alone."""
+        return (replace(self, others=()), *self.others)
 
     @property
     def is_time(self) -> bool:
@@ -99,7 +105,8 @@ class Target:
     @property
     def is_identity(self) -> bool:
         """Whether nothing has to be removed."""
-        return self.metric not in ("blocks", "size_mb", "latency_ms") and self.keep == 1
+        unbounded = self.metric not in ("blocks", "size_mb", "latency_ms") and self.keep == 1
+        return unbounded and all(other.is_identity for other in self.others)
 
     def limit(self, dense: int) -> int:
         """Return how much of `dense` may remain.
@@ -142,8 +149,9 @@ def resolve_target(
     levels: Sequence[float],
     metric: Metric,
     where: str,
+    several: bool = False,
 ) -> Target:
-    """Return the target of a run: the one entry of `target` that is set, else that of `strength`.
+    """Return the target of a run: the entries of `target` that are set, else that of `strength`.
 
     Args:
         strength: 0 to 5, or None where `target` has an entry.
@@ -151,6 +159,7 @@ def resolve_target(
         levels: the fractions of `metric` kept at strengths 0 to 5; (1,) if nothing is ever removed.
         metric: what `levels` are fractions of.
         where: the file that has the levels, for messages.
+        several: whether more than one target may be set.
 
     Raises:
         TargetError: naming the value and what is allowed.
@@ -161,11 +170,15 @@ def resolve_target(
             raise TargetError(f"{where} removes nothing: set strength=0 and no target")
         return Target(metric=metric, keep=1.0)
     _check_strength(strength, levels, where=where)
-    if len(given) > 1:
+    if len(given) > 1 and not several:
         names = ", ".join(f"target.{name}" for name in given)
         raise TargetError(f"{names}: expected at most one target")
-    for name, keep in given.items():
-        return Target(metric=name, keep=keep)  # type: ignore[arg-type]  # Target checks it
+    if given:
+        first, *others = (
+            Target(metric=name, keep=keep)  # type: ignore[arg-type]  # Target checks it
+            for name, keep in given.items()
+        )
+        return replace(first, others=tuple(others))
     if strength is None:
         raise TargetError("strength=null: expected a number from 0 to 5, or one target")
     return Target(metric=metric, keep=at_strength(strength, levels))

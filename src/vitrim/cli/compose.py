@@ -115,6 +115,7 @@ def _target(cfg: DictConfig, method: object) -> Target:
         levels=of_method.levels,
         metric=of_method.metric,
         where=f"method={choice('method')}",
+        several=bool(getattr(method, "several_budgets", False)),
     )
 
 

@@ -1,0 +1,99 @@
+"""The choices of joint compression: what conf/method/joint.yaml sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from vitrim.errors import is_count, is_positive, is_rate, require
+
+EDITS = ("mlp", "qk", "v", "heads", "ranks", "branches", "int8")
+"""What can go: hidden units, directions of queries and keys, of values, heads, components of
+layers, whole attentions, MLPs and blocks; and digits of weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JointRidges:
+    """The ridges of the least-squares problems, relative to the mean variance of their inputs.
+
+    `order` is for ranking units, `fold` for folding removed units into kept ones, `regression` for
+    the sequential regression and `closing` for that of the classifier's input; `metric` is for
+    decompositions. `gradient_shrinkage` is the fraction of the products of gradients by different
+    outputs that is left out.
+    """
+
+    order: float
+    fold: float
+    regression: float
+    closing: float
+    metric: float
+    gradient_shrinkage: float
+
+    def __post_init__(self) -> None:
+        rules = [
+            (name, is_positive(ridge), "a number above 0")
+            for name, ridge in asdict(self).items()
+            if name != "gradient_shrinkage"
+        ]
+        is_fraction = is_rate(self.gradient_shrinkage) and self.gradient_shrinkage <= 1
+        require(
+            "method.ridges",
+            self,
+            *rules,
+            ("gradient_shrinkage", is_fraction, "a number in 0..1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """How predicted losses are scaled by measured ones.
+
+    Args:
+        images: on which losses are measured, the first of the calibration images. 0: predictions
+            stay as they are.
+        shares: fractions of a site's units whose removal is measured, rising; between them the
+            scale is interpolated.
+    """
+
+    images: int
+    shares: Sequence[float]
+
+    def __post_init__(self) -> None:
+        rising = sorted({*self.shares}) == [*self.shares]
+        inside = all(is_positive(share) and share < 1 for share in self.shares)
+        require(
+            "method.scaling",
+            self,
+            ("images", self.images == 0 or is_count(self.images), "a whole number from 0 on"),
+            ("shares", bool(self.shares) and rising and inside, "rising fractions between 0 and 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalTraining:
+    """Training of each MLP by itself, towards the dense stream, right after its regression.
+
+    AdamW with a cosine schedule, on batches of `batch` tokens. The best state of all epochs by the
+    error on held-out images is kept, the state before training included. 0 epochs: none.
+
+    Args:
+        epochs: passes over the sampled tokens.
+        lr: the peak of the learning rate.
+        batch: tokens of one step.
+        held_out: fraction of the images that are not trained on.
+    """
+
+    epochs: int
+    lr: float
+    batch: int
+    held_out: float
+
+    def __post_init__(self) -> None:
+        require(
+            "method.local",
+            self,
+            ("epochs", self.epochs == 0 or is_count(self.epochs), "a whole number from 0 on"),
+            ("lr", is_positive(self.lr), "a number above 0"),
+            ("batch", is_count(self.batch), "a whole number from 1 on"),
+            ("held_out", is_positive(self.held_out) and self.held_out < 1, "a number in 0..1"),
+        )

@@ -12,11 +12,13 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from conftest import images, plan_of, small_net
-from phase_runner import DIGITS, At, runner, stop
+from phase_runner import DIGITS, SPEC, At, runner, stop
 from vitrim import cut
+from vitrim.data.digits import Digits
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals
 from vitrim.jobs.signals import Preempted
+from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.kept_states import KeptStates
 from vitrim.trainer.low_rank_updates import LowRankUpdates, matrices
 from vitrim.trainer.recipe import Recipe
@@ -37,7 +39,6 @@ def _signals() -> Iterator[None]:
 
 def settings(**changes: Any) -> RecoverySettings:
     values: dict[str, Any] = {
-        "images": 64,
         "trained": "all",
         "rank": None,
         "views": ALL_VIEWS,
@@ -54,10 +55,10 @@ def settings(**changes: Any) -> RecoverySettings:
 
 
 def phase(**changes: Any) -> Recovery:
-    net = {**DIGITS, **changes.pop("net", {})}
+    net, n = {**DIGITS, **changes.pop("net", {})}, changes.pop("images", 64)
     teacher = small_net(dtype=torch.float32, **net)
     student = cut(teacher, plan_of({"blocks.0.mlp.hidden": range(20)}))
-    return Recovery(student, teacher, settings=settings(**changes))
+    return Recovery(student, teacher, settings=settings(**changes), images=n)
 
 
 def trained(module: Recovery, folder: Path, *callbacks: Callback, **options: Any) -> Recovery:
@@ -73,6 +74,12 @@ def distance(module: Recovery) -> float:
     held_out = HeldOut(batches, module.loss)
     held_out.keep_targets(module._teacher)
     return held_out.distance(Network(module.net.eval()))
+
+
+def runner_data() -> Any:
+    return Digits(
+        batch_size=16, held_out=0.2, shift=1.0, rotation=10.0, label_smoothing=0.1
+    ).module(SPEC)
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:
@@ -252,6 +259,24 @@ def test_a_network_without_a_classifier_recovers_its_features(tmp_path: Path) ->
     assert min(module.states.history) < module.states.history[0]
 
 
+def test_a_calibration_does_not_see_the_images_that_are_held_out() -> None:
+    how, data = settings(), runner_data()
+    sampling = Sampling(images=64, tokens=3, class_token_weight=4.0)
+    calibrated = data.calibration_dataloader(how.calibration(sampling).images, 5)
+    split = data.split_dataloaders(64, 5, held_out=how.held_out, place=(0, 1))
+    seen, trained_on, held_out = (
+        {row.numpy().tobytes() for row in torch.utils.data.default_collate([*loader.images])[0]}
+        for loader in (calibrated, *split)
+    )
+    assert (len(seen), len(held_out)) == (58, 6)
+    assert trained_on == seen
+    assert not held_out & seen
+    few = replace(sampling, images=1000, available_images=50)
+    assert how.calibration(few).images == 45
+    assert how.calibration(few).tokens_per_image == few.tokens_per_image
+    assert settings(held_out=0.0, patience=None).calibration(few) is few
+
+
 def test_one_image_cannot_be_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1 training image.*held_out=0"):
         trained(phase(images=1), tmp_path)
@@ -261,7 +286,6 @@ def test_one_image_cannot_be_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": 0}, r"recovery\.images=0.*null"),
         ({"trained": "none"}, r"recovery\.trained=none.*all, scales, low_rank"),
         ({"rank": 4}, r"recovery\.rank=4.*null with the others"),
         ({"trained": "low_rank"}, r"recovery\.rank=null.*from 1"),

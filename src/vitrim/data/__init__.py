@@ -11,6 +11,7 @@ May import: files, versions and errors. It knows neither networks nor jobs.
 from __future__ import annotations
 
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vitrim.data.dataset import MapDataset
-from vitrim.data.loader import ResumableBatchSampler, ResumableLoader, seed_all, split
+from vitrim.data.loader import (
+    ResumableBatchSampler,
+    ResumableLoader,
+    n_held_out,
+    seed_all,
+    sequential,
+    subset,
+)
 from vitrim.errors import ConfigError
 
 
@@ -68,12 +76,15 @@ class Loaders(LightningDataModule, ABC):
     def split_dataloaders(
         self, samples: int, seed: int, *, held_out: float, place: tuple[int, int]
     ) -> tuple[ResumableLoader, ResumableLoader]:
-        """Return the images of `calibration_dataloader` in two parts, neither of them augmented.
+        """Return training images in two parts, neither of them augmented.
+
+        Those to train on are the images of `calibration_dataloader(samples - held out, seed)`: who
+        calibrates on them has not seen those that are held out.
 
         Args:
-            samples: how many images at most.
+            samples: how many images at most, in both parts.
             seed: by which they are drawn.
-            held_out: share of them in the second part, evenly spaced and at least one; 0: none.
+            held_out: share of them in the second part, at least one image; 0: none.
             place: rank of this process, and the number of processes.
 
         Returns:
@@ -83,14 +94,26 @@ class Loaders(LightningDataModule, ABC):
         Raises:
             ConfigError: there is one image only, or this data set's loader cannot be split.
         """
-        plain = self.calibration_dataloader(samples, seed)
-        if not isinstance(plain, ResumableLoader):
+        all_images = self.calibration_dataloader(sys.maxsize, seed)
+        if not isinstance(all_images, ResumableLoader):
             raise ConfigError(
                 f"{type(self).__name__}.calibration_dataloader returns a "
-                f"{type(plain).__name__}, which cannot be split: expected a ResumableLoader "
+                f"{type(all_images).__name__}, which cannot be split: expected a ResumableLoader "
                 "(vitrim.data.loader.sequential)"
             )
-        return split(plain, seed=self.seed, held_out=held_out, rank=place[0], world=place[1])
+        images, batch_size = all_images.images, all_images.batches.batch_size
+        first, last = _split_indices(len(images), samples, seed, held_out)
+        batches = ResumableBatchSampler(
+            len(first),
+            batch_size=max(1, min(batch_size, len(first) // place[1])),
+            seed=self.seed,
+            shuffle=True,
+            rank=place[0],
+            world=place[1],
+        )
+        workers = all_images.num_workers
+        training = ResumableLoader(subset(images, first), batches, workers=workers)
+        return training, sequential(subset(images, last), batch_size, workers=workers)
 
     def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
         """Seed what is drawn for a training batch, by mixup and cutmix and in the network."""
@@ -132,6 +155,22 @@ class Loaders(LightningDataModule, ABC):
 def sample_indices(size: int, samples: int, seed: int) -> list[int]:
     """Return `samples` of `size` indices, or all of them, drawn by `seed`, ascending."""
     return sorted(random.Random(seed).sample(range(size), min(samples, size)))
+
+
+def _split_indices(
+    size: int, samples: int, seed: int, held_out: float
+) -> tuple[list[int], list[int]]:
+    """Return which of `size` images are trained on, and which are held out."""
+    n = min(samples, size)
+    n_last = n_held_out(n, held_out)
+    if n_last >= n:
+        raise ConfigError(
+            f"{n} training image(s) cannot be split into some to train on and some that are held "
+            "out: use more images (data.samples), or hold out none (held_out=0)"
+        )
+    first = sample_indices(size, n - n_last, seed)
+    others = sorted({*range(size)} - {*first})
+    return first, [others[i] for i in sample_indices(len(others), n_last, seed)]
 
 
 @runtime_checkable

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vitrim.data.dataset import MapDataset
-from vitrim.errors import ConfigError
 
 
 def seed_all(*parts: int) -> None:
@@ -182,43 +181,16 @@ def plain_then_augmented(
     return ResumableLoader(plain, batches, workers=workers, augmented=augmented)
 
 
-def split(
-    plain: ResumableLoader, *, seed: int, held_out: float, rank: int, world: int
-) -> tuple[ResumableLoader, ResumableLoader]:
-    """Return the images of a sequential loader in two: shuffled to train on, and held out in order.
+def n_held_out(images: int, share: float) -> int:
+    """Return how many of `images` are held out: a share of them, at least one; 0: none.
 
-    Args:
-        plain: has all images; its batch size and its workers are those of both loaders.
-        seed: of the order of training images.
-        held_out: share of the images, evenly spaced and at least one, in the second loader.
-        rank: of this process among `world`, which share out the training images.
-        world: number of processes.
-
-    Raises:
-        ConfigError: there is one image only, and one is to be held out.
+    >>> n_held_out(1000, 0.1), n_held_out(3, 0.1), n_held_out(3, 0.0)
+    (100, 1, 0)
     """
-    size, batch_size = len(plain.images), plain.batches.batch_size
-    n_held_out = max(1, round(held_out * size)) if held_out else 0
-    if n_held_out >= size:
-        raise ConfigError(
-            f"{size} training image(s) cannot be split into some to train on and some that are "
-            "held out: use more images (data.samples), or hold out none (held_out=0)"
-        )
-    last = {int((i + 0.5) * size / n_held_out) for i in range(n_held_out)}
-    first = [index for index in range(size) if index not in last]
-    batches = ResumableBatchSampler(
-        len(first),
-        batch_size=max(1, min(batch_size, len(first) // world)),
-        seed=seed,
-        shuffle=True,
-        rank=rank,
-        world=world,
-    )
-    workers = plain.num_workers
-    training = ResumableLoader(_subset(plain.images, first), batches, workers=workers)
-    return training, sequential(_subset(plain.images, sorted(last)), batch_size, workers=workers)
+    return max(1, round(share * images)) if share else 0
 
 
-def _subset(images: MapDataset, index: list[int]) -> MapDataset:
-    subset: Subset[object] = Subset(images, index)  # type: ignore[arg-type]
-    return subset
+def subset(images: MapDataset, index: Sequence[int]) -> MapDataset:
+    """Return the indexed items of `images`."""
+    chosen: Subset[object] = Subset(images, index)  # type: ignore[arg-type]
+    return chosen

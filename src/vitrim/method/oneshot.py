@@ -187,7 +187,7 @@ class OneShot:
         return Calibrate(
             net,
             sites=[site.name for site in chosen],
-            sampling=self.sampling,
+            sampling=self._sampling,
             taylor=self.criterion == "taylor",
             targets=self.compensation == "sequential",
         )
@@ -243,14 +243,42 @@ class OneShot:
                 Refit(
                     student,
                     evidence=evidence,
-                    sampling=self.sampling,
+                    sampling=self._sampling,
                     ridge=self.ridges.fold,
                     closing_ridge=self.ridges.closing,
                 )
             )
         if self.fine_tune:
-            phases.append(_training(self.tuning, student, teacher, n_classes))
+            phases.append(self._training(student, teacher, n_classes))
         return phases
+
+    @property
+    def _sampling(self) -> Sampling:
+        """The sampling, without the images that a recovery holds out."""
+        recovers = self.fine_tune and self.tuning.objective == "recovery"
+        return self.tuning.recovery.calibration(self.sampling) if recovers else self.sampling
+
+    def _training(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> Phase:
+        """Return the training after the cut."""
+        tuning = self.tuning
+        match tuning.objective:
+            case "recovery":
+                images = self.sampling.images
+                return Recovery(student, teacher, settings=tuning.recovery, images=images)
+            case "mimic":
+                return Mimic(
+                    student,
+                    teacher,
+                    recipe=tuning.training,
+                    pooled_weight=tuning.pooled_weight,
+                    logits_weight=tuning.logits_weight,
+                    temperature=tuning.temperature,
+                )
+            case "distill":
+                temperature = tuning.temperature
+                return Distill(student, teacher, recipe=tuning.training, temperature=temperature)
+            case "labels":
+                return Classify(student, recipe=tuning.training, n_classes=n_classes)
 
     def _n_removed(self, cost: Cost, target: Target) -> dict[str, int]:
         """Return how many units each site will lose, where scores cannot change that."""
@@ -303,25 +331,3 @@ def _table_of(model: str, tables: Mapping[str, Table]) -> Table:
             "and there is no table named default"
         )
     return tables[max(families, key=len, default="default")]
-
-
-def _training(
-    tuning: OneShotTuning, student: nn.Module, teacher: nn.Module, n_classes: int
-) -> Phase:
-    """Return the training after the cut."""
-    match tuning.objective:
-        case "recovery":
-            return Recovery(student, teacher, settings=tuning.recovery)
-        case "mimic":
-            return Mimic(
-                student,
-                teacher,
-                recipe=tuning.training,
-                pooled_weight=tuning.pooled_weight,
-                logits_weight=tuning.logits_weight,
-                temperature=tuning.temperature,
-            )
-        case "distill":
-            return Distill(student, teacher, recipe=tuning.training, temperature=tuning.temperature)
-        case "labels":
-            return Classify(student, recipe=tuning.training, n_classes=n_classes)

@@ -41,11 +41,11 @@ class SplitImages:
     by `HoldsOut.hold_out` (`vitrim.data.Loaders.split_dataloaders`).
 
     Args:
-        images: how many at most; None: all training images.
+        images: how many at most, in both parts.
         held_out: the share, 0: none.
     """
 
-    images: int | None
+    images: int
     held_out: float
 
 

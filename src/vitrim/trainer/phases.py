@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -181,9 +180,11 @@ class PhaseRunner:
                 return self.data.augmented_dataloader(images.images, self.seed)
             case SplitImages():
                 assert isinstance(phase, HoldsOut)
-                samples = sys.maxsize if images.images is None else images.images
                 training, held_out = self.data.split_dataloaders(
-                    samples, self.seed, held_out=images.held_out, place=distributed.place()
+                    images.images,
+                    self.seed,
+                    held_out=images.held_out,
+                    place=distributed.place(),
                 )
                 phase.hold_out(cast(Iterable[Sequence[Tensor]], held_out))
                 return training

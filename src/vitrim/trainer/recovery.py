@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitrim.closed_form.moments import full_precision
+from vitrim.data.loader import n_held_out
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.jobs import distributed
-from vitrim.trainer.calibrate import classifiers
+from vitrim.trainer.calibrate import Sampling, classifiers
 from vitrim.trainer.kept_states import KeptStates
 from vitrim.trainer.low_rank_updates import LowRankUpdates
 from vitrim.trainer.mimic import soft_loss
@@ -46,7 +47,6 @@ class RecoverySettings:
     """How a compact network recovers from few images (conf/method/base/recovery.yaml).
 
     Args:
-        images: of the training set, drawn by the run's seed, at most; None: all.
         trained: which parameters.
         rank: of the updates with `trained` low_rank; None with the others.
         views: of the images that both networks see.
@@ -60,7 +60,6 @@ class RecoverySettings:
         training: epochs, learning rate and so on.
     """
 
-    images: int | None
     trained: Trained
     rank: int | None
     views: Views
@@ -79,7 +78,6 @@ class RecoverySettings:
         require(
             "method.tuning.recovery",
             self,
-            ("images", self.images is None or is_count(self.images), "null or a whole number"),
             ("trained", self.trained in get_args(Trained), ", ".join(get_args(Trained))),
             (
                 "rank",
@@ -104,6 +102,25 @@ class RecoverySettings:
             "method.tuning.recovery",
             self,
             ("logits_weight", one, "a weight above 0 here, or of tokens or pooled features"),
+        )
+
+    def calibration(self, sampling: Sampling) -> Sampling:
+        """Return the sampling without images that are held out of those of `sampling`.
+
+        A state is compared with the one before training: if that was computed from the images that
+        are held out, it would look better than it is. As many tokens of each image are sampled. In
+        a training set of fewer images than `sampling` says, whose number is not known from
+        data.samples, the images that are held out may be among those of the calibration.
+        """
+        n = min(sampling.images, sampling.available_images or sampling.images)
+        n_calibration = n - n_held_out(n, self.held_out)
+        if n_calibration == n or not n_calibration:
+            return sampling
+        return replace(
+            sampling,
+            images=n_calibration,
+            tokens=sampling.tokens_per_image,
+            available_images=None,
         )
 
 
@@ -232,18 +249,27 @@ class Recovery(LightningModule):
 
     With images that are held out the result is the state, of the one before training and those
     after each epoch, whose distance from the teacher on them is least (`RecoveryLoss.distance`).
+
+    Args:
+        net: the compact network, changed in place.
+        teacher: the dense network.
+        settings: how it recovers.
+        images: unlabelled training images, drawn by the run's seed, at most; those that are held
+            out are among them.
     """
 
     resumes_at: ResumePoint = "batch"
     trains = True
 
-    def __init__(self, net: nn.Module, teacher: nn.Module, *, settings: RecoverySettings) -> None:
+    def __init__(
+        self, net: nn.Module, teacher: nn.Module, *, settings: RecoverySettings, images: int
+    ) -> None:
         super().__init__()
         self.net = net
         self.how = settings
         self.epochs = settings.training.epochs
         self.clip_norm = settings.training.clip_norm
-        self.calibration_images = SplitImages(images=settings.images, held_out=settings.held_out)
+        self.calibration_images = SplitImages(images=images, held_out=settings.held_out)
         self.updates = None if settings.rank is None else LowRankUpdates(net, settings.rank)
         self.states = KeptStates(self, decay=settings.ema)
         self.loss = RecoveryLoss(settings=settings, has_logits=any(True for _ in classifiers(net)))

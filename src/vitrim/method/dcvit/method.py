@@ -223,7 +223,7 @@ class DCViT:
             return Refit(
                 student,
                 evidence=evidence,
-                sampling=self.sampling,
+                sampling=_sampling(self),
                 ridge=self.ridges.fold,
                 closing_ridge=self.ridges.closing,
                 branches=[branches[block][1] for block in blocks],
@@ -236,7 +236,7 @@ class DCViT:
             evidence.best_trial if self.progressive else None,
             tuning=self.tuning,
             refit=refit if self.reconstruct and branches else None,
-            fine_tune=self.fine_tune,
+            recovery_images=self.sampling.images if self.fine_tune else None,
         )
 
     @property
@@ -282,7 +282,7 @@ def _trials(method: DCViT, net: nn.Module, groups: Sequence[Group], width: Trial
     return Trials(
         net,
         groups=groups,
-        sampling=method.sampling,
+        sampling=_sampling(method),
         compression=Compression(
             width=width,
             unit_selection=method.unit_selection,
@@ -301,3 +301,9 @@ def _trials(method: DCViT, net: nn.Module, groups: Sequence[Group], width: Trial
         synthetic=method.synthetic if method.judging_set == "synthetic" else None,
         distance=method.distance,
     )
+
+
+def _sampling(method: DCViT) -> Sampling:
+    """Return the sampling of a method, without the images that a recovery holds out."""
+    sampling = method.sampling
+    return method.tuning.recovery.calibration(sampling) if method.fine_tune else sampling

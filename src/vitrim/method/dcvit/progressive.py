@@ -55,7 +55,7 @@ def phases_of_recovery(
     *,
     tuning: DCViTTuning,
     refit: Callable[[Group], Phase] | None,
-    fine_tune: bool,
+    recovery_images: int | None,
 ) -> Iterator[Phase]:
     """Yield regression and mimicking for one group after the other, then a recovery of the whole.
 
@@ -66,7 +66,7 @@ def phases_of_recovery(
         trial: the best trial, if the first step may be it: see `progressive_steps`.
         tuning: how the network mimics.
         refit: returns the regression of the last layers of some blocks; None: there is none.
-        fine_tune: whether there is a recovery.
+        recovery_images: how many images the recovery has; None: there is none.
     """
     for step in progressive_steps(student, teacher, groups, trial):
         if step.trained:  # a phase without training, so that the result of the trial is evaluated
@@ -85,8 +85,8 @@ def phases_of_recovery(
                     student, step.compressed, freeze_tail=tuning.freeze_tail, dense=teacher
                 ),
             )
-    if fine_tune:
-        yield Recovery(student, teacher, settings=tuning.recovery)
+    if recovery_images is not None:
+        yield Recovery(student, teacher, settings=tuning.recovery, images=recovery_images)
 
 
 def progressive_steps(

@@ -132,7 +132,7 @@ class MixedRank:
             net,
             pieces=self._pieces(structure(net)) if needed else {},
             decomposition=self.decomposition,
-            sampling=self.sampling,
+            sampling=self._sampling,
             gradient_images=self.gradient_images if by_loss else 0,
         )
 
@@ -193,12 +193,12 @@ class MixedRank:
     ) -> Iterator[Phase]:
         """Yield regression, residual, mimicking and recovery, those that are asked for."""
         if self.regression:
-            yield Regress(student, teacher, sampling=self.sampling, ridge=self.ridges.regression)
+            yield Regress(student, teacher, sampling=self._sampling, ridge=self.ridges.regression)
         residual = Residual(
             student,
             teacher,
             rank=self.residual.rank,
-            sampling=self.sampling,
+            sampling=self._sampling,
             recipe=self.residual.training,
         )
         if residual.ranks:
@@ -213,7 +213,13 @@ class MixedRank:
                 frozen=frozen,
             )
         if self.fine_tune:
-            yield Recovery(student, teacher, settings=self.tuning.recovery)
+            settings, images = self.tuning.recovery, self.sampling.images
+            yield Recovery(student, teacher, settings=settings, images=images)
+
+    @property
+    def _sampling(self) -> Sampling:
+        """The sampling, without the images that a recovery holds out."""
+        return self.tuning.recovery.calibration(self.sampling) if self.fine_tune else self.sampling
 
     def _pieces(self, described: Structure) -> dict[str, Piece]:
         return pieces_of(described, self.layers, separate=self.qkv == "separate")

@@ -25,6 +25,7 @@ from vitrim.deploy.saved import SavedNetwork
 from vitrim.errors import VitrimError
 from vitrim.files import PLAN, WEIGHTS
 from vitrim.network import fix_input_size
+from vitrim.network.int8 import is_int8
 from vitrim.plan import dumps
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def write_onnx(net: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
+            optimize=not is_int8(net),  # which would store int8 weights in float
             verbose=False,
         )
         assert program is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import (
@@ -28,7 +26,7 @@ from conftest import (
     small_net,
 )
 from families import FAMILIES, SWIN
-from loading import LOAD
+from loading import logits_elsewhere
 from vitrim import Drop, Int8, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.files import WEIGHTS
@@ -166,13 +164,9 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     int8 = [Int8(linear=name, dynamic=index % 2 == 0) for index, name in enumerate(linears_of(net))]
     plan = Plan(model=MODEL, edits=(*keeps, *ranks, *int8))
     compact = cut(net, plan)
-    folder = save(tmp_path / "net", compact, plan)
-    save_file({"images": x32()}, tmp_path / "inputs")
-    arguments = [str(folder), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True)
+    logits = logits_elsewhere(save(tmp_path / "net", compact, plan), x32(), tmp_path)
     with torch.no_grad():
-        expected = compact(x32())
-    assert torch.equal(load_file(tmp_path / "outputs")["logits"], expected)
+        assert torch.equal(logits, compact(x32()))
 
 
 def test_weights_are_rounded_to_the_nearest_of_255_values_of_their_row() -> None:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command import Command
+from command import QUICK, Command
 from conftest import MODEL, images, plan_of, relative_error, small_net
 from refusals import TINY, assert_refused
-from vitrim import Int8, LowRank, Plan, cut, load
+from vitrim import Int8, Keep, LowRank, Plan, cut, load
 from vitrim.cli.report import main
 from vitrim.deploy.quantize import (
     SCHEMES,
@@ -25,10 +25,12 @@ from vitrim.deploy.quantize import (
     report_entries,
 )
 from vitrim.errors import ConfigError
+from vitrim.method.oneshot import OneShot
 from vitrim.network import int8_linear
 from vitrim.network.attention import GatheredLinear, SlicedAttention
 from vitrim.network.int8 import linears_of
 from vitrim.network.int8_linear import Int8Linear, to_int8
+from vitrim.plan import Proposal
 
 CUT = plan_of(
     {
@@ -339,3 +341,24 @@ def test_only_runs_that_quantise_get_another_folder(command: Command) -> None:
     row = json.loads(asked.read_text())["quantized"]["int8_weight_only"]
     assert row["top1"] is None
     assert row["mb"] > 0
+
+
+def test_int8_layers_of_a_method_are_made_after_the_recovery(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = (
+        Keep(site="blocks.0.mlp.hidden", index=tuple(range(50))),
+        LowRank(linear="blocks.1.attn.proj", rank=8),
+        *(Int8(linear=name) for name in ("blocks.0.mlp.fc1", "blocks.1.attn.proj", "head")),
+    )
+    monkeypatch.setattr(OneShot, "plan", lambda *_: Proposal(edits=edits))
+    quick = (*QUICK, "method.sampling.images=16", "method.fine_tune=true")
+    done = command("method=oneshot", "strength=3", *quick)
+    assert done.code == 0, done.message
+    report = json.loads(done.report.read_text())
+    net, plan = load(done.report.parent)
+    assert plan.edits == edits
+    assert {"cut", "refit", "int8"} <= report["stages"].keys()
+    assert report["compact"]["top1"] == report["stages"]["int8"]["top1"]
+    assert report["compact"]["mb"] == megabytes(net) < report["dense"]["mb"]
+    assert net.get_submodule("head").weight_int8.dtype == torch.int8

@@ -120,16 +120,21 @@ class Outcome:
     n_branches: int = 0
 
 
-def outcome_of(name: str, *, shapes: bool = False) -> Outcome:
+def outcome_of(
+    name: str, args: Mapping[str, Any] | None = None, *, shapes: bool = False
+) -> Outcome:
     """Return what vitrim makes of a name: its network is cut and counted, or refused.
 
-    With `shapes` the shapes of the logits are compared as well.
+    `args` are arguments of the network. With `shapes` the shapes of the logits are compared as
+    well.
     """
     try:
-        net = dense_skeleton({"name": name, "args": {}}).eval()
+        net = dense_skeleton({"name": name, "args": {**(args or {})}}).eval()
         described = structure(net)
         config = timm.get_pretrained_cfg(name)
         size = (3, 224, 224) if config is None else config.input_size
+        side = (args or {}).get("img_size")
+        size = (3, side, side) if side else size
         plan = halved(described)
         cost, compact = Cost(net, size), cut(net, plan)
         expected, counted = cost.plan(plan), count(compact, size)

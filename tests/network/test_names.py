@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 
-from matrix import outcome_of
+from conftest import skeleton_net
+from matrix import NETWORKS, outcome_of
+from vitrim.network import branches
 
 NAMES = timm.list_models()
 FAMILIES = {"vision_transformer", "swin_transformer", "resnet", "efficientnet"}
@@ -15,22 +19,23 @@ def module_of(name: str) -> str:
     return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
-def sampled() -> list[str]:
-    """Return every sixtieth name of the families, and the last of other modules: a tiny one."""
-    mine = [name for name in NAMES if module_of(name) in FAMILIES]
-    others = {module_of(name): name for name in NAMES if module_of(name) not in FAMILIES}
-    return [*mine[::60], *others.values()]
+def sampled() -> list[tuple[str, dict[str, Any]]]:
+    """Return some names of the families, and one of every other module, small where it can be."""
+    mine = [(name, {}) for name in NAMES if module_of(name) in FAMILIES]
+    others = {module_of(name): (name, {}) for name in NAMES if module_of(name) not in FAMILIES}
+    small = {module_of(name): (name, args) for name, args in NETWORKS.items() if name in NAMES}
+    return [*mine[::120], *(small.get(module, case) for module, case in others.items())]
 
 
-@pytest.mark.parametrize("name", sampled())
-def test_a_name_is_cut_to_shape_or_refused(name: str) -> None:
-    outcome = outcome_of(name, shapes=True)
+@pytest.mark.parametrize(("name", "args"), sampled())
+def test_a_name_is_cut_to_shape_or_refused(name: str, args: dict[str, Any]) -> None:
+    outcome = outcome_of(name, args, shapes=True)
     assert outcome.kind in ("supported", "refused"), outcome.words
 
 
 def test_plain_members_of_every_family_are_accepted() -> None:
     for name in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet34"):
-        assert outcome_of(name).n_branches
+        assert branches(skeleton_net(name))
     for name in ("mobilenetv2_100", "convnext_atto"):
         assert outcome_of(name).kind == "supported"
 

@@ -107,7 +107,9 @@ def learned(phase: Profile, x: Tensor) -> Evidence:
     return phase.evidence()
 
 
-@pytest.mark.parametrize("decomposition", ["whitening", "centred"])
+@pytest.mark.parametrize(
+    "decomposition", ["whitening", pytest.param("centred", marks=pytest.mark.slow)]
+)
 def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
     proxy: tuple[nn.Module, Tensor, Tensor], decomposition: str
 ) -> None:
@@ -137,7 +139,7 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
         assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name
 
 
-@pytest.mark.parametrize("share", [0.9, 0.8])
+@pytest.mark.parametrize("share", [0.9, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_the_default_allocation_changes_unseen_outputs_less_than_uniform_ranks(
     proxy: tuple[nn.Module, Tensor, Tensor], share: float
 ) -> None:

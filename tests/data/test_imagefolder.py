@@ -166,6 +166,7 @@ def test_no_augmentation_ends_a_run(tmp_path: Path, policy: str) -> None:
         assert transform(image).shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the measuring data next to the checkout")
 def test_the_real_vit_tiny_reaches_its_accuracy(command: Command, tmp_path: Path) -> None:
     with tarfile.open(REAL / "imagenet_mini.tar") as archive:

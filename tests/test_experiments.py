@@ -52,9 +52,10 @@ def _first(arguments: list[str]) -> Iterator[str]:
             yield str(override.input_line)
 
 
-def composed(overrides: list[str]) -> DictConfig:
+@cache
+def composed(*overrides: str) -> DictConfig:
     """Compose a run, and build its method: that checks the values of its keys."""
-    cfg = compose("run", overrides=overrides)
+    cfg = compose("run", overrides=[*overrides])
     check_method(instantiate(cfg.method, _convert_="all"))
     return cfg
 
@@ -82,7 +83,7 @@ def test_a_header_says_rows_command_time_and_expected_number(name: str) -> None:
 def test_an_overlay_and_its_commands_compose(name: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for overrides in commands(name):
-            cfg = composed(overrides)
+            cfg = composed(*overrides)
             assert cfg.model.name == "dinov2_vits14_lc" or timm.is_model(cfg.model.name)
             if "data=none" in overrides:
                 assert instantiate(cfg.data) is None
@@ -98,7 +99,7 @@ def test_commands_of_results_compose() -> None:
     assert any(lines)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for line in filter(None, lines):
-            composed(words(line))
+            composed(*words(line))
 
 
 def test_commands_of_the_readme_compose() -> None:
@@ -108,7 +109,7 @@ def test_commands_of_the_readme_compose() -> None:
     assert len(lines) >= 15
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for line in lines:
-            composed(words(line))
+            composed(*words(line))
 
 
 def test_published_rows_use_the_keys_of_their_overlays() -> None:

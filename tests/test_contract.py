@@ -20,7 +20,7 @@ import timm
 import torch
 
 import vitrim
-from command import Command, Done, swin
+from command import QUICK, Command, Done, swin
 from conftest import outputs, randomise, relative_error
 from contract import NAMES, PACKAGE, Subject
 from contract import subject as build
@@ -219,7 +219,7 @@ def comparable(report: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("subject", TRAINING, indirect=True)
 def test_what_removes_nothing_trains_an_earlier_network(command: Command, subject: Subject) -> None:
-    first = command("method=oneshot", "strength=3", "model.training.epochs=1", "latency.repeats=1")
+    first = command("method=oneshot", "strength=3", *QUICK)
     start = first.report.parent
     done = run(command, subject, "strength=0", f"from_run={start}")
     net, plan = vitrim.load(done.report.parent)

@@ -116,6 +116,26 @@ def test_int8_rows_without_images(tmp_path: Path) -> None:
     assert line[-6:] == ["-", "-", "1", "-", "-", "-"]
 
 
+def test_exports_in_static_int8_have_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(tmp_path / "run")
+    path = run / "export" / "onnx" / "int8.json"
+    path.parent.mkdir(parents=True)
+    sides = {
+        name: {"top1": top1, "top5": 99.0, "mb": mb, "latency_ms": ms}
+        for name, top1, mb, ms in (("float", 90.0, 2.0, 8.0), ("int8", 89.5, 0.5, 2.0))
+    }
+    path.write_text(json.dumps({"format": 1, **sides}))
+    (line,) = int8_table(summarise([read_run(run)]))[1:]
+    assert line[4:] == [
+        *("onnx_int8_static", "2.000", "0.5000", "90.00", "89.50", "1", "-0.50", "99.00"),
+        "8.00 -> 2.00 (4.00x)",
+    ]
+    path.write_text("[]")
+    assert "expected what was measured in float and in int8" in failure(capsys, str(tmp_path))
+
+
 def test_malformed_int8_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     in_int8(save(tmp_path / "bad"), mb="much")
     assert "wrong type: quantized.int8_dynamic.mb" in failure(capsys, str(tmp_path))

@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitrim.deploy.runfolder import EXPORTS
 from vitrim.errors import VitrimError
 from vitrim.files import refuse_link
 
@@ -75,7 +76,7 @@ def export(
 
     saved = read_network(run, image_size=image_size)
     formats.check_images(saved)
-    folder = run / "export" / format_name if out is None else out
+    folder = run / EXPORTS / format_name if out is None else out
     for path in (folder.parent, folder) if out is None else ():
         refuse_link(path)
     with _staged(folder.absolute()) as stage:

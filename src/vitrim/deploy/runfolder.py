@@ -28,7 +28,10 @@ Record = Mapping[str, Any]
 
 SETTINGS = ("latency.batch", "latency.device", "latency.precision", "latency.threads")
 QUANTIZED = ("float_mb", "quantized.")
-"""What the keys of int8 measurements begin with; only runs with `quantize` have them."""
+"""What the keys of int8 measurements begin with; only runs with int8 networks have them."""
+EXPORTS, INT8_EXPORT = "export", "int8.json"
+"""The folder of a run's exports, and the file there of what was measured in static int8."""
+_INT8_NAMES = ("top1", "top5", "mb", "latency_ms")
 
 _TEXT, _COUNT, _NUMBER, _MAYBE = (str,), (int,), (int, float), (int, float, type(None))
 _SIDE = {"params": _COUNT, "macs": _COUNT, "top1": _MAYBE, "top5": _MAYBE, "latency_ms": _MAYBE}
@@ -110,13 +113,14 @@ def find_runs(roots: Sequence[Path], *, empty: bool = False) -> tuple[list[Path]
 def read_run(folder: Path) -> Run:
     """Read and check the report of one run.
 
-    The record has one key more: `label`, the method with the options that were given to it.
+    The record has further keys: `label`, the method with the options that were given to it, and
+    what was measured of exports in static int8, like the int8 networks of the report.
 
     Raises:
         RunFolderError: naming the file and what is wrong with it.
     """
     path = folder / REPORT
-    record = _flat(path, read_report(folder))
+    record = {**_exported(folder), **_flat(path, read_report(folder))}
     names = (record.get("choices.method"), record.get("variant"))
     record["label"] = " ".join(name for name in names if isinstance(name, str) and name)
     schema = {**_REQUIRED, **{key: _MAYBE for key in record if key.startswith(QUANTIZED)}}
@@ -193,6 +197,24 @@ def folder_of_run(folder: Path) -> Path:
     inside = (folder / PLAN).is_file() and not (folder / RECIPE).is_file()
     parent = folder.absolute().parent
     return parent if inside and (parent / RECIPE).is_file() else folder
+
+
+def _exported(folder: Path) -> Document:
+    """Return what was measured of a run's exports in static int8.
+
+    `float_ms` is the latency of the network in float in the same engine.
+    """
+    measured: Document = {}
+    for path in sorted(folder.glob(f"{EXPORTS}/*/{INT8_EXPORT}")):
+        content = _read_json(path, _MAX_REPORT)
+        sides = content if isinstance(content, dict) else {}
+        before, after = sides.get("float"), sides.get("int8")
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            raise RunFolderError(f"{path}: expected what was measured in float and in int8")
+        prefix = f"{QUANTIZED[1]}{path.parent.name}_int8_static"
+        measured |= {f"{prefix}.{name}": after.get(name) for name in _INT8_NAMES}
+        measured |= {f"{prefix}.float_ms": before.get("latency_ms"), "float_mb": before.get("mb")}
+    return measured
 
 
 def _is_side(value: object) -> bool:

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.deploy.formats import max_error, quiet, shape_of, write_onnx
-from vitrim.deploy.runfolder import Document
+from vitrim.deploy.runfolder import INT8_EXPORT, Document
 from vitrim.deploy.saved import SavedNetwork
 from vitrim.measure import interleaved_times
 from vitrim.network import structure
 from vitrim.versions import versions
 
-MEASURED = "int8.json"
-"""The file next to the network that has what was measured."""
 _REPEATS = 20
 
 
@@ -97,7 +95,7 @@ def write_static_int8(saved: SavedNetwork, path: Path, images: Images) -> str:
         **versions(),
     }
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    path.with_name(MEASURED).write_text(text)
+    path.with_name(INT8_EXPORT).write_text(text)
     return f"{sentence}; {_summary(float_side, int8_side)}"
 
 

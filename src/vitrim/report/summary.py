@@ -121,7 +121,7 @@ def _row(records: Sequence[Record]) -> Row:
     settings = {tuple(map(record.get, SETTINGS)) for record in records}
     unknown = any(None in setting for setting in settings)  # of earlier versions: threads
     if len(records) > 1 and (len(settings) > 1 or unknown):
-        latencies = [measure for measure in spreads if measure.endswith(".latency_ms")]
+        latencies = [measure for measure in spreads if measure.endswith("_ms")]
         spreads.update(dict.fromkeys(latencies))  # a mean over machines means nothing
     return Row(records[0], spreads)
 

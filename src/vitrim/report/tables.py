@@ -109,7 +109,10 @@ def _int8_cells(row: Row, prefix: str) -> list[str]:
         str(counted.n if counted else 0),
         fixed(row.mean(f"{prefix}.delta"), "+.2f"),
         fixed(row.mean(f"{prefix}.top5")),
-        _latency(row.mean("compact.latency_ms"), row.mean(f"{prefix}.latency_ms")),
+        _latency(
+            row.mean(f"{prefix}.float_ms") or row.mean("compact.latency_ms"),
+            row.mean(f"{prefix}.latency_ms"),
+        ),
     ]
 
 

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from vitrim.method.joint.settings import LocalTraining
 
+_PATIENCE = 2  # epochs without a better state
+
 
 class Rows(NamedTuple):
     """Sampled tokens of images: the stream before the branch, its target, (images, n, D).
@@ -45,8 +47,8 @@ def train(
 ) -> list[float]:
     """Train `parameters` in place; return the held-out error before and after every epoch.
 
-    The state with the least held-out error is kept, the one before training included. With one
-    image, nothing is trained.
+    The state with the least held-out error is kept, the one before training included; after two
+    epochs without a better one training ends. With one image, nothing is trained.
 
     Args:
         parameters: of the branch.
@@ -78,6 +80,8 @@ def train(
         errors.append(float(error(held_out)))
         if errors[-1] == min(errors):
             best = [parameter.detach().clone() for parameter in parameters]
+        elif len(errors) > _PATIENCE and min(errors[-_PATIENCE:]) > min(errors):
+            break
     for parameter, value in zip(parameters, best, strict=True):
         parameter.copy_(value)
     return errors

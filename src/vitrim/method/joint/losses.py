@@ -56,12 +56,11 @@ def value_rotation(weight: Tensor, cov: Tensor, root: Tensor) -> Rotation:
         cov: C of the head's outputs, (K, K).
         root: R with R R^T = G, (D, D).
     """
-    half = _ridged_root(cov)
+    half, inverse = _root(cov)
     effect = root.mT @ weight @ half
     losses, vectors = torch.linalg.eigh(effect.mT @ effect)
     vectors = vectors.flip(1)
-    rows = torch.linalg.solve_triangular(half, vectors.mT, upper=False, left=False)
-    return Rotation(rows, half @ vectors, losses.flip(0).clamp_min(0.0))
+    return Rotation(vectors.mT @ inverse, half @ vectors, losses.flip(0).clamp_min(0.0))
 
 
 def query_key_rotation(q: Tensor, k: Tensor, weight: float) -> Rotation:
@@ -77,9 +76,9 @@ def query_key_rotation(q: Tensor, k: Tensor, weight: float) -> Rotation:
     return Rotation(of_q.mT, of_k.mT, losses)
 
 
-def _ridged_root(cov: Tensor) -> Tensor:
-    ridged = cov.clone()
-    mean = float(cov.diagonal().mean())
-    ridged.diagonal().add_(1e-6 * mean if mean > 0 else 1.0)
-    root: Tensor = torch.linalg.cholesky(ridged)
-    return root
+def _root(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S with S S^T = C, and S^-1; variances below a millionth of the mean are raised."""
+    values, vectors = torch.linalg.eigh(cov)
+    floor = 1e-6 * float(cov.diagonal().mean())
+    scale = values.clamp_min(floor if floor > 0 else 1.0).sqrt()
+    return vectors * scale, vectors.mT / scale[:, None]

@@ -37,6 +37,7 @@ from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Int8, Plan, Proposal
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.phase import Phase
+from vitrim.trainer.recovery import Recovery, RecoverySettings
 
 _TRIES = 8  # of an allocation whose latency does not add up
 
@@ -56,6 +57,8 @@ class Joint:
     scaling: Scaling
     regression: bool
     local: LocalTraining
+    fine_tune: bool
+    tuning: RecoverySettings
     metric: ClassVar[Metric] = "macs"
     granularity: ClassVar[Granularity] = "unit"
     several_budgets: ClassVar[bool] = True
@@ -74,6 +77,7 @@ class Joint:
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),
             ("regression", isinstance(self.regression, bool), "true or false"),
+            ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
 
     def check(self, cost: Cost, target: Target) -> None:
@@ -93,7 +97,7 @@ class Joint:
         return JointScorer(
             net,
             kinds=[*self.edits],
-            sampling=self.sampling,
+            sampling=self._calibration(),
             temperature=self.temperature,
             ridges=self.ridges,
             scaling=self.scaling,
@@ -130,16 +134,23 @@ class Joint:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[Phase]:
-        """Yield the sequential regression."""
+        """Yield the sequential regression, and the training of the whole network."""
         if self.regression and _has_stream(student):
             yield Reconstruct(
                 student,
                 teacher,
-                sampling=self.sampling,
+                sampling=self._calibration(),
                 ridge=self.ridges.regression,
                 closing_ridge=self.ridges.closing,
                 local=self.local,
             )
+        if self.fine_tune:
+            images = self.sampling.images
+            yield Recovery(student, teacher, settings=self.tuning, images=images)
+
+    def _calibration(self) -> Sampling:
+        """Return the sampling, without the images that the training holds out."""
+        return self.tuning.calibration(self.sampling) if self.fine_tune else self.sampling
 
     def _budgets(self, cost: Cost, target: Target, losses: Losses) -> Budgets:
         return Budgets(cost, target, [*losses.units], even_heads=self.even_heads)

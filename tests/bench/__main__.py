@@ -7,7 +7,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, export, gates, load, lowrank, oneshot, resume, trials
+from . import attention, cut, export, gates, joint, load, lowrank, oneshot, resume, trials
 from .timing import table
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "load": load,
     "attention": attention,
     "oneshot": oneshot,
+    "joint": joint,
     "lowrank": lowrank,
     "trials": trials,
     "export": export,

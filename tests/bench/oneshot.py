@@ -58,7 +58,7 @@ def _planning(name: str, repeats: int) -> Row:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # the limit is meant on two cores
     try:
-        peak = _peak_mib(work)
+        peak = peak_mib(work)
         seconds = take_turns({"ours": Side(work=lambda _: work())}, max(1, repeats // 3))
     finally:
         torch.set_num_threads(threads)
@@ -81,7 +81,7 @@ def _evidence(phase: Calibrate) -> Evidence:
     return phase.evidence()
 
 
-def _peak_mib(work: Callable[[], Any]) -> float:
+def peak_mib(work: Callable[[], Any]) -> float:
     """Return by how much the process grew at most while `work` ran, in MiB."""
     done, seen, before = threading.Event(), [0], _resident()
 

@@ -34,7 +34,13 @@ def net_of(name: str) -> nn.Module:
 
 
 def against_forward(
-    what: str, name: str, net: nn.Module, step: Callable[[Tensor], Any], repeats: int
+    what: str,
+    name: str,
+    net: nn.Module,
+    step: Callable[[Tensor], Any],
+    repeats: int,
+    *,
+    limit: float = 1.5,
 ) -> Row:
     """Return the cost of `step` on a batch of images over that of `net`."""
     batch = NETS[name]
@@ -50,7 +56,7 @@ def against_forward(
         ours_s=seconds["ours"],
         peer_s=seconds["peer"],
         kind="cost",
-        limit=1.5,
+        limit=limit,
     )
 
 

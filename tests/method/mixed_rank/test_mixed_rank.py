@@ -55,7 +55,25 @@ def net() -> nn.Module:
     return small_net(dtype=torch.float32)
 
 
+@cache
+def cost() -> Cost:
+    return Cost(net(), SIZE)
+
+
+KNOWN: dict[str, Evidence] = {}
+
+
 def learned(phase: Profile) -> Evidence:
+    """Return what a phase learns of the pictures, of `net()` once for all tests."""
+    if phase.net is not net():
+        return _learned(phase)
+    key = json.dumps(phase.settings)
+    if key not in KNOWN:
+        KNOWN[key] = _learned(phase)
+    return KNOWN[key]
+
+
+def _learned(phase: Profile) -> Evidence:
     for at in range(0, 48, 16):
         phase.training_step((pictures()[at : at + 16], None), at)
     phase.on_train_end()
@@ -63,7 +81,8 @@ def learned(phase: Profile) -> Evidence:
 
 
 def planned(method: MixedRank, start: nn.Module, evidence: Evidence, target: Target) -> Plan:
-    proposal = method.plan(start, evidence, Cost(start, SIZE), target)
+    of_start = cost() if start is net() else Cost(start, SIZE)
+    proposal = method.plan(start, evidence, of_start, target)
     return Plan(model={}, edits=proposal.edits)
 
 
@@ -103,9 +122,8 @@ def test_every_choice_meets_the_budget_to_within_one_rank(
 ) -> None:
     method = replace(built(), decomposition=decomposition, allocation=rule, qkv=qkv)
     compact, plan = compact_of(method, net(), learned(method.scorer(net())), params=0.8)
-    cost = Cost(net(), SIZE)
-    limit = int(0.8 * cost.dense_count.params)
-    left = cost.plan(plan)
+    limit = int(0.8 * cost().dense_count.params)
+    left = cost().plan(plan)
     assert left[:2] == count(compact, SIZE)[:2]
     assert limit - 144 < left.params <= limit  # 144: one rank of the widest layer
     assert bool(torch.isfinite(outputs(compact, images(dtype=torch.float32))).all())
@@ -140,7 +158,7 @@ def test_macs_are_a_budget_too() -> None:
 def test_with_ranks_full_nothing_is_lost(decomposition: str) -> None:
     method = built(f"method.decomposition={decomposition}", "method.max_rank_fraction=1.0")
     evidence = learned(method.scorer(net()))
-    for name, piece in method._pieces(Cost(net(), SIZE).structure).items():
+    for name, piece in method._pieces(cost().structure).items():
         spectrum = method._spectrum(net(), piece, statistics_of(name, piece, evidence))
         up, down = spectrum.factors(min(piece.rows, piece.columns))
         weight = net().get_parameter(f"{piece.layer}.weight")
@@ -150,7 +168,7 @@ def test_with_ranks_full_nothing_is_lost(decomposition: str) -> None:
 def test_the_same_components_lose_less_output_than_those_of_the_plain_svd() -> None:
     aware, plain = built("method.decomposition=centred"), built("method.decomposition=plain")
     evidence = learned(aware.scorer(net()))
-    for name, piece in aware._pieces(Cost(net(), SIZE).structure).items():
+    for name, piece in aware._pieces(cost().structure).items():
         with torch.no_grad(), capture(net(), [(piece.layer, False)]) as flows:
             net()(pictures(seed=6))
         x = flows[piece.layer].flatten(0, -2).double()

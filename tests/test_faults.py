@@ -1,11 +1,11 @@
 """A small part of `make faults`: what runs go through leaves nothing lost, different or silent."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from fresh import python
 
 SLOW = (
     *("kill -9 of few images", "kill -9 in a sweep", "kill -9 of one of two"),
@@ -22,14 +22,11 @@ ROWS = (
 
 @pytest.mark.parametrize("rows", [ROWS, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_nothing_is_lost(rows: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "tests.faults", "--kills", "2", "--share", "0.02"]
-    command += ["--damages", "200", "--cases", "100"]
-    done = subprocess.run(
-        [*command, "--only", ",".join(rows)],
-        capture_output=True,
-        text=True,
-        timeout=900,
+    done = python(
+        *("-m", "tests.faults", "--kills", "2", "--share", "0.02", "--damages", "200"),
+        *("--cases", "100", "--only", ",".join(rows)),
         cwd=Path(__file__).parents[1],
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for row in rows:

@@ -74,7 +74,7 @@ def test_the_page_needs_no_other_file_and_its_links_lead_to_the_runs(tmp_path: P
     assert {"script", "style"} & {*parsed.tags} == {"style"}
     data = [address for address in parsed.addresses if address.startswith("data:")]
     links = [address for address in parsed.addresses if not address.startswith("data:")]
-    assert sum(address.startswith("data:image/png;base64,") for address in data) == 1
+    assert sum(address.startswith("data:image/png;base64,") for address in data) == 2
     assert len(links) == 3 + 2 * 4
     assert all((page.parent / unquote(link)).exists() for link in links)
     assert not re.search(r"url\(|@import|https?:", page.read_text())
@@ -141,7 +141,7 @@ def test_the_page_in_a_browser(tmp_path: Path, scheme: int, width: int, paper: s
     assert title is not None
     seen = json.loads(title[1])
     assert seen["width"] <= seen["inner"] <= width
-    assert seen["images"] == [True]
+    assert seen["images"] == [True, True]
     assert seen["paper"] == paper
     assert seen["cells"] == 6
     assert seen["colour"] not in (paper, "rgba(0, 0, 0, 0)")

@@ -195,11 +195,11 @@ def test_the_command_writes_all_three(tmp_path: Path, capsys: pytest.CaptureFixt
     with_curves(tmp_path / "1", curves, strength=1.0)
     with_curves(tmp_path / "2", curves, strength=2.0)
     main([str(tmp_path), *NO_WANDB])
-    names = ("curve.png", "energy.png", "ranks.png", "error.png")
+    names = ("curve.png", "pareto.png", "energy.png", "ranks.png", "error.png")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
     assert printed == [str(tmp_path / "report" / name) for name in names]
     sizes = [size_of((tmp_path / "report" / name).read_bytes()) for name in names]
-    assert sizes == [(2100, 1680), (2100, 1020), (2100, 1680), (2100, 1020)]
+    assert sizes == [(2100, 1680), (2100, 1800), (2100, 1020), (2100, 1680), (2100, 1020)]
 
 
 @pytest.mark.parametrize("in_plan", [False, True])

@@ -96,7 +96,7 @@ def test_int8_rows_are_in_a_table_of_their_own(
     save(tmp_path / "float", method="aiminify")
     rows = summarise([read_run(tmp_path / name) for name in ("0", "1", "float")])
     cells = ["vtp", "vit_digits", "digits", "3", "int8_dynamic", "1.000", "0.2500", "92.00"]
-    cells += ["90.50 ± 2.12", "2", "-1.50", "99.00", "2.00 -> 1.00 (2.00x)"]
+    cells += ["90.50 ± 2.12", "2", "-1.50", "99.00", "2.00 -> 1.00 (2.00x)", "L"]
     assert int8_table(rows)[1:] == [cells]
     assert int8_table([row for row in rows if row.record["label"] == "aiminify"]) == []
     head, *values = numbers(rows)
@@ -113,7 +113,7 @@ def test_int8_rows_without_images(tmp_path: Path) -> None:
     run = save(tmp_path / "run", top1=None, cut=None, dense=None)
     in_int8(run, top1=None, top5=None, latency_ms=None)
     (line,) = int8_table(summarise([read_run(run)]))[1:]
-    assert line[-6:] == ["-", "-", "1", "-", "-", "-"]
+    assert line[-7:] == ["-", "-", "1", "-", "-", "-", "-"]
 
 
 def test_exports_in_static_int8_have_rows(
@@ -178,6 +178,7 @@ def test_markdown_table(sweep: Path) -> None:
         "delta": "-2.00",
         "top-5": "99.50",
         "latency ms": "4.00 -> 2.00 (2.00x)",
+        "front": "M",
     }
     text = (sweep / "report" / "report.md").read_text()
     assert "1 cpu fp32 2" in text
@@ -194,10 +195,10 @@ def test_printed_output(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert table[0] == "vit_digits on digits"
     assert sum("96.00 ± 0.71" in line for line in table) == 2
     assert lines[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}: unfinished"
-    names = ("curve.png", "ranks.png", "report.md", "report.csv")
-    assert lines[split + 2 : split + 6] == [str(sweep / "report" / name) for name in names]
+    names = ("curve.png", "pareto.png", "ranks.png", "report.md", "report.csv")
+    assert lines[split + 2 : split + 7] == [str(sweep / "report" / name) for name in names]
     assert lines[-1] == f"{sweep / 'vtp' / 's5-seed1'}  strength=5 seed=1"
-    assert len(lines) == split + 6 + 12
+    assert len(lines) == split + 7 + 12
 
 
 def test_gigamacs_for_large_nets(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_png_is_fit_for_print(sweep: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_files(sweep: Path) -> None:
-    names = ("curve.png", "ranks.png", "report.md", "report.csv")
+    names = ("curve.png", "pareto.png", "ranks.png", "report.md", "report.csv")
     main([str(sweep), *NO_WANDB])
     first = [(sweep / "report" / name).read_bytes() for name in names]
     main([str(sweep), *NO_WANDB])
@@ -434,7 +435,7 @@ def test_a_failing_wandb_does_not_hurt(
         main([str(sweep)])
     assert [record.getMessage() for record in caplog.records] == ["W&B: no disk left"]
     assert "seed=1" in capsys.readouterr().out.splitlines()[-1]
-    assert len(list((sweep / "report").iterdir())) == 4
+    assert len(list((sweep / "report").iterdir())) == 5
 
 
 def test_offline_wandb_run_is_silent_and_complete(sweep: Path) -> None:

@@ -12,7 +12,7 @@ from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.deploy.runfolder import Run, RunFolderError, find_runs, read_run
 from vitrim.errors import VitrimError
 from vitrim.jobs.status import unfinished_lines
-from vitrim.report import trial_figure
+from vitrim.report import loss_figure, trial_figure
 from vitrim.report.rank_figures import read_curves
 from vitrim.report.summary import budget_of, order, summarise
 from vitrim.report.tables import OUTPUTS, log_wandb, show, show_papers, write
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"vitrim-report: {escape.terminal(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     show(rows)
-    lines = [*trial_figure.lines(runs), f"unfinished: {len(notes)}"]
+    lines = [*loss_figure.lines(runs), *trial_figure.lines(runs), f"unfinished: {len(notes)}"]
     lines += [f"  {note}" for note in notes]
     lines += map(str, paths)
     lines += [f"{run.folder}  {budget_of(run.record)} seed={run.record['seed']}" for run in runs]
@@ -70,6 +70,7 @@ def _readable(folders: Sequence[Path]) -> list[Run]:
             run = read_run(folder)
             read_curves(run)
             trial_figure.trials_of(run)
+            loss_figure.read_losses(run)
             runs.append(run)
         except RunFolderError as error:
             problems.append(str(error))

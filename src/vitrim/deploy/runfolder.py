@@ -38,6 +38,8 @@ _SIDE = {"params": _COUNT, "macs": _COUNT, "top1": _MAYBE, "top5": _MAYBE, "late
 _SIDES = {f"{side}.{name}": kinds for side in ("dense", "compact") for name, kinds in _SIDE.items()}
 MEASURED = (*_SIDES, "cut.top1", "strength")
 """Keys of a record that are averaged over seeds."""
+SAVED = ("dense.mb", "compact.mb")
+"""Keys of the megabytes of saved networks, averaged as well; reports of 0.1.0 have none."""
 _REQUIRED: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("choices.method", "choices.model", "choices.data"), _TEXT),
     **dict.fromkeys(("series", "target.metric"), _TEXT),
@@ -48,6 +50,7 @@ _REQUIRED: Mapping[str, tuple[type, ...]] = {
 _OPTIONAL: Mapping[str, tuple[type, ...]] = {
     **{"choices.experiment": (str, type(None)), "compact.flops_blog": _COUNT},
     **dict.fromkeys(SETTINGS, (*_MAYBE, str)),
+    **dict.fromkeys(SAVED, _MAYBE),
     **dict.fromkeys(("evaluated_images", "dataset.classes"), (int, type(None))),
     **dict.fromkeys(("weights.name", "weights.source", "weights.sha256"), (str, type(None))),
 }

@@ -120,11 +120,13 @@ def _before_recovery(chosen: Sequence[Panel], rows: Sequence[Row]) -> list[Panel
     return [panel._replace(y=y, y_label=label) for panel in chosen]
 
 
-def png(figure: Figure, handles: Sequence[Line2D]) -> bytes:
-    """Return the figure as a PNG, its legend above it."""
+def png(figure: Figure, handles: Sequence[Line2D], title: str = "") -> bytes:
+    """Return the figure as a PNG; its legend, if there are handles, is above it under a title."""
     content = io.BytesIO()
-    columns = _columns([str(handle.get_label()) for handle in handles])
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    if handles:
+        columns = _columns([str(handle.get_label()) for handle in handles])
+        look: Look = {"loc": "outside upper center", "ncols": columns, "title": title or None}
+        figure.legend(handles=handles, **look)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in any script
         figure.savefig(content, format="png", dpi=300, metadata={"Software": None})

@@ -20,12 +20,13 @@ from vitrim.deploy.table import Lines
 from vitrim.errors import VitrimError
 from vitrim.jobs.status import status_of
 from vitrim.paper import Published, published
-from vitrim.report import compare
+from vitrim.report import compare, loss_figure
 from vitrim.report.heatmap import Heatmap, heatmap
 from vitrim.report.summary import budget_of, fixed, summarise
 
 ALTS = {
     "curve.png": "Accuracy by strength and by MACs",
+    "losses.png": "Predicted and measured losses of single edits",
     "energy.png": "Energy kept by the share of the full rank",
     "ranks.png": "Accuracy by kept parameters",
     "error.png": "Output error by rank",
@@ -37,8 +38,8 @@ _FILES = ("report.json", "plan.json", "recipe.yaml", "bench.json")
 class Tables(NamedTuple):
     """The tables of a page, headings first, and the sentences that belong to them.
 
-    `results` are pairs of a caption and a table; `int8` and `compared` may be empty. `others` says
-    which rows differ from the published row that they were started for.
+    `results` and `losses` are pairs of a caption and a table; `losses`, `int8` and `compared` may
+    be empty. `others` says which rows differ from the published row that they were started for.
     """
 
     results: Sequence[tuple[str, Lines]]
@@ -46,6 +47,9 @@ class Tables(NamedTuple):
     int8_note: str
     compared: Lines
     others: Sequence[str]
+    losses: Sequence[tuple[str, Lines]]
+    losses_note: str
+    front_note: str
     commits: str
     settings: str
 
@@ -72,8 +76,12 @@ def html(
     unfinished: Sequence[Path],
     pictures: Mapping[str, bytes],
     tables: Tables,
+    captions: Mapping[str, str],
 ) -> str:
-    """Return the page that will be saved in `folder`; `pictures` are PNGs by name."""
+    """Return the page that will be saved in `folder`.
+
+    `pictures` are PNGs by name; `captions` are of those that need more than `ALTS` says.
+    """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,7 +95,8 @@ def html(
         runs=finished,
         unfinished=[_unfinished(run, folder) for run in unfinished],
         pictures=[(name, b64encode(content).decode()) for name, content in pictures.items()],
-        alts=ALTS,
+        alts={**ALTS, **captions},
+        losses_title=loss_figure.TITLE,
         comparison=compare.TITLE,
         comparison_note=compare.NOTE,
         not_run=not_run([paper for _, paper in compare.repeated(summarise(runs)).pairs]),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from vitrim.deploy.runfolder import MEASURED, QUANTIZED, SETTINGS, Record, Run
+from vitrim.deploy.runfolder import MEASURED, QUANTIZED, SAVED, SETTINGS, Record, Run
 
 NAMES = ("label", "choices.model", "choices.data")
 """Keys of a record that name a row: method with its options, model, data set."""
@@ -116,7 +116,7 @@ def _derive(record: Record) -> Record:
 
 def _row(records: Sequence[Record]) -> Row:
     quantized = sorted({key for record in records for key in record if key.startswith(QUANTIZED)})
-    measures = (*MEASURED, "kept_macs", "kept_params", "delta", *quantized)
+    measures = (*MEASURED, *SAVED, "kept_macs", "kept_params", "delta", *quantized)
     spreads = {measure: spread_of(per_seed(records, measure)) for measure in measures}
     settings = {tuple(map(record.get, SETTINGS)) for record in records}
     unknown = any(None in setting for setting in settings)  # of earlier versions: threads

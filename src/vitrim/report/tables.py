@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from vitrim import escape, files
-from vitrim.deploy.runfolder import SETTINGS, Run
+from vitrim.deploy.runfolder import QUANTIZED, SETTINGS, Run
 from vitrim.deploy.table import markdown_table, terminal_table
 from vitrim.paper.results import ABSENT, results
-from vitrim.report import compare, papers, trial_figure
+from vitrim.report import compare, loss_figure, papers, pareto, trial_figure
 from vitrim.report.figure import ACCURACY, Panel, draw, labelled, line_of
 from vitrim.report.rank_figures import figures
 from vitrim.report.summary import (
@@ -45,7 +45,13 @@ def results_table(rows: Sequence[Row]) -> list[list[str]]:
     size, unit = macs_unit(rows)
     head = ["method", "model", "data", "strength", "kept MACs %", "params M", f"MACs {unit}"]
     head += ["top-1 dense", "top-1 cut", "top-1 final", "n", "delta", "top-5", "latency ms"]
-    return [head, *(_cells(row, size) for row in rows)]
+    cells = [[*_cells(row, size), marks.get("", "-")] for row, marks in _marked(rows)]
+    return [[*head, "front"], *cells]
+
+
+def _marked(rows: Sequence[Row]) -> list[tuple[Row, dict[str, str]]]:
+    """Return the rows with the letters of the Pareto fronts that they are on, by int8 scheme."""
+    return [*zip(rows, pareto.marks(rows), strict=True)]
 
 
 def _cells(row: Row, macs_size: float) -> list[str]:
@@ -90,9 +96,13 @@ def _latency(dense_ms: float | None, compact_ms: float | None) -> str:
 def int8_table(rows: Sequence[Row]) -> list[list[str]]:
     """Return the headings and a line per row and int8 scheme; nothing where none was evaluated."""
     head = ["method", "model", "data", "strength", "scheme", "MB float", "MB int8"]
-    head += ["top-1 float", "top-1 int8", "n", "delta", "top-5", "latency ms"]
-    pairs = [(row, key[:-3]) for row in rows for key in row.spreads if key.endswith(".mb")]
-    return [head, *(_int8_cells(row, prefix) for row, prefix in pairs)] if pairs else []
+    head += ["top-1 float", "top-1 int8", "n", "delta", "top-5", "latency ms", "front"]
+    lines = [
+        [*_int8_cells(row, f"{QUANTIZED[1]}{scheme}"), marks.get(scheme, "-")]
+        for row, marks in _marked(rows)
+        for scheme in pareto.schemes_of(row)
+    ]
+    return [head, *lines] if lines else []
 
 
 def _int8_cells(row: Row, prefix: str) -> list[str]:
@@ -121,6 +131,11 @@ def _without_names(lines: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[line[0], *line[3:]] for line in lines]
 
 
+def _narrow(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a table for the terminal, without the names and without the column of fronts."""
+    return [line[:-1] for line in _without_names(lines)]
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print a table per model and data set, narrow enough for 100 columns."""
     from rich.console import Console
@@ -129,10 +144,10 @@ def show(rows: Sequence[Row]) -> None:
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     for (model, data), part in sections(rows).items():
         title = escape.terminal(f"{model} on {data}")
-        table = terminal_table(_without_names(results_table(part)), left=2)
+        table = terminal_table(_narrow(results_table(part)), left=2)
         console.print(title, table, "", sep="\n")
         if int8 := int8_table(part):
-            table = terminal_table(_without_names(int8), left=3)
+            table = terminal_table(_narrow(int8), left=3)
             console.print(f"{title} in int8", table, "", sep="\n")
     lines, others = compare.comparison(rows), compare.repeated(rows).others
     if lines:
@@ -188,7 +203,10 @@ def write(
     `notes` are lines on the unfinished runs. `page` adds report.html, which needs no other file.
     """
     files.own_folder(folder)
-    pictures = {"curve.png": draw(rows), **figures(runs, rows), **trial_figure.figure(runs)}
+    pictures = {
+        **{"curve.png": draw(rows), **pareto.figures(rows), **loss_figure.figure(runs)},
+        **{**figures(runs, rows), **trial_figure.figure(runs)},
+    }
     contents = {
         **pictures,
         "report.md": markdown(runs, rows, notes).encode(errors=_OTHER),
@@ -226,10 +244,13 @@ def _page(
         int8_note=INT8_NOTE,
         compared=[compare.HEAD, *compared] if compared else [],
         others=others,
+        losses=loss_figure.tables(runs),
+        losses_note=loss_figure.NOTE,
+        front_note=pareto.NOTE,
         commits=_distinct(runs, ("commit", "dirty")),
         settings=_distinct(runs, SETTINGS),
     )
-    return html(folder, runs, unfinished, pictures, tables)
+    return html(folder, runs, unfinished, pictures, tables, pareto.captions(rows))
 
 
 def csv_text(runs: Sequence[Run]) -> str:
@@ -252,6 +273,7 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], notes: Sequence[str]) -> 
     explanation = [
         "Accuracies in percent: *cut* before recovery, *final* after it, as mean ± sample standard",
         "deviation over n seeds; *delta* is final minus dense. MACs of one image.",
+        pareto.NOTE,
         f"Latency (batch, device, precision, threads): {_markdown_distinct(runs, SETTINGS)}.",
         f"Commit (uncommitted changes): {_markdown_distinct(runs, ('commit', 'dirty'))}.",
         f"Runs: {len(runs)} finished; {len(notes)} unfinished, omitted.",
@@ -260,10 +282,31 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], notes: Sequence[str]) -> 
     int8 = markdown_table(int8_table(rows), left=5)
     parts = ["## In int8", "", *int8, "", INT8_NOTE, ""] if int8 else []
     parts += compare.markdown(compare.comparison(rows), compare.repeated(rows).others)
+    parts += [*_fronts_markdown(rows), *_losses_markdown(runs)]
     for sentence in trial_figure.lines(runs):
         parts += [f"{escape.markdown(sentence)}.", ""]
     table = markdown_table(results_table(rows), left=4)
     return "\n".join([*table, "", *explanation, "", *parts, "![curves](curve.png)", ""])
+
+
+def _fronts_markdown(rows: Sequence[Row]) -> Iterator[str]:
+    """Iterate over the lines of a section with the Pareto fronts; none without a figure."""
+    captions = pareto.captions(rows)
+    yield from ["## Pareto fronts", ""] if captions else []
+    for name, caption in captions.items():
+        yield from (f"![Pareto fronts]({name})", "", f"{escape.markdown(caption)}.", "")
+
+
+def _losses_markdown(runs: Sequence[Run]) -> Iterator[str]:
+    """Iterate over the lines of a section on predicted losses; none where none were measured."""
+    tables = loss_figure.tables(runs)
+    yield from [f"## {loss_figure.TITLE}", "", loss_figure.NOTE, ""] if tables else []
+    for caption, table in tables:
+        yield from (f"{escape.markdown(caption)}:", "", *markdown_table(table, left=1), "")
+    for sentence in loss_figure.lines(runs):
+        yield from (f"{escape.markdown(sentence)}.", "")
+    if loss_figure.has_figure(runs):
+        yield from ("![predicted and measured losses](losses.png)", "")
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:

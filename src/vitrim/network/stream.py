@@ -32,6 +32,10 @@ class BranchStep:
         """Return the stream after the step."""
         return x + self.apply(x)
 
+    def added(self, x: Tensor) -> Tensor:
+        """Return what the step adds if its last Linear has the output x (..., D)."""
+        return x if self.scale is None else x * self.scale.to(x)
+
     def unscaled(self, x: Tensor) -> Tensor:
         """Return x (..., D) before the layer scale, and 0 where the layer scale is zero."""
         if self.scale is None:

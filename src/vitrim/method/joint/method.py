@@ -56,6 +56,7 @@ class Joint:
     ridges: JointRidges
     scaling: Scaling
     regression: bool
+    closing: bool
     local: LocalTraining
     fine_tune: bool
     tuning: RecoverySettings
@@ -77,6 +78,7 @@ class Joint:
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),
             ("regression", isinstance(self.regression, bool), "true or false"),
+            ("closing", isinstance(self.closing, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
 
@@ -134,14 +136,14 @@ class Joint:
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[Phase]:
-        """Yield the sequential regression, and the training of the whole network."""
-        if self.regression and _has_stream(student):
+        """Yield what is done MLP by MLP, and the training of the whole network."""
+        if (self.regression or self.closing or self.local.epochs) and _has_stream(student):
             yield Reconstruct(
                 student,
                 teacher,
                 sampling=self._calibration(),
-                ridge=self.ridges.regression,
-                closing_ridge=self.ridges.closing,
+                ridge=self.ridges.regression if self.regression else None,
+                closing_ridge=self.ridges.closing if self.closing else None,
                 local=self.local,
             )
         if self.fine_tune:

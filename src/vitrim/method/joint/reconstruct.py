@@ -1,13 +1,15 @@
-"""After the cut: MLPs are solved again on the compact network's stream, then the classifier.
+"""After the cut: each MLP is brought near the dense stream by itself, then the classifier.
 
-Branch by branch (sequential, error-correcting regression), the last layer of an MLP changes by what
-brings the compact stream after the branch nearest to the dense one, so that each also corrects the
-errors of those before it, of attentions too. Then, if asked for, the MLP's layers are trained by
-gradient towards the same target. In the end the classifier's input is mapped towards the dense
-network's, and that map is folded into the classifier.
+MLP by MLP, on the compact network's own stream: the layers are trained by gradient towards the
+dense stream after the MLP, so that each also corrects the errors of the branches before it, of
+attentions too. With a ridge, the last layer is first solved by least squares towards the same
+target (sequential, error-correcting regression). In the end the classifier's input can be mapped
+towards the dense network's by a ridge regression, which is folded into the classifier.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning import LightningModule
@@ -24,17 +26,17 @@ from vitrim.trainer.phase import ResumePoint
 
 
 class Reconstruct(LightningModule):
-    """Solve, and train, the MLPs of `net` towards the stream of `teacher`, then the classifier.
+    """Bring the MLPs of `net` near the stream of `teacher`, then its classifier.
 
     Both streams are held in memory: twice images x tokens x D numbers.
 
     Args:
         net: the compact network.
         teacher: the dense network.
-        sampling: which tokens the regression sees.
-        ridge: of the regressions, relative to the mean variance of their inputs; a layer stays near
-            its weights.
-        closing_ridge: of the regression of the classifier's input.
+        sampling: which tokens are seen.
+        ridge: of the regression, relative to the mean variance of their inputs; a layer
+            stays near its weights. None: there is no regression.
+        closing_ridge: of the regression of the classifier's input; None: there is none.
         local: the training of each MLP.
     """
 
@@ -49,8 +51,8 @@ class Reconstruct(LightningModule):
         teacher: nn.Module,
         *,
         sampling: Sampling,
-        ridge: float,
-        closing_ridge: float,
+        ridge: float | None,
+        closing_ridge: float | None,
         local: LocalTraining,
     ) -> None:
         super().__init__()
@@ -102,42 +104,52 @@ class Reconstruct(LightningModule):
                     continue  # the branch was dropped
                 own = next(own_steps)
                 if isinstance(own, BranchStep) and own.name in self._ends:
-                    self._solve_branch(own, self._ends[own.name])
+                    self._correct(own, self._ends[own.name])
                 self._compact = [own.advance(x) for x in self._compact]
-            self._close()
+            if self.closing_ridge is not None:
+                self._close(self.closing_ridge)
         self._dense, self._compact = [], []
 
-    def _solve_branch(self, branch: BranchStep, name: str) -> None:
-        """Add to layer `name` what brings the stream after `branch` nearest to the dense one."""
-        layer = self.net.get_submodule(name)
+    def _correct(self, branch: BranchStep, end: str) -> None:
+        """Solve and train `branch`, whose last layer is `end`, as far as it is asked for."""
+        if self.ridge is not None:
+            self._solve(branch, end, self.ridge)
+        if self.local.epochs:
+            self._train(branch, [rows for _, rows in self._rows(branch, end)])
+
+    def _solve(self, branch: BranchStep, end: str, ridge: float) -> None:
+        """Add to the layer `end` what brings the stream after `branch` nearest to the dense one."""
+        layer = self.net.get_submodule(end)
         weight, bias = layer.get_parameter("weight"), layer.bias
         width = weight.shape[1]
-        moments = Moments(name, width + len(weight))
-        rows: list[Rows] = []
+        moments = Moments(end, width + len(weight))
+        for inputs, rows in self._rows(branch, end):
+            after = rows.before + branch.added(layer(inputs))
+            error = branch.unscaled(rows.target - after)
+            both = torch.cat([inputs, error], dim=-1)
+            moments.add(both.flatten(0, 1), rows.weights.flatten())
+        moments.finish()
+        change, offset = ridge_fit(moments.tensors(), width, ridge, biased=bias is not None)
+        weight.add_(change.to(weight))
+        if isinstance(bias, Tensor):
+            bias.add_(offset.to(bias))
+
+    def _rows(self, branch: BranchStep, end: str) -> Iterator[tuple[Tensor, Rows]]:
+        """Iterate over batches: what the layer `end` reads at the sampled tokens, and these."""
         n_seen = 0
         for x, dense in zip(self._compact, self._dense, strict=True):
             index = self.sampling.index(x, self._stream.n_prefix_tokens, n_seen)
             n_seen += len(x)
-            with capture(self.net, [(name, False)]) as activations:
-                after = branch.advance(x)
+            with capture(self.net, [(end, False)]) as activations:
+                branch.apply(x)
             target = gather_tokens(dense, index)
-            error = branch.unscaled(target - gather_tokens(after, index))
             weights = self.sampling.weights(
                 target, self._stream.n_prefix_tokens, self._stream.n_readout_tokens
             )
-            inputs = gather_tokens(branch.tokens(activations[name]), index)
-            moments.add(torch.cat([inputs, error], dim=-1).flatten(0, 1), weights.flatten())
-            if self.local.epochs:
-                rows.append(Rows(gather_tokens(x, index), target, weights))
-        moments.finish()
-        change, offset = ridge_fit(moments.tensors(), width, self.ridge, biased=bias is not None)
-        weight.add_(change.to(weight))
-        if isinstance(bias, Tensor):
-            bias.add_(offset.to(bias))
-        if rows:
-            self._train(branch, joined(rows))
+            inputs = gather_tokens(branch.tokens(activations[end]), index)
+            yield inputs, Rows(gather_tokens(x, index), target, weights)
 
-    def _train(self, branch: BranchStep, rows: Rows) -> None:
+    def _train(self, branch: BranchStep, batches: Sequence[Rows]) -> None:
         """Train the layers of `branch` by themselves."""
         parameters = [
             parameter
@@ -150,9 +162,9 @@ class Reconstruct(LightningModule):
         def advance(x_nD: Tensor) -> Tensor:
             return branch.advance(x_nD.reshape(len(x_nD), *inner, -1)).flatten(0, -2)
 
-        self.errors[branch.name] = train(parameters, advance, rows, self.local)
+        self.errors[branch.name] = train(parameters, advance, joined(batches), self.local)
 
-    def _close(self) -> None:
+    def _close(self, ridge: float) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""
         teacher = self._teacher[0]
         heads = [*classifiers(self.net)]
@@ -167,7 +179,7 @@ class Reconstruct(LightningModule):
                 ones = torch.ones(len(features), device=features.device)
                 moments.add(torch.cat([features, target - features], dim=-1), ones)
             moments.finish()
-            solution, offset = ridge_fit(moments.tensors(), width, self.closing_ridge, biased=True)
+            solution, offset = ridge_fit(moments.tensors(), width, ridge, biased=True)
             weight = linear.weight.detach().double().cpu()
             linear.weight.copy_(weight + weight @ solution)
             if linear.bias is not None:
@@ -182,7 +194,7 @@ def _input_of(net: nn.Module, layer: str, described: Stream, x: Tensor) -> Tenso
 
 
 def ends_of_mlps(net: nn.Module) -> dict[str, str]:
-    """Return, by branch, the path of the layer by which an MLP adds to the stream."""
+    """Return, by branch, the path of the Linear by which an MLP adds to the stream."""
     described = structure(net)
     attentions = {attention.branch for attention in described.attentions}
     return {
@@ -191,4 +203,5 @@ def ends_of_mlps(net: nn.Module) -> dict[str, str]:
         if layer.branch not in attentions
         and all(part.site is None for part in layer.out)
         and not (layer.factor and layer.name.endswith(".down"))
+        and net.get_parameter(f"{layer.name}.weight").ndim == 2
     }

@@ -131,6 +131,7 @@ def test_exports_in_static_int8_have_rows(
     assert line[4:] == [
         *("onnx_int8_static", "2.000", "0.5000", "90.00", "89.50", "1", "-0.50", "99.00"),
         "8.00 -> 2.00 (4.00x)",
+        "-",
     ]
     path.write_text("[]")
     assert "expected what was measured in float and in int8" in failure(capsys, str(tmp_path))

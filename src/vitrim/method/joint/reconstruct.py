@@ -9,6 +9,7 @@ towards the dense network's by a ridge regression, which is folded into the clas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +24,8 @@ from vitrim.network import stream, structure
 from vitrim.network.stream import BranchStep, Stream
 from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
+
+_log = logging.getLogger(__name__)
 
 
 class Reconstruct(LightningModule):
@@ -68,7 +71,6 @@ class Reconstruct(LightningModule):
         self._ends = ends_of_mlps(net)
         self._dense: list[Tensor] = []
         self._compact: list[Tensor] = []
-        self.errors: dict[str, list[float]] = {}
 
     def on_train_start(self) -> None:
         """Run both networks in evaluation mode."""
@@ -162,7 +164,9 @@ class Reconstruct(LightningModule):
         def advance(x_nD: Tensor) -> Tensor:
             return branch.advance(x_nD.reshape(len(x_nD), *inner, -1)).flatten(0, -2)
 
-        self.errors[branch.name] = train(parameters, advance, joined(batches), self.local)
+        errors = train(parameters, advance, joined(batches), self.local)
+        if errors:
+            _log.debug("%s: held-out error %.4g, at best %.4g", branch.name, errors[0], min(errors))
 
     def _close(self, ridge: float) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""

@@ -108,18 +108,11 @@ def allocate(
     """
     nothing = State({}, {}, frozenset(), frozenset())
     dense = amounts.amounts(nothing)
-    branches = {
-        branch: [
-            _priced(
-                described,
-                option,
-                partial(amounts.amounts_in, branch),
-                amounts.amounts_in(branch, nothing),
-            )
-            for option in options
-        ]
-        for branch, options in _options(described, losses, how).items()
-    }
+    branches = {}
+    for branch, options in _options(described, losses, how).items():
+        of_branch = partial(amounts.amounts_in, branch)
+        whole = of_branch(nothing)
+        branches[branch] = [_priced(described, option, of_branch, whole) for option in options]
     weights = _weights(dense)
     prices = _prices(branches, weights)
     best: tuple[Found, Sequence[_Priced]] | None = None

@@ -66,8 +66,9 @@ class Budgets:
         """
         if self._tables:
             return self.amounts(state)
-        part = self._parts.setdefault(branch, _part(self.cost.structure, branch))
-        survivors = propagate(part, state.kept)
+        if branch not in self._parts:
+            self._parts[branch] = _part(self.cost.structure, branch)
+        survivors = propagate(self._parts[branch], state.kept)
         amount = self.cost.cost_of(
             survivors,
             [name for name in self.scored if name in survivors],

@@ -94,9 +94,9 @@ def _along_stream(
 ) -> list[float]:
     names = [step.name if isinstance(step, BranchStep) else "" for step in described.steps]
     first = [min((names.index(b) for b in p.branches), default=len(names)) for p in probes]
-    dense = logits_from(net, described, described.embed(images), 0)
-    found = [0.0] * len(probes)
     x = described.embed(images)
+    dense = logits_from(net, described, x, 0)
+    found = [0.0] * len(probes)
     for position in range(len(names) + 1):
         for index, probe in enumerate(probes):
             if first[index] == position:

@@ -10,7 +10,7 @@ towards the dense network's by a ridge regression, which is folded into the clas
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from lightning import LightningModule
@@ -117,7 +117,7 @@ class Reconstruct(LightningModule):
         if self.ridge is not None:
             self._solve(branch, end, self.ridge)
         if self.local.epochs:
-            self._train(branch, [rows for _, rows in self._rows(branch, end)])
+            self._train(branch)
 
     def _solve(self, branch: BranchStep, end: str, ridge: float) -> None:
         """Add to the layer `end` what brings the stream after `branch` nearest to the dense one."""
@@ -125,7 +125,10 @@ class Reconstruct(LightningModule):
         weight, bias = layer.get_parameter("weight"), layer.bias
         width = weight.shape[1]
         moments = Moments(end, width + len(weight))
-        for inputs, rows in self._rows(branch, end):
+        for x, index, rows in self._batches():
+            with capture(self.net, [(end, False)]) as activations:
+                branch.apply(x)
+            inputs = gather_tokens(branch.tokens(activations[end]), index)
             after = rows.before + branch.added(layer(inputs))
             error = branch.unscaled(rows.target - after)
             both = torch.cat([inputs, error], dim=-1)
@@ -136,22 +139,19 @@ class Reconstruct(LightningModule):
         if isinstance(bias, Tensor):
             bias.add_(offset.to(bias))
 
-    def _rows(self, branch: BranchStep, end: str) -> Iterator[tuple[Tensor, Rows]]:
-        """Iterate over batches: what the layer `end` reads at the sampled tokens, and these."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Rows]]:
+        """Iterate over batches: the compact stream, which tokens are sampled, and these."""
         n_seen = 0
         for x, dense in zip(self._compact, self._dense, strict=True):
             index = self.sampling.index(x, self._stream.n_prefix_tokens, n_seen)
             n_seen += len(x)
-            with capture(self.net, [(end, False)]) as activations:
-                branch.apply(x)
             target = gather_tokens(dense, index)
             weights = self.sampling.weights(
                 target, self._stream.n_prefix_tokens, self._stream.n_readout_tokens
             )
-            inputs = gather_tokens(branch.tokens(activations[end]), index)
-            yield inputs, Rows(gather_tokens(x, index), target, weights)
+            yield x, index, Rows(gather_tokens(x, index), target, weights)
 
-    def _train(self, branch: BranchStep, batches: Sequence[Rows]) -> None:
+    def _train(self, branch: BranchStep) -> None:
         """Train the layers of `branch` by themselves."""
         parameters = [
             parameter
@@ -164,13 +164,15 @@ class Reconstruct(LightningModule):
         def advance(x_nD: Tensor) -> Tensor:
             return branch.advance(x_nD.reshape(len(x_nD), *inner, -1)).flatten(0, -2)
 
-        errors = train(parameters, advance, joined(batches), self.local)
+        rows = joined([rows for *_, rows in self._batches()])
+        errors = train(parameters, advance, rows, self.local)
         if errors:
             _log.debug("%s: held-out error %.4g, at best %.4g", branch.name, errors[0], min(errors))
 
     def _close(self, ridge: float) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""
         teacher = self._teacher[0]
+        dense_stream = stream(teacher)
         heads = [*classifiers(self.net)]
         if not heads or not self._stream.norm_is_features:
             return
@@ -178,7 +180,7 @@ class Reconstruct(LightningModule):
             width = linear.in_features
             moments = Moments(name, 2 * width)
             for dense, compact in zip(self._dense, self._compact, strict=True):
-                target = _input_of(teacher, name, stream(teacher), dense)
+                target = _input_of(teacher, name, dense_stream, dense)
                 features = _input_of(self.net, name, self._stream, compact)
                 ones = torch.ones(len(features), device=features.device)
                 moments.add(torch.cat([features, target - features], dim=-1), ones)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 
 import torch
 from lightning import LightningModule
@@ -105,8 +106,6 @@ class JointScorer(LightningModule):
                     features = self.net(images)
                 self._features.add(features, torch.ones(len(features), device=features.device))
                 return
-            if not self.has_classifier:
-                self._features.finish()
             for chunk in torch.split(images, _CHUNK):
                 self._backward(chunk)
         missing = self.scaling.images - sum(map(len, self._images))
@@ -142,10 +141,12 @@ class JointScorer(LightningModule):
         generator = torch.Generator().manual_seed(int(self.statistics.images))
         if self.has_classifier:
             return directions(logits, self.temperature, generator)
-        return whitened(logits, self._inverse_root(), generator)
+        return whitened(logits, self._inverse_root, generator)
 
+    @cached_property
     def _inverse_root(self) -> Tensor:
-        """Return F^(-1/2) of the covariance of the features, with a hundredth of its mean added."""
+        """F^(-1/2) of the covariance of the features, with a hundredth of its mean added."""
+        self._features.finish()
         cov = self._features.cov.double()
         values, vectors = torch.linalg.eigh(cov)
         floor = 0.01 * float(cov.diagonal().mean())
@@ -172,7 +173,7 @@ class JointScorer(LightningModule):
             divergence = (
                 kl_divergence(self.temperature)
                 if self.has_classifier
-                else feature_divergence(self._inverse_root())
+                else feature_divergence(self._inverse_root)
             )
             with full_precision(images):
                 measured = measure(self.net, images, probes, divergence)

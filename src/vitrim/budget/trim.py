@@ -176,7 +176,13 @@ def _removals_of(
 ) -> list[Removal]:
     """Return all removals of a site, the least important first; `order` is its place among all."""
     values = score.double().tolist()
-    chunks = [list(_chunks(head, values, round_to)) for head in _heads(site)]
+    chunks = [
+        [
+            (_mean([values[unit] for unit in step]), step)
+            for step in in_steps(head, values, round_to)
+        ]
+        for head in units_by_head(site)
+    ]
     if even_heads:
         chunks = [[_merged(level) for level in zip(*chunks, strict=True)]]
     return sorted(
@@ -209,25 +215,28 @@ def _is_protected(removal: Removal, site: Site, protected_heads: Mapping[str, in
     """Whether the removal takes units that the last head of the site needs."""
     if site.name not in protected_heads:
         return True
-    head = _heads(site)[protected_heads[site.name]]
+    head = units_by_head(site)[protected_heads[site.name]]
     return any(unit in head for unit in removal.units)
 
 
-def _heads(site: Site) -> list[range]:
+def units_by_head(site: Site) -> list[range]:
     """Return the units of each head, or all units together where the site has no heads."""
     ends = list(accumulate(site.head_dims or (site.size,), initial=0))
     return [range(start, end) for start, end in pairwise(ends)]
 
 
-def _chunks(
-    units: Sequence[int], values: Sequence[float], round_to: int
-) -> Iterator[tuple[float, list[int]]]:
-    """Group units, least important first, so that a multiple of `round_to` is always kept."""
+def in_steps(units: Sequence[int], values: Sequence[float], round_to: int) -> Iterator[list[int]]:
+    """Group units, least important first, so that a multiple of `round_to` is always kept.
+
+    Args:
+        units: of one head, or of a site without heads.
+        values: the importance of every unit of the site.
+        round_to: units removed in one step.
+    """
     ranked = sorted(units, key=lambda unit: (values[unit], -unit))
     first = len(ranked) % round_to or round_to
     for start, stop in pairwise([0, *range(first, len(ranked) + 1, round_to)]):
-        chunk = ranked[start:stop]
-        yield _mean([values[unit] for unit in chunk]), chunk
+        yield ranked[start:stop]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.method.joint.choices import Option, Removal, State, in_steps, subsets
+from vitrim.method.joint.choices import Option, Removal, State, removals_of, subsets
 from vitrim.method.joint.paths import (
     Floats,
     Found,
@@ -176,7 +176,7 @@ def _sliced(
             loss=float(of_heads[heads[:n]].sum()) if n else 0.0,
             heads=gone,
             removals={
-                site.name: in_steps(
+                site.name: removals_of(
                     site,
                     losses.units[site.name],
                     gone=gone,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations, pairwise
+from itertools import chain, combinations
 from typing import NamedTuple
 
 from torch import Tensor
 
+from vitrim.budget.trim import in_steps, units_by_head
 from vitrim.network.structure import Site
-from vitrim.network.survivors import head_of
 
 
 class State(NamedTuple):
@@ -50,7 +50,7 @@ class Option:
     removals: Mapping[str, Sequence[Removal]] = field(default_factory=dict)
 
 
-def in_steps(
+def removals_of(
     site: Site, losses: Tensor, *, gone: frozenset[int], round_to: int, even_heads: bool
 ) -> list[Removal]:
     """Return the removals of a site in order; of each head, or of the site, the best one stays.
@@ -63,35 +63,23 @@ def in_steps(
         even_heads: whether every head loses as many.
     """
     values = losses.double().tolist()
-    if site.head_dims:
-        of_head = head_of(site).tolist()
-        groups: dict[int, list[int]] = {}
-        for unit, head in enumerate(of_head):
-            if head not in gone:
-                groups.setdefault(head, []).append(unit)
-        heads = [*groups.values()]
-    else:
-        heads = [[*range(site.size)]]
-    chunks = [_chunks(head, values, round_to) for head in heads]
+    steps = [
+        [
+            Removal(sum(values[unit] for unit in units), tuple(units))
+            for units in in_steps(head, values, round_to)
+        ]
+        for index, head in enumerate(units_by_head(site))
+        if index not in gone
+    ]
     if even_heads:
-        chunks = [
+        steps = [
             [
                 Removal(sum(part.loss for part in level), tuple(chain(*(p.units for p in level))))
-                for level in zip(*chunks, strict=True)
+                for level in zip(*steps, strict=True)
             ]
         ]
-    removals = [removal for of_one in chunks for removal in of_one[:-1]]
+    removals = [removal for of_one in steps for removal in of_one[:-1]]
     return sorted(removals, key=lambda removal: removal.loss / len(removal.units))
-
-
-def _chunks(units: Sequence[int], values: Sequence[float], round_to: int) -> list[Removal]:
-    ranked = sorted(units, key=lambda unit: (values[unit], -unit))
-    first = len(ranked) % round_to or round_to
-    bounds = [0, *range(first, len(ranked) + 1, round_to)]
-    return [
-        Removal(sum(values[unit] for unit in ranked[a:b]), tuple(ranked[a:b]))
-        for a, b in pairwise(bounds)
-    ]
 
 
 def subsets(names: Sequence[str]) -> Iterator[frozenset[str]]:

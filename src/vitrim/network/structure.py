@@ -175,6 +175,16 @@ def factorisable_rows(layer: Layer) -> dict[str, Dim]:
     return {layer.name: layer.out, **{f"{layer.name}.{name}": (part,) for name, part in pieces}}
 
 
+def ends_of(structure: Structure) -> dict[str, str]:
+    """Return, by branch, the path of the layer whose output is added to the stream."""
+    return {
+        layer.branch: layer.name
+        for layer in structure.layers
+        if all(part.site is None for part in layer.out)
+        and not (layer.factor and layer.name.endswith(".down"))
+    }
+
+
 def full(size: int) -> Dim:
     """Return a dimension that is never cut."""
     return (Part(site=None, offset=0, size=size),)

@@ -203,13 +203,39 @@ class Refit(LightningModule):
         moments = Moments(name, 2 * size)
         ones = torch.ones(len(target)).to(target)
         moments.add(torch.cat([features, target - features], dim=-1), ones)
-        moments.finish()
-        solution, offset = ridge_fit(moments.tensors(), size, self.closing_ridge, biased=True)
-        linear = self.net.get_submodule(name)
-        weight = linear.get_parameter("weight").double().cpu()
-        linear.get_parameter("weight").copy_(weight + weight @ solution)
-        if isinstance(linear.bias, Tensor):
-            linear.bias.add_((weight @ offset).to(linear.bias))
+        fold_map(self.net.get_submodule(name), moments, self.closing_ridge)
+
+
+def add_solution(layer: nn.Module, moments: Moments, ridge: float) -> None:
+    """Add to a Linear the regression of its errors on its inputs, in place.
+
+    Args:
+        layer: W (out, in).
+        moments: of rows with the inputs first and the errors of the outputs after them.
+        ridge: relative to the mean variance of the inputs.
+    """
+    weight, bias = layer.get_parameter("weight"), layer.bias
+    moments.finish()
+    change, offset = ridge_fit(moments.tensors(), weight.shape[1], ridge, biased=bias is not None)
+    weight.add_(change.to(weight))
+    if isinstance(bias, Tensor):
+        bias.add_(offset.to(bias))
+
+
+def fold_map(layer: nn.Module, moments: Moments, ridge: float) -> None:
+    """Fold a regression of what the inputs of a Linear lack on these inputs into it, in place.
+
+    Args:
+        layer: W (out, in).
+        moments: of rows with the inputs first and what they lack after them.
+        ridge: relative to the mean variance of the inputs: the map is one around the identity.
+    """
+    moments.finish()
+    weight = layer.get_parameter("weight").double().cpu()
+    solution, offset = ridge_fit(moments.tensors(), weight.shape[1], ridge, biased=True)
+    layer.get_parameter("weight").copy_(weight + weight @ solution)
+    if isinstance(layer.bias, Tensor):
+        layer.bias.add_((weight @ offset).to(layer.bias))
 
 
 def _is_cut(net: nn.Module, layer: Layer, evidence: Evidence) -> bool:

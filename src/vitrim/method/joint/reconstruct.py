@@ -17,13 +17,15 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, full_precision
-from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.method.joint.local import Rows, joined, train
 from vitrim.method.joint.settings import LocalTraining
 from vitrim.network import stream, structure
+from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep, Stream
+from vitrim.network.structure import ends_of
 from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.refit import add_solution, fold_map
 
 _log = logging.getLogger(__name__)
 
@@ -122,9 +124,7 @@ class Reconstruct(LightningModule):
     def _solve(self, branch: BranchStep, end: str, ridge: float) -> None:
         """Add to the layer `end` what brings the stream after `branch` nearest to the dense one."""
         layer = self.net.get_submodule(end)
-        weight, bias = layer.get_parameter("weight"), layer.bias
-        width = weight.shape[1]
-        moments = Moments(end, width + len(weight))
+        moments = Moments(end, sum(widths_of_layer(layer)))
         for x, index, rows in self._batches():
             with capture(self.net, [(end, False)]) as activations:
                 branch.apply(x)
@@ -133,11 +133,7 @@ class Reconstruct(LightningModule):
             error = branch.unscaled(rows.target - after)
             both = torch.cat([inputs, error], dim=-1)
             moments.add(both.flatten(0, 1), rows.weights.flatten())
-        moments.finish()
-        change, offset = ridge_fit(moments.tensors(), width, ridge, biased=bias is not None)
-        weight.add_(change.to(weight))
-        if isinstance(bias, Tensor):
-            bias.add_(offset.to(bias))
+        add_solution(layer, moments, ridge)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Rows]]:
         """Iterate over batches: the compact stream, which tokens are sampled, and these."""
@@ -177,19 +173,13 @@ class Reconstruct(LightningModule):
         if not heads or not self._stream.norm_is_features:
             return
         for name, linear in heads:
-            width = linear.in_features
-            moments = Moments(name, 2 * width)
+            moments = Moments(name, 2 * linear.in_features)
             for dense, compact in zip(self._dense, self._compact, strict=True):
                 target = _input_of(teacher, name, dense_stream, dense)
                 features = _input_of(self.net, name, self._stream, compact)
                 ones = torch.ones(len(features), device=features.device)
                 moments.add(torch.cat([features, target - features], dim=-1), ones)
-            moments.finish()
-            solution, offset = ridge_fit(moments.tensors(), width, ridge, biased=True)
-            weight = linear.weight.detach().double().cpu()
-            linear.weight.copy_(weight + weight @ solution)
-            if linear.bias is not None:
-                linear.bias.add_((weight @ offset).to(linear.bias))
+            fold_map(linear, moments, ridge)
 
 
 def _input_of(net: nn.Module, layer: str, described: Stream, x: Tensor) -> Tensor:
@@ -204,10 +194,7 @@ def ends_of_mlps(net: nn.Module) -> dict[str, str]:
     described = structure(net)
     attentions = {attention.branch for attention in described.attentions}
     return {
-        layer.branch: layer.name
-        for layer in described.layers
-        if layer.branch not in attentions
-        and all(part.site is None for part in layer.out)
-        and not (layer.factor and layer.name.endswith(".down"))
-        and net.get_parameter(f"{layer.name}.weight").ndim == 2
+        branch: name
+        for branch, name in ends_of(described).items()
+        if branch not in attentions and net.get_parameter(f"{name}.weight").ndim == 2
     }

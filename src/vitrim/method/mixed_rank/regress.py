@@ -15,11 +15,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, full_precision
-from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
+from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep
+from vitrim.network.structure import ends_of
 from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.refit import add_solution
 
 
 class Regress(LightningModule):
@@ -45,7 +47,7 @@ class Regress(LightningModule):
         self.epochs = 1
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
         self._stream = stream(net)
-        self._ends = _ends(net)
+        self._ends = ends_of(structure(net))
         self._dense: list[Tensor] = []
         self._compact: list[Tensor] = []
 
@@ -79,9 +81,7 @@ class Regress(LightningModule):
     def _solve(self, branch: BranchStep, name: str) -> None:
         """Add to layer `name` what brings the stream after `branch` nearest to the dense one."""
         layer = self.net.get_submodule(name)
-        weight, bias = layer.get_parameter("weight"), layer.bias
-        width = weight.shape[1]
-        moments, n_seen = Moments(name, width + len(weight)), 0
+        moments, n_seen = Moments(name, sum(widths_of_layer(layer))), 0
         for x, dense in zip(self._compact, self._dense, strict=True):
             index = self.sampling.index(x, self._stream.n_prefix_tokens, n_seen)
             n_seen += len(x)
@@ -95,18 +95,4 @@ class Regress(LightningModule):
             inputs = gather_tokens(branch.tokens(activations[name]), index)
             rows = torch.cat([inputs, error], dim=-1)
             moments.add(rows.flatten(0, 1), weights.flatten())
-        moments.finish()
-        change, offset = ridge_fit(moments.tensors(), width, self.ridge, biased=bias is not None)
-        weight.add_(change.to(weight))
-        if isinstance(bias, Tensor):
-            bias.add_(offset.to(bias))
-
-
-def _ends(net: nn.Module) -> dict[str, str]:
-    """Return, by branch, the path of the Linear whose output is added to the stream."""
-    return {
-        layer.branch: layer.name
-        for layer in structure(net).layers
-        if all(part.site is None for part in layer.out)
-        and not (layer.factor and layer.name.endswith(".down"))
-    }
+        add_solution(layer, moments, self.ridge)

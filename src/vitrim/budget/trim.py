@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitrim.budget.cost import Cost
+from vitrim.budget.cost import Cost, TimeModel
 from vitrim.budget.fill import Removal, Scale, largest, units_left
 from vitrim.budget.target import Target, TargetError
 from vitrim.network.structure import Site, Structure
@@ -106,23 +106,41 @@ def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: boo
 
 def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> Scale:
     """Return a scale in millionths of the dense network's latency."""
+    table, fraction = time_budget(cost, scored, target, even_heads=even_heads)
+    return Scale(
+        limit=min(math.floor(1e6 * fraction), 10**6),
+        total=10**6,
+        unit="ppm of the latency",
+        amount=lambda survivors: math.ceil(1e6 * table.ratio(cost.structure, survivors)),
+    )
+
+
+def time_budget(
+    cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool, choice: str = "sites"
+) -> tuple[TimeModel, float]:
+    """Return what predicts latency, and the fraction of the dense network's that may remain.
+
+    Args:
+        cost: the network's closed formula.
+        scored: the sites whose units may go.
+        target: a latency.
+        even_heads: whether all heads of an attention have one width.
+        choice: what a user may choose others of, for messages.
+
+    Raises:
+        VitrimError: the latency cannot be predicted.
+    """
     described = cost.structure
     if not even_heads and any(described.sites[name].head_dims for name in scored):
         raise TargetError(
             f"target.{target.metric}: the latency of heads of unequal width cannot be predicted: "
-            "set method.even_heads=true, or choose other sites"
+            f"set method.even_heads=true, or choose other {choice}"
         )
     if cost.latency_table is None:
         raise TargetError(f"target.{target.metric}: no latency was measured on this device")
     table = cost.latency_table()
     table.check(described, scored)
-    fraction = target.keep if target.metric == "latency" else target.keep / table.dense_ms
-    return Scale(
-        limit=min(math.floor(1e6 * fraction), 10**6),
-        total=10**6,
-        unit="ppm of the latency",
-        amount=lambda survivors: math.ceil(1e6 * table.ratio(described, survivors)),
-    )
+    return table, target.keep if target.metric == "latency" else target.keep / table.dense_ms
 
 
 def _removals(

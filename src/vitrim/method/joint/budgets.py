@@ -8,6 +8,7 @@ import numpy as np
 
 from vitrim.budget.cost import Cost, TimeModel
 from vitrim.budget.target import Target, TargetError
+from vitrim.budget.trim import time_budget
 from vitrim.method.joint.choices import State
 from vitrim.method.joint.paths import Floats
 from vitrim.network.structure import Structure
@@ -41,23 +42,11 @@ class Budgets:
             if not each.is_time:
                 limits.append(cost.limit(each, scored))
                 continue
-            table = self._tables[index] = self._table(each, even_heads=even_heads)
-            fraction = each.keep if each.metric == "latency" else each.keep / table.dense_ms
+            self._tables[index], fraction = time_budget(
+                cost, scored, each, even_heads=even_heads, choice="edits"
+            )
             limits.append(min(1.0, fraction))
         self.limits: Floats = np.array(limits, dtype=float)
-
-    def _table(self, target: Target, *, even_heads: bool) -> TimeModel:
-        described = self.cost.structure
-        if not even_heads and any(described.sites[name].head_dims for name in self.scored):
-            raise TargetError(
-                f"target.{target.metric}: the latency of heads of unequal width cannot be "
-                "predicted: set method.even_heads=true, or choose other edits"
-            )
-        if self.cost.latency_table is None:
-            raise TargetError(f"target.{target.metric}: no latency was measured on this device")
-        table = self.cost.latency_table()
-        table.check(described, self.scored)
-        return table
 
     def amounts_in(self, branch: str, state: State) -> Floats:
         """Return what a state in which one branch differs has of each budget, (budgets,).

@@ -12,7 +12,7 @@ from vitrim.budget.cost import Cost
 from vitrim.closed_form.importance import consumer_of
 from vitrim.method.joint import edits
 from vitrim.method.joint.allocation import Losses
-from vitrim.method.joint.parts import KINDS, Parts, can_rotate
+from vitrim.method.joint.parts import Parts, factorisable, sites_of
 from vitrim.method.joint.predict import weight_of
 from vitrim.method.joint.results import branch_names
 from vitrim.method.joint.rotate import rotate_
@@ -41,19 +41,11 @@ def losses_of(parts: Parts, evidence: Evidence) -> Losses:
 def equal_losses(cost: Cost, kinds: Collection[str]) -> Losses:
     """Return losses where no image was seen: units of a kind are alike, the first goes last."""
     described = cost.structure
-    layers = [
-        layer
-        for layer in described.layers
-        if "ranks" in kinds and layer.inp and not layer.factor and not layer.locked_reason
-    ]
     drops = "branches" in kinds
     return Losses(
         units={
             site.name: torch.linspace(2, 1, site.size, dtype=torch.float64)
-            for site in described.sites.values()
-            if KINDS.get(site.kind) in kinds
-            and not site.locked_reason
-            and can_rotate(described, site)
+            for site in sites_of(described, kinds)
         },
         components={
             layer.name: torch.linspace(
@@ -62,7 +54,7 @@ def equal_losses(cost: Cost, kinds: Collection[str]) -> Losses:
                 min(sum(part.size for part in dim) for dim in (layer.out, layer.inp)),
                 dtype=torch.float64,
             )
-            for layer in layers
+            for layer in factorisable(described, kinds)
         },
         branches={branch.name: 1e6 for branch in described.branches} if drops else {},
         int8={name: 1e-3 for name in cost.linears} if "int8" in kinds else {},

@@ -61,22 +61,8 @@ class Parts:
 def parts_of(net: nn.Module, kinds: Collection[str]) -> Parts:
     """Return what of a network is scored for these kinds of edits."""
     described = structure(net)
-    sites = tuple(
-        site
-        for site in described.sites.values()
-        if KINDS.get(site.kind) in kinds
-        and not site.locked_reason
-        and _is_read(net, described, site)
-        and can_rotate(described, site)
-    )
-    layers = tuple(
-        layer
-        for layer in described.layers
-        if "ranks" in kinds
-        and not layer.factor
-        and not layer.locked_reason
-        and _is_linear(net, layer.name)
-    )
+    sites = tuple(s for s in sites_of(described, kinds) if _is_read(net, described, s))
+    layers = tuple(x for x in factorisable(described, kinds) if _is_linear(net, x.name))
     read = [consumer_of(described, site.name).name for site in sites if site.kind != "qk"]
     int8 = tuple(linears_of(net)) if "int8" in kinds else ()
     names = dict.fromkeys([*read, *(layer.name for layer in layers), *int8])
@@ -92,7 +78,25 @@ def parts_of(net: nn.Module, kinds: Collection[str]) -> Parts:
     )
 
 
-def can_rotate(described: Structure, site: Site) -> bool:
+def sites_of(described: Structure, kinds: Collection[str]) -> list[Site]:
+    """Return the sites whose units may go by these kinds of edits."""
+    return [
+        site
+        for site in described.sites.values()
+        if KINDS.get(site.kind) in kinds and not site.locked_reason and _can_rotate(described, site)
+    ]
+
+
+def factorisable(described: Structure, kinds: Collection[str]) -> list[Layer]:
+    """Return the layers whose ranks may fall by these kinds of edits."""
+    return [
+        layer
+        for layer in described.layers
+        if "ranks" in kinds and layer.inp and not layer.factor and not layer.locked_reason
+    ]
+
+
+def _can_rotate(described: Structure, site: Site) -> bool:
     """Whether the units of a site may be combined, or are single units.
 
     Values are not, where a gate multiplies them one by one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from vitrim.method.joint.scorer import JointScorer
 from vitrim.network.surgery import cut
 from vitrim.plan import Plan
 
-from .oneshot import peak_mib
+from .oneshot import against_limit
 from .scoring import DEIT, NETS, against_forward, method_of, net_of
-from .timing import Row, Side, take_turns
+from .timing import Row
 
 LIMIT = 3.5  # passes forward: one of them, and one back
 LIMIT_S = 15.0
@@ -40,7 +41,7 @@ def _planning(name: str, repeats: int) -> Row:
     for seed in range(2):
         torch.manual_seed(seed)
         phase.observe(torch.randn(16, 3, 224, 224))
-    phase.scaling = type(phase.scaling)(images=0, shares=phase.scaling.shares)
+    phase.scaling = replace(phase.scaling, images=0)
     phase.conclude()
     evidence, cost = phase.evidence(), Cost(net, 224)
     del phase
@@ -51,18 +52,4 @@ def _planning(name: str, repeats: int) -> Row:
         compact: nn.Module = cut(net, plan)
         return method.compensation_of(net, compact, plan, evidence)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # the limit is meant on two cores
-    try:
-        peak = peak_mib(work)
-        seconds = take_turns({"ours": Side(work=lambda _: work())}, max(1, repeats // 3))
-    finally:
-        torch.set_num_threads(threads)
-    return Row(
-        name=f"plan and cut DeiT-B jointly on 2 cores (at most +{peak:.0f} MiB)",
-        peer=f"a limit of {LIMIT_S:.0f} s",
-        ours_s=seconds["ours"],
-        peer_s=[LIMIT_S] * len(seconds["ours"]),
-        kind="cost",
-        limit=1.0,
-    )
+    return against_limit("plan and cut DeiT-B jointly", work, LIMIT_S, repeats)

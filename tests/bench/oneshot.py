@@ -55,18 +55,23 @@ def _planning(name: str, repeats: int) -> Row:
         method.compensation_of(net, compact, plan, evidence)
         return compact
 
+    return against_limit("rank, plan, cut, fold DeiT-B", work, LIMIT_S, repeats)
+
+
+def against_limit(what: str, work: Callable[[], Any], limit_s: float, repeats: int) -> Row:
+    """Return the time of `work` on two cores, on which the limit is meant, over the limit."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # the limit is meant on two cores
+    torch.set_num_threads(2)
     try:
-        peak = peak_mib(work)
+        peak = _peak_mib(work)
         seconds = take_turns({"ours": Side(work=lambda _: work())}, max(1, repeats // 3))
     finally:
         torch.set_num_threads(threads)
     return Row(
-        name=f"rank, plan, cut, fold DeiT-B on 2 cores (at most +{peak:.0f} MiB)",
-        peer=f"a limit of {LIMIT_S:.0f} s",
+        name=f"{what} on 2 cores (at most +{peak:.0f} MiB)",
+        peer=f"a limit of {limit_s:.0f} s",
         ours_s=seconds["ours"],
-        peer_s=[LIMIT_S] * len(seconds["ours"]),
+        peer_s=[limit_s] * len(seconds["ours"]),
         kind="cost",
         limit=1.0,
     )
@@ -81,7 +86,7 @@ def _evidence(phase: Calibrate) -> Evidence:
     return phase.evidence()
 
 
-def peak_mib(work: Callable[[], Any]) -> float:
+def _peak_mib(work: Callable[[], Any]) -> float:
     """Return by how much the process grew at most while `work` ran, in MiB."""
     done, seen, before = threading.Event(), [0], _resident()
 

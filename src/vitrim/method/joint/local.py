@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from vitrim.method.joint.settings import LocalTraining
+from vitrim.trainer.kept_states import KeptStates
 
 _PATIENCE = 2  # epochs without a better state
 
@@ -64,7 +65,8 @@ def train(
     def error(some: Rows) -> Tensor:
         return (some.weights * (advance(some.before) - some.target).square().mean(-1)).mean()
 
-    errors, best = [float(error(held_out))], [p.detach().clone() for p in parameters]
+    states = KeptStates(nn.ParameterList(parameters), decay=0.0)
+    states.keep_if_best(float(error(held_out)))
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     n_rows = len(fitted.before)
     schedule = CosineAnnealingLR(optimizer, settings.epochs * math.ceil(n_rows / settings.batch))
@@ -77,11 +79,8 @@ def train(
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        errors.append(float(error(held_out)))
-        if errors[-1] == min(errors):
-            best = [parameter.detach().clone() for parameter in parameters]
-        elif len(errors) > _PATIENCE and min(errors[-_PATIENCE:]) > min(errors):
+        states.keep_if_best(float(error(held_out)))
+        if states.is_stale(_PATIENCE):
             break
-    for parameter, value in zip(parameters, best, strict=True):
-        parameter.copy_(value)
-    return errors
+    states.restore()
+    return states.history

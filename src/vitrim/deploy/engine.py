@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitrim.deploy.formats import write_onnx
+from vitrim.deploy.formats import open_onnx, write_onnx
 from vitrim.errors import ConfigError
 
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
@@ -99,21 +99,15 @@ def prepare(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Ca
 
 def _session(path: Path, x: Tensor, setting: Setting) -> Call:
     """Return a forward pass of the network in an ONNX file, after a first pass."""
-    threads, images = torch.get_num_threads(), x.numpy()
     if setting.engine == "onnxruntime":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        inputs = {session.get_inputs()[0].name: images}
+        run = open_onnx(path)
 
         def call() -> object:
-            return session.run(None, inputs)
+            return [run(x)]  # outputs by index, as those of OpenVINO
     else:
         import openvino
 
+        threads, images = torch.get_num_threads(), x.numpy()
         hint = {"fp32": "f32", "bf16": "bf16"}[setting.precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
         request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()

@@ -65,14 +65,19 @@ def onnx(saved: SavedNetwork, path: Path) -> str:
 
     Weights of more than 2 GiB are in a second file, model.onnx.data.
     """
+    write_onnx(saved.net, shape_of(saved), path)
+    return max_error(saved, open_onnx(path))
+
+
+def open_onnx(path: Path) -> Callable[[Tensor], object]:
+    """Return the forward pass of model.onnx in onnxruntime, on as many threads as PyTorch has."""
     import onnxruntime
 
-    write_onnx(saved.net, shape_of(saved), path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return max_error(saved, lambda x: session.run(None, {"images": x.numpy()})[0])
+    return lambda x: session.run(None, {"images": x.numpy()})[0]
 
 
 def openvino(saved: SavedNetwork, path: Path, *, precision: str) -> str:

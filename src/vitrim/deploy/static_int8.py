@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from vitrim.deploy.formats import max_error, quiet, shape_of, write_onnx
+from vitrim.deploy.formats import max_error, open_onnx, quiet, shape_of, write_onnx
 from vitrim.deploy.runfolder import INT8_EXPORT, Document
 from vitrim.deploy.saved import SavedNetwork
 from vitrim.measure import interleaved_times
@@ -101,17 +101,11 @@ def write_static_int8(saved: SavedNetwork, path: Path, images: Images) -> str:
 
 def open_engine(path: Path) -> Callable[[Tensor], object]:
     """Return the forward pass of model.onnx in onnxruntime, or of model.xml in OpenVINO."""
-    threads = torch.get_num_threads()
     if path.suffix == ".onnx":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda x: session.run(None, {"images": x.numpy()})[0]
+        return open_onnx(path)
     import openvino
 
+    threads = torch.get_num_threads()
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     net = openvino.Core().compile_model(path, "CPU", config)
     return lambda x: net([x.numpy()])[0]

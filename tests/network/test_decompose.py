@@ -14,10 +14,9 @@ from vitrim.method.mixed_rank.metric import (
     DECOMPOSITIONS,
     Decomposition,
     input_gram,
-    output_metric,
     rank_curves,
 )
-from vitrim.network.decompose import decompose
+from vitrim.network.decompose import decompose, output_metric
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
 

@@ -55,6 +55,30 @@ class Spectrum(NamedTuple):
         return (up * scale).contiguous(), (down / scale[:, None]).contiguous()
 
 
+def output_metric(
+    weight: Tensor, products: Tensor, squares: Tensor, shrinkage: float
+) -> Tensor | None:
+    """Return how much outputs matter as `decompose` wants it; None where nothing depends on them.
+
+    Few images give a poor estimate of how gradients correlate: their products are shrunk. Outputs
+    that matter less than a thousandth of the mean count that.
+
+    Args:
+        weight: W, (out, in).
+        products: second moment of the gradients by the outputs, G (out, out), or W^T G W (in, in)
+            if that is smaller.
+        squares: the diagonal of G, (out,).
+        shrinkage: fraction of the products that is left out, in [0, 1].
+    """
+    diagonal = squares.double().clamp_min(1e-3 * float(squares.double().mean()))
+    if not bool((diagonal > 0).all()):
+        return None
+    wide = weight.double()
+    narrow = len(weight) <= weight.shape[1]
+    shrunk = torch.diag(diagonal) if narrow else wide.mT @ (diagonal[:, None] * wide)
+    return torch.lerp(products.to(shrunk), shrunk, shrinkage)
+
+
 def decompose(
     weight: Tensor,
     metric: Tensor | None,

@@ -21,7 +21,7 @@ from vitrim.method.joint.parts import Parts
 from vitrim.method.joint.probes import Probe
 from vitrim.method.joint.settings import JointRidges, Scaling
 from vitrim.method.joint.statistics import Statistics
-from vitrim.network.decompose import Spectrum, decompose
+from vitrim.network.decompose import Spectrum, decompose, output_metric
 from vitrim.network.int8_linear import fake_int8
 from vitrim.network.structure import Attention, Layer, Site, Structure, blocks_of
 from vitrim.network.survivors import head_of
@@ -93,11 +93,13 @@ def layer_metric(
     net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: JointRidges
 ) -> Tensor:
     """Return G of a layer (out, out), or W^T G W (in, in) if that is smaller, shrunk."""
-    weight, squares = weight_of(net, layer), of_layer["squares"]
-    narrow = len(weight) <= weight.shape[1]
-    floor = squares.clamp_min(1e-3 * float(squares.mean()) or 1.0)
-    shrunk = torch.diag(floor) if narrow else weight.mT @ (floor[:, None] * weight)
-    return torch.lerp(of_layer["products"].to(shrunk), shrunk, ridges.gradient_shrinkage)
+    squares = of_layer["squares"]
+    squares = squares if bool(squares.any()) else torch.ones_like(squares)
+    metric = output_metric(
+        weight_of(net, layer), of_layer["products"], squares, ridges.gradient_shrinkage
+    )
+    assert metric is not None
+    return metric
 
 
 def layer_spectrum(

@@ -9,7 +9,7 @@
     choices.py      what each branch may lose                       paths.py     best in a budget
     allocation.py   from losses and budgets to edits                budgets.py   the run's budgets
     rotate.py       other bases for the dims of heads
-    reconstruct.py  sequential regression                           local.py     training of one MLP
+    reconstruct.py  MLP by MLP after the cut                        local.py     training of one MLP
 
 May import what a method may (`vitrim.method`).
 """

@@ -5,8 +5,8 @@ whole branches and int8 weights all cost KL divergence from the dense network's 
 forward and back over unlabelled images predicts these losses (`vitrim.method.joint.curvature`), a
 few short passes measure some of them, and predictions are scaled to what was measured
 (`vitrim.method.joint.predict`). What loses least for what it saves goes
-(`vitrim.method.joint.paths`), until every budget is met. Then MLPs are solved again one after the
-other on the compact network's own activations (`vitrim.method.joint.reconstruct`). Ours. In the
+(`vitrim.method.joint.paths`), until every budget is met. Then each MLP is trained by itself on the
+compact network's own stream (`vitrim.method.joint.reconstruct`). Ours. In the
 closed form it builds on optimal brain surgeon (Hassibi and Stork 1993), on K-FAC's factors of the
 Gauss-Newton matrix (Martens and Grosse, arXiv 1503.05671), and on OB2C (arXiv 2608.17657).
 """

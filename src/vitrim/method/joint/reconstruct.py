@@ -39,8 +39,8 @@ class Reconstruct(LightningModule):
         net: the compact network.
         teacher: the dense network.
         sampling: which tokens are seen.
-        ridge: of the regression, relative to the mean variance of their inputs; a layer
-            stays near its weights. None: there is no regression.
+        ridge: of the regression of an MLP's last layer, relative to the mean variance of its
+            inputs; it stays near its weights. None: there is no regression.
         closing_ridge: of the regression of the classifier's input; None: there is none.
         local: the training of each MLP.
     """

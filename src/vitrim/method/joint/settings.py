@@ -71,7 +71,7 @@ class Scaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalTraining:
-    """Training of each MLP by itself, towards the dense stream, right after its regression.
+    """Training of each MLP by itself, towards the dense stream.
 
     AdamW with a cosine schedule, on batches of `batch` tokens. The best state of all epochs by the
     error on held-out images is kept, the state before training included. 0 epochs: none.

@@ -30,10 +30,10 @@ from vitrim.cli.compose import CONF
 from vitrim.method.joint.allocation import Losses
 from vitrim.method.joint.evidence import compensated, losses_of
 from vitrim.method.joint.method import Joint
-from vitrim.method.joint.parts import parts_of
 from vitrim.network import structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan
+from vitrim.sensitivity.parts import parts_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAME = "vit_tiny_patch16_224"

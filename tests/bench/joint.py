@@ -11,9 +11,9 @@ from torch import nn
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.method.joint.method import Joint
-from vitrim.method.joint.scorer import JointScorer
 from vitrim.network.surgery import cut
 from vitrim.plan import Plan
+from vitrim.sensitivity.scorer import LossScorer
 
 from .oneshot import against_limit
 from .scoring import DEIT, NETS, against_forward, method_of, net_of
@@ -30,7 +30,7 @@ def rows(repeats: int) -> list[Row]:
 
 def _scoring(name: str, repeats: int) -> Row:
     net = net_of(name)
-    phase: JointScorer = method_of("joint", name).scorer(net)
+    phase: LossScorer = method_of("joint", name).scorer(net)
     return against_forward("score jointly", name, net, phase.observe, repeats, limit=LIMIT)
 
 

@@ -1,8 +1,8 @@
 """What a compression method is: levels, scorer, plan, compensation, recovery. Types only.
 
 A method is one file here, or a folder that holds all that is its own, and one yaml in conf/method/.
-No method imports another. May import: deploy, trainer, budget, store, measure, closed_form,
-network, data, jobs and what is below them.
+No method imports another. May import: sensitivity, deploy, trainer, budget, store, measure,
+closed_form, network, data, jobs and what is below them.
 """
 
 from __future__ import annotations

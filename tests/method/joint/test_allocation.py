@@ -12,7 +12,6 @@ from vitrim.budget.target import Target, TargetError
 from vitrim.method.joint.allocation import Allocated, Limits, Losses, UnreachableError, allocate
 from vitrim.method.joint.budgets import Budgets
 from vitrim.method.joint.paths import Path, Steps, first_within
-from vitrim.method.joint.predict import rising, scaled
 from vitrim.network.survivors import resolve
 from vitrim.plan import Drop, Int8, LowRank, Plan
 
@@ -152,12 +151,3 @@ def test_the_first_state_within_the_budget_is_taken() -> None:
     assert found.loss == 3.5
     assert found.remaining == [8.0]
     assert first_within(path, np.array([6.9]), np.array([1.0])) is None
-
-
-def test_scaled_losses_sum_to_what_was_measured() -> None:
-    losses = torch.tensor([4.0, 1.0, 2.0, 3.0])
-    found = scaled(losses, [(0.5, 2.0), (1.0, 2.0)])
-    assert torch.allclose(found, 2 * losses.double(), atol=1e-9)
-    hull = rising(torch.tensor([1.0, 3.0, 1.0, 5.0]))
-    assert hull.diff().min() > 0
-    assert float(hull.sum()) == pytest.approx(10.0)

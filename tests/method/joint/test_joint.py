@@ -1,4 +1,4 @@
-"""Joint compression: its curvature and bases by hand, and what its networks compute."""
+"""Joint compression: its losses and bases by hand, and what its networks compute."""
 
 import copy
 from dataclasses import replace
@@ -14,16 +14,16 @@ from contract import subject
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.closed_form.moments import MomentsError
-from vitrim.method.joint.curvature import directions, score_gradients
 from vitrim.method.joint.evidence import compensated
 from vitrim.method.joint.method import Joint
-from vitrim.method.joint.rotate import rotate_
-from vitrim.method.joint.settings import JointRidges, LocalTraining, Scaling
+from vitrim.method.joint.settings import JointRidges, LocalTraining
 from vitrim.network import structure
 from vitrim.network.masking import masked
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Keep, Plan
 from vitrim.prune import Prune
+from vitrim.sensitivity.rotate import rotate_
+from vitrim.sensitivity.settings import Scaling
 from vitrim.trainer.calibrate import Sampling
 
 N = 24
@@ -67,26 +67,6 @@ def scored(joint: Joint, net: nn.Module, n: int = N) -> Evidence:
 def evidence_of_vit() -> tuple[nn.Module, Evidence]:
     net = net_of()
     return net, scored(method(), net)
-
-
-def test_directions_have_the_hessian_of_the_divergence() -> None:
-    logits = torch.randn(1, 4, dtype=torch.float64) * 3
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([directions(logits, 2.0, generator) for _ in range(20_000)]).double()
-    p = (logits[0] / 2).softmax(0)
-    assert torch.allclose(draws.mT @ draws / len(draws), p.diag() - p.outer(p), atol=0.01)
-    change = 1e-3 * torch.randn(4, dtype=torch.float64)
-    q = ((logits[0] + change) / 2).softmax(0)
-    divergence = float((p * (p.log() - q.log())).sum())
-    assert divergence == pytest.approx(float((draws @ change).square().mean()) / 8, rel=0.05)
-
-
-def test_gradients_by_the_scores_are_those_of_autograd() -> None:
-    scores = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    attn = scores.softmax(-1)
-    (gradient,) = torch.autograd.grad((attn * weights).sum(), scores)
-    assert torch.allclose(score_gradients(attn.detach(), weights), gradient.square())
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
@@ -185,7 +165,7 @@ def test_measured_losses_are_of_the_edits_and_leave_the_network_alone() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     evidence = scored(method(), net)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    branches = evidence.moments["joint"]["branches"]
+    branches = evidence.moments["network"]["branches"]
     x = images(batch=N).double()[:8]
     twin = copy.deepcopy(net)
     with torch.no_grad():

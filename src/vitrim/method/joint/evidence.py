@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
 from vitrim.closed_form.importance import consumer_of
-from vitrim.method.joint import edits
 from vitrim.method.joint.allocation import Losses
-from vitrim.method.joint.parts import Parts, factorisable, sites_of
-from vitrim.method.joint.predict import weight_of
-from vitrim.method.joint.results import branch_names
-from vitrim.method.joint.rotate import rotate_
 from vitrim.network.decompose import decompose
 from vitrim.network.structure import Structure
 from vitrim.network.survivors import removed_of
 from vitrim.plan import Evidence, Plan
+from vitrim.sensitivity import edits
+from vitrim.sensitivity.parts import Parts, factorisable, sites_of
+from vitrim.sensitivity.predict import weight_of
+from vitrim.sensitivity.results import branch_names
+from vitrim.sensitivity.rotate import rotate_
 
 
 def losses_of(parts: Parts, evidence: Evidence) -> Losses:
     """Return the losses that a scorer found."""
-    joint = evidence.moments.get("joint", {})
-    branches, int8 = joint.get("branches", torch.empty(0)), joint.get("int8", torch.empty(0))
+    whole = evidence.moments.get("network", {})
+    branches, int8 = whole.get("branches", torch.empty(0)), whole.get("int8", torch.empty(0))
     return Losses(
         units={site.name: evidence.scores[site.name] for site in parts.sites},
         components={layer.name: evidence.scores[layer.name] for layer in parts.layers},

@@ -2,9 +2,9 @@
 
 Hidden units of MLPs, directions of queries and keys, directions of values, heads, ranks of layers,
 whole branches and int8 weights all cost KL divergence from the dense network's decision. One pass
-forward and back over unlabelled images predicts these losses (`vitrim.method.joint.curvature`), a
+forward and back over unlabelled images predicts these losses (`vitrim.sensitivity.curvature`), a
 few short passes measure some of them, and predictions are scaled to what was measured
-(`vitrim.method.joint.predict`). What loses least for what it saves goes
+(`vitrim.sensitivity.predict`). What loses least for what it saves goes
 (`vitrim.method.joint.paths`), until every budget is met. Then each MLP is trained by itself on the
 compact network's own stream (`vitrim.method.joint.reconstruct`). Ours. In the
 closed form it builds on optimal brain surgeon (Hassibi and Stork 1993), on K-FAC's factors of the
@@ -26,15 +26,16 @@ from vitrim.method import Granularity
 from vitrim.method.joint.allocation import Allocated, Limits, Losses, UnreachableError, allocate
 from vitrim.method.joint.budgets import Budgets
 from vitrim.method.joint.evidence import compensated, equal_losses, factors, losses_of
-from vitrim.method.joint.parts import KINDS, parts_of
 from vitrim.method.joint.reconstruct import Reconstruct
-from vitrim.method.joint.results import probe_table
-from vitrim.method.joint.scorer import JointScorer
-from vitrim.method.joint.settings import EDITS, JointRidges, LocalTraining, Scaling
+from vitrim.method.joint.settings import EDITS, JointRidges, LocalTraining
 from vitrim.network import stream, structure
 from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Int8, Plan, Proposal
+from vitrim.sensitivity.parts import KINDS, parts_of
+from vitrim.sensitivity.results import probe_table
+from vitrim.sensitivity.scorer import LossScorer
+from vitrim.sensitivity.settings import Scaling
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.phase import Phase
 from vitrim.trainer.recovery import Recovery, RecoverySettings
@@ -94,14 +95,14 @@ class Joint:
             )
         self._allocate(self._budgets(cost, target, losses), losses)
 
-    def scorer(self, net: nn.Module) -> JointScorer:
+    def scorer(self, net: nn.Module) -> LossScorer:
         """Return the pass over calibration images, whose result serves all budgets."""
-        return JointScorer(
+        return LossScorer(
             net,
             kinds=[*self.edits],
             sampling=self._calibration(),
             temperature=self.temperature,
-            ridges=self.ridges,
+            ridges=self.ridges.of_losses,
             scaling=self.scaling,
         )
 
@@ -114,7 +115,7 @@ class Joint:
         notes: dict[str, object] = {"edits": [*self.edits], "predicted_kl": allocated.loss}
         if len(budgets.limits) > 1:
             notes["binding"] = budgets.binding(allocated.remaining)
-        table = evidence.moments.get("joint", {}).get("probes")
+        table = evidence.moments.get("network", {}).get("probes")
         measured = probe_table(parts, table) if table is not None and len(table) else []
         return Proposal(
             edits=allocated.edits,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from vitrim.errors import is_count, is_positive, is_rate, require
+from vitrim.sensitivity.settings import LossRidges
 
 EDITS = ("mlp", "qk", "v", "heads", "ranks", "branches", "int8")
 """What can go: hidden units, directions of queries and keys, of values, heads, components of
@@ -43,29 +43,14 @@ class JointRidges:
             ("gradient_shrinkage", is_fraction, "a number in 0..1"),
         )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scaling:
-    """How predicted losses are scaled by measured ones.
-
-    Args:
-        images: on which losses are measured, the first of the calibration images. 0: predictions
-            stay as they are.
-        shares: fractions of a site's units whose removal is measured, rising; between them the
-            scale is interpolated.
-    """
-
-    images: int
-    shares: Sequence[float]
-
-    def __post_init__(self) -> None:
-        rising = sorted({*self.shares}) == [*self.shares]
-        inside = all(is_positive(share) and share < 1 for share in self.shares)
-        require(
-            "method.scaling",
-            self,
-            ("images", self.images == 0 or is_count(self.images), "a whole number from 0 on"),
-            ("shares", bool(self.shares) and rising and inside, "rising fractions between 0 and 1"),
+    @property
+    def of_losses(self) -> LossRidges:
+        """Those of predicting losses."""
+        return LossRidges(
+            order=self.order,
+            fold=self.fold,
+            metric=self.metric,
+            gradient_shrinkage=self.gradient_shrinkage,
         )
 
 

@@ -1,4 +1,4 @@
-"""The scorer of joint compression: one pass of statistics, then losses, scaled by measurement."""
+"""The scorer of predicted losses: statistics in one pass, then losses, scaled by measurement."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, full_precision, key_of
-from vitrim.method.joint.curvature import directions, visible_attention, whitened
-from vitrim.method.joint.parts import parts_of
-from vitrim.method.joint.predict import predict, probes_of
-from vitrim.method.joint.probes import feature_divergence, kl_divergence, measure
-from vitrim.method.joint.results import result_names, results
-from vitrim.method.joint.settings import JointRidges, Scaling
-from vitrim.method.joint.statistics import Statistics
 from vitrim.network.structure import Attention
 from vitrim.plan import Evidence
+from vitrim.sensitivity.curvature import directions, visible_attention, whitened
+from vitrim.sensitivity.parts import parts_of
+from vitrim.sensitivity.predict import predict, probes_of
+from vitrim.sensitivity.probes import feature_divergence, kl_divergence, measure
+from vitrim.sensitivity.results import result_names, results
+from vitrim.sensitivity.settings import LossRidges, Scaling
+from vitrim.sensitivity.statistics import Statistics
 from vitrim.trainer.calibrate import Sampling, capture, classifiers
 from vitrim.trainer.phase import ResumePoint
 
 _CHUNK = 16  # images of one backward pass, whose attention maps are in memory together
 
 
-class JointScorer(LightningModule):
+class LossScorer(LightningModule):
     """Pass calibration images through a network and back once; then predict and measure losses.
 
     Evidence has `scores`: what removing each unit, direction or component costs, in nats of the KL
     divergence (at `temperature`) from the dense network's decision, by site or layer. `moments`
     has, by layer, `cov` and `mean` of the inputs of those that read units; by query-key or value
-    site `rows` and `columns` (heads, K, K), the bases of its directions; and under `joint` the
+    site `rows` and `columns` (heads, K, K), the bases of its directions; and under `network` the
     losses of whole branches and of int8, and the measurements (`probe_table`). Networks without a
     classifier see their images twice: first for the covariance of the features.
     """
@@ -49,7 +49,7 @@ class JointScorer(LightningModule):
         kinds: Sequence[str],
         sampling: Sampling,
         temperature: float,
-        ridges: JointRidges,
+        ridges: LossRidges,
         scaling: Scaling,
     ) -> None:
         super().__init__()

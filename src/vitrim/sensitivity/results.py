@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
-from vitrim.method.joint.parts import Parts
-from vitrim.method.joint.predict import Prediction, layer_metric, scaled
-from vitrim.method.joint.probes import Probe
-from vitrim.method.joint.rotate import bases_of
-from vitrim.method.joint.settings import JointRidges
-from vitrim.method.joint.statistics import Statistics
 from vitrim.network.structure import blocks_of
+from vitrim.sensitivity.parts import Parts
+from vitrim.sensitivity.predict import Prediction, layer_metric, scaled
+from vitrim.sensitivity.probes import Probe
+from vitrim.sensitivity.rotate import bases_of
+from vitrim.sensitivity.settings import LossRidges
+from vitrim.sensitivity.statistics import Statistics
 
 PROBE_KINDS = ("hidden", "qk", "v", "ranks", "branches")
 _LEAST = 1e-12  # of a loss, where a ratio of two is taken
@@ -40,11 +40,11 @@ def result_names(parts: Parts) -> Iterator[str]:
         yield from (f"{layer.name}.{name}" for name in ("losses", "metric", "outputs"))
         if layer.name not in read:
             yield f"{layer.name}.mean"
-    yield from ("joint.branches", "joint.int8", "joint.probes")
+    yield from ("network.branches", "network.int8", "network.probes")
 
 
 def items_of(parts: Parts) -> list[str]:
-    """Return the names of all that is measured, by which `joint.probes` counts."""
+    """Return the names of all that is measured, by which `network.probes` counts."""
     sites = [site.name for site in parts.sites]
     return [*sites, *(layer.name for layer in parts.layers), *branch_names(parts)]
 
@@ -66,7 +66,7 @@ def results(
     statistics: Statistics,
     prediction: Prediction,
     measured: Measured,
-    ridges: JointRidges,
+    ridges: LossRidges,
 ) -> dict[str, Tensor]:
     """Return the tensors named by `result_names`, float32 but for losses."""
     found: dict[str, Tensor] = {}
@@ -96,13 +96,13 @@ def results(
         found[f"{name}.mean"] = statistics.regression(name)["mean"].float()
     losses_of = {probe.site: loss for probe, loss in measured if probe.kind == "branches"}
     names, items = branch_names(parts), items_of(parts)
-    found["joint.branches"] = _vector([losses_of.get(name, math.inf) for name in names])
-    found["joint.int8"] = _vector([prediction.int8[name] for name in parts.int8])
+    found["network.branches"] = _vector([losses_of.get(name, math.inf) for name in names])
+    found["network.int8"] = _vector([prediction.int8[name] for name in parts.int8])
     rows_of_table = [
         [PROBE_KINDS.index(p.kind), items.index(p.site), p.share, p.predicted, loss]
         for p, loss in measured
     ]
-    found["joint.probes"] = torch.tensor(rows_of_table, dtype=torch.float64)
+    found["network.probes"] = torch.tensor(rows_of_table, dtype=torch.float64)
     return found
 
 
@@ -111,7 +111,7 @@ def _vector(values: Sequence[float]) -> Tensor:
 
 
 def probe_table(parts: Parts, table: Tensor) -> list[dict[str, object]]:
-    """Return the measurements as rows for people, from `joint.probes`."""
+    """Return the measurements as rows for people, from `network.probes`."""
     items = items_of(parts)
     return [
         {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.closed_form.reconstruction import ridge_solve
-from vitrim.method.joint.losses import Rotation
+from vitrim.sensitivity.losses import Rotation
 
 
 def without_units(

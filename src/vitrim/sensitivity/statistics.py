@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, MomentsError, add_to, key_of
-from vitrim.method.joint.curvature import score_gradients
-from vitrim.method.joint.parts import Parts, Reader
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.structure import Attention
+from vitrim.sensitivity.curvature import score_gradients
+from vitrim.sensitivity.parts import Parts, Reader
 from vitrim.trainer.calibrate import Sampling, gather_tokens
 
 _LEAST = 1e-30  # weight of a row whose gradient is zero

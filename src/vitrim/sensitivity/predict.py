@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
-from vitrim.method.joint import edits
-from vitrim.method.joint.losses import (
+from vitrim.network.decompose import Spectrum, decompose, output_metric
+from vitrim.network.int8_linear import fake_int8
+from vitrim.network.structure import Attention, Layer, Site, Structure, blocks_of
+from vitrim.network.survivors import head_of
+from vitrim.sensitivity import edits
+from vitrim.sensitivity.losses import (
     Rotation,
     query_key_rotation,
     root_of,
     unit_losses,
     value_rotation,
 )
-from vitrim.method.joint.parts import Parts
-from vitrim.method.joint.probes import Probe
-from vitrim.method.joint.settings import JointRidges, Scaling
-from vitrim.method.joint.statistics import Statistics
-from vitrim.network.decompose import Spectrum, decompose, output_metric
-from vitrim.network.int8_linear import fake_int8
-from vitrim.network.structure import Attention, Layer, Site, Structure, blocks_of
-from vitrim.network.survivors import head_of
+from vitrim.sensitivity.parts import Parts
+from vitrim.sensitivity.probes import Probe
+from vitrim.sensitivity.settings import LossRidges, Scaling
+from vitrim.sensitivity.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class Prediction:
 
 
 def predict(
-    net: nn.Module, parts: Parts, statistics: Statistics, *, ridges: JointRidges, unit: float
+    net: nn.Module, parts: Parts, statistics: Statistics, *, ridges: LossRidges, unit: float
 ) -> Prediction:
     """Return predicted losses.
 
@@ -90,7 +90,7 @@ def weight_of(net: nn.Module, layer: str) -> Tensor:
 
 
 def layer_metric(
-    net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: JointRidges
+    net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: LossRidges
 ) -> Tensor:
     """Return G of a layer (out, out), or W^T G W (in, in) if that is smaller, shrunk."""
     squares = of_layer["squares"]
@@ -103,14 +103,14 @@ def layer_metric(
 
 
 def layer_spectrum(
-    net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: JointRidges
+    net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: LossRidges
 ) -> Spectrum:
     """Return the factors of a layer for all ranks, and the loss of each component."""
     outputs = layer_metric(net, layer, of_layer, ridges)
     return decompose(weight_of(net, layer), of_layer["cov"], ridge=ridges.metric, outputs=outputs)
 
 
-def _root(of_layer: Mapping[str, Tensor], ridges: JointRidges) -> Tensor:
+def _root(of_layer: Mapping[str, Tensor], ridges: LossRidges) -> Tensor:
     return root_of(of_layer["products"], of_layer["squares"], ridges.gradient_shrinkage)
 
 
@@ -123,7 +123,7 @@ def _query_keys(statistics: Statistics, attention: Attention, site: Site) -> lis
 
 
 def _values(
-    net: nn.Module, described: Structure, statistics: Statistics, site: Site, ridges: JointRidges
+    net: nn.Module, described: Structure, statistics: Statistics, site: Site, ridges: LossRidges
 ) -> list[Rotation]:
     layer = consumer_of(described, site.name).name
     of_layer, weight = statistics.of_layer(layer), weight_of(net, layer)
@@ -155,7 +155,7 @@ def probes_of(
     statistics: Statistics,
     prediction: Prediction,
     scaling: Scaling,
-    ridges: JointRidges,
+    ridges: LossRidges,
 ) -> list[Probe]:
     """Return everything that is measured."""
     if not scaling.images:
@@ -173,7 +173,7 @@ def _unit_probes(
     statistics: Statistics,
     prediction: Prediction,
     shares: Sequence[float],
-    ridges: JointRidges,
+    ridges: LossRidges,
 ) -> Iterator[Probe]:
     """Iterate over the removals of shares of every site."""
     described = parts.described
@@ -220,7 +220,7 @@ def _rank_probes(
     statistics: Statistics,
     prediction: Prediction,
     layers: Sequence[Layer],
-    ridges: JointRidges,
+    ridges: LossRidges,
 ) -> Iterator[Probe]:
     """Iterate over the factorisations of layers, at half of their break-even rank."""
     for layer in layers:

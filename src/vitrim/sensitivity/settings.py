@@ -1,0 +1,48 @@
+"""The choices in predicting losses: what the yaml of a method sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vitrim.errors import is_count, is_positive, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossRidges:
+    """The ridges of the least-squares problems, relative to the mean variance of their inputs.
+
+    `order` is for ranking units, `fold` for folding removed units into kept ones, `metric` for
+    decompositions. `gradient_shrinkage` is the fraction of the products of gradients by different
+    outputs that is left out.
+    """
+
+    order: float
+    fold: float
+    metric: float
+    gradient_shrinkage: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """How predicted losses are scaled by measured ones.
+
+    Args:
+        images: on which losses are measured, the first of the calibration images. 0: predictions
+            stay as they are.
+        shares: fractions of a site's units whose removal is measured, rising; between them the
+            scale is interpolated.
+    """
+
+    images: int
+    shares: Sequence[float]
+
+    def __post_init__(self) -> None:
+        rising = sorted({*self.shares}) == [*self.shares]
+        inside = all(is_positive(share) and share < 1 for share in self.shares)
+        require(
+            "method.scaling",
+            self,
+            ("images", self.images == 0 or is_count(self.images), "a whole number from 0 on"),
+            ("shares", bool(self.shares) and rising and inside, "rising fractions between 0 and 1"),
+        )

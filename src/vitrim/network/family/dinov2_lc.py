@@ -1,5 +1,7 @@
 """DINOv2-S with the four-layer linear head of its hub, `dinov2_vits14_lc`, on timm's blocks.
 
+`dinov2_linear` has the head on the last block only, as transformers' Dinov2ForImageClassification.
+
 The head reads the normed class tokens of the last four blocks and the mean of the last block's
 normed patch tokens (arXiv 2304.07193, section 7). Parameter names are the hub's, so that the state
 dict of `torch.hub.load("facebookresearch/dinov2", "dinov2_vits14_lc")` loads unchanged. Position
@@ -37,38 +39,36 @@ _BACKBONE = {
     "dynamic_img_size": True,
 }
 
-default_cfgs = generate_default_cfgs(
-    {
-        "dinov2_vits14_lc": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 644, 644),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "fixed_input_size": False,
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "backbone.patch_embed.proj",
-            "classifier": "linear_head",
-        }
-    }
-)
+_CONFIG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 644, 644),
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "fixed_input_size": False,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "backbone.patch_embed.proj",
+    "classifier": "linear_head",
+}
+default_cfgs = generate_default_cfgs({"dinov2_vits14_lc": _CONFIG, "dinov2_linear": _CONFIG})
 
 
 class LinearClassifier(nn.Module):
-    """A DINOv2 backbone and a linear classifier on its last four blocks.
+    """A DINOv2 backbone and a linear classifier on its last blocks, `layers` of them.
 
     23,977,576 parameters as `dinov2_vits14_lc`, the unused mask token included.
     """
 
-    def __init__(self, backbone: VisionTransformer, *, num_classes: int) -> None:
+    def __init__(
+        self, backbone: VisionTransformer, *, num_classes: int, layers: int = LAYERS
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
-        dim = backbone.embed_dim
-        backbone.register_parameter("mask_token", nn.Parameter(torch.zeros(1, dim)))
-        self.linear_head = nn.Linear((LAYERS + 1) * dim, num_classes)
+        self.layers = layers
+        self.linear_head = nn.Linear((layers + 1) * backbone.embed_dim, num_classes)
 
     @property
     def patch_embed(self) -> nn.Module:
@@ -89,7 +89,7 @@ class LinearClassifier(nn.Module):
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to the inputs of the head, (B, 5 * D)."""
+        """Map images (B, 3, H, W) to the inputs of the head, (B, (layers + 1) * D)."""
         tokens = self.backbone.patch_embed(x)
         return self._read(*self._blocks(self.backbone.norm_pre(self.backbone._pos_embed(tokens))))
 
@@ -99,7 +99,7 @@ class LinearClassifier(nn.Module):
         for block in self.backbone.blocks:
             x_BND = block(x_BND)
             classes.append(x_BND[:, 0])
-        return classes[-LAYERS:], x_BND
+        return classes[-self.layers :], x_BND
 
     def _read(self, classes: list[Tensor], x_BND: Tensor) -> Tensor:
         norm = self.backbone.norm
@@ -176,8 +176,36 @@ def dinov2_vits14_lc(
     `img_size` is ignored: any multiple of 14 pixels works, position embeddings are stored for 518.
     """
     settings = {**_BACKBONE, **kwargs}
-    net = LinearClassifier(VisionTransformer(**settings), num_classes=num_classes)
+    backbone = VisionTransformer(**settings)
+    mask_token = torch.zeros(1, backbone.embed_dim)
+    backbone.register_parameter("mask_token", nn.Parameter(mask_token))
+    net = LinearClassifier(backbone, num_classes=num_classes)
     if pretrained:
         net.load_state_dict(_hub_weights(cache_dir))
     net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_vits14_lc")).to_dict()
+    return net
+
+
+@register_model  # type: ignore[untyped-decorator]
+def dinov2_linear(
+    pretrained: bool = False,
+    *,
+    num_classes: int = 1000,
+    pretrained_cfg: PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: object,
+) -> LinearClassifier:
+    """A DINOv2 backbone with a linear head on the class token and the mean of the patch tokens.
+
+    Further arguments are those of timm's VisionTransformer; by default it is DINOv2-S/14.
+
+    Raises:
+        ValueError: `pretrained`; there are no weights to download.
+    """
+    if pretrained:
+        raise ValueError("dinov2_linear: there are no weights to download")
+    backbone = VisionTransformer(**{**_BACKBONE, **kwargs, "num_classes": 0})
+    net = LinearClassifier(backbone, num_classes=num_classes, layers=1)
+    net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_linear")).to_dict()
     return net

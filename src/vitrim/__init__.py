@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vitrim.measure import count as count
+    from vitrim.model.huggingface import from_hf as from_hf
     from vitrim.network.masking import masked as masked
     from vitrim.network.surgery import combine as combine
     from vitrim.network.surgery import cut as cut
@@ -40,6 +41,7 @@ _HOME = {
     "masked": "vitrim.network.masking",
     "combine": "vitrim.network.surgery",
     "count": "vitrim.measure",
+    "from_hf": "vitrim.model.huggingface",
     "Prune": "vitrim.prune",
     "Plan": "vitrim.plan",
     "Keep": "vitrim.plan",

@@ -126,7 +126,7 @@ def test_checkpoints_that_cannot_be_trusted_are_refused(command: Command, tmp_pa
     run = first.report.parent
     net, _ = vitrim.load(run)
     pickle = tmp_path / "net.pth"
-    torch.save(net.state_dict(), pickle)
+    torch.save(net, pickle)
     other = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"head.weight": torch.zeros(3, 3)}, other)
     damaged = tmp_path / "nan.safetensors"

@@ -124,7 +124,8 @@ ARTEFACTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "not a readable safetensors file",
     ),
     "checkpoint of torch.save": (checkpoint("net.safetensors", torch.save), "pickle"),
-    "checkpoint.pth": (checkpoint("net.pth", torch.save), "expected a .safetensors file"),
+    "checkpoint.pth": (checkpoint("net.pth", torch.save), "can run code: it was not read"),
+    "checkpoint.ckpt": (checkpoint("net.ckpt", as_array), "it was not read"),
     "checkpoint.npy": (checkpoint("net.npy", as_array), "expected a .safetensors file"),
     "array of objects": (checkpoint("net.safetensors", as_array), "not a readable"),
     **{

@@ -178,10 +178,19 @@ def with_outputs(
     elif loaded and model.checkpoint is not None:
         folder, owner = Path(model.checkpoint), f"model.checkpoint={model.checkpoint}"
         folder = folder.parent if folder.name == WEIGHTS else folder
-    known = [] if folder is None else read_classes(folder)
+    known = [] if folder is None else read_classes(folder) or _named_in(folder, data)
     return for_network(
         data, model.n_classes, known=known, loaded=loaded, owner=f"the network of {owner}"
     )
+
+
+def _named_in(folder: Path, data: Data) -> list[str]:
+    """Return the names of outputs in config.json, if those of all classes are among them."""
+    from vitrim.data.outputs import class_names
+    from vitrim.model.checkpoint import description_in
+
+    names, wanted = description_in(str(folder)).classes, class_names(data)
+    return [*names] if wanted and {*wanted} <= {*names} else []
 
 
 def network_digest(folder: str | None) -> str | None:

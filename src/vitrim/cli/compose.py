@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, partial
@@ -23,7 +24,7 @@ from vitrim.cli.checks import Config
 from vitrim.cli.config_files import CONF, leaves
 from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
-from vitrim.errors import ConfigError, VitrimError
+from vitrim.errors import ConfigError, VitrimError, shown
 from vitrim.files import PHASES, read_yaml, writable
 from vitrim.jobs import slurm
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vitrim.model.source import Timm
     from vitrim.pipeline import Job
 
+_log = logging.getLogger(__name__)
 GROUPS = ("model", "method", "data", "trainer")
 TO_TIMM = ("model.args", "data.augmentation")
 """Keys whose children are arguments of timm's functions, those that conf/ does not name as well."""
@@ -58,6 +60,7 @@ def build_job(cfg: DictConfig) -> Job:
     expand_home(cfg)
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
     check_groups(cfg)
+    take_over(cfg)
     built, wrong = _build(cfg, GROUPS)
     problems = [
         *root_problems(raw, CONF / "run.yaml", GROUPS),
@@ -92,6 +95,29 @@ def check_groups(cfg: DictConfig) -> None:
     misshapen = checks.check_shape(cast(Config, OmegaConf.to_container(cfg, resolve=False)))
     if misshapen:
         raise ConfigError("\n".join(misshapen))
+
+
+def take_over(cfg: DictConfig) -> None:
+    """Fill keys of the model that are null with what the checkpoint's config.json says; log it.
+
+    Raises:
+        ConfigError: config.json is not JSON.
+    """
+    model = cfg.model
+    checkpoint = OmegaConf.select(model, "checkpoint")
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
+        return
+    from vitrim.model.checkpoint import description_in
+
+    said = description_in(checkpoint).settings()
+    if model.get("reset_head"):
+        said.pop("num_classes", None)
+    filled = {key: value for key, value in said.items() if key in model and model[key] is None}
+    for key, value in filled.items():
+        OmegaConf.update(model, key, value)
+    if filled:
+        words = ", ".join(f"model.{key}={shown(value)}" for key, value in filled.items())
+        _log.info("taken over from %s: %s", Path(checkpoint) / "config.json", words)
 
 
 def expand_home(cfg: DictConfig) -> None:

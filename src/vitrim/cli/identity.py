@@ -114,7 +114,9 @@ def _checkpoint_facts(job: Job) -> dict[str, object]:
     from vitrim.model.checkpoint import dtypes_of
 
     checkpoint = job.model.checkpoint
-    return {} if checkpoint is None else {"checkpoint_dtype": dtypes_of(checkpoint)}
+    return (
+        {} if checkpoint is None else {"checkpoint_dtype": dtypes_of(checkpoint, job.model.weights)}
+    )
 
 
 def _variant(job: Job) -> str:

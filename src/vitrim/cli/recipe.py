@@ -37,7 +37,10 @@ TRAINING_IMAGES = (
 """Keys of data that do not change an evaluation."""
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError)
 """What reading the recipe.yaml of a damaged or foreign folder raises."""
-ADDED = {"data.val_labels": None, "data.exif_orientation": False, "method.metric": "units"}
+ADDED = {
+    **{"data.val_labels": None, "data.exif_orientation": False, "method.metric": "units"},
+    "model.weights": None,
+}
 """Keys that later versions added, with the values by which earlier ones acted."""
 
 

@@ -9,14 +9,18 @@ pretrained_cfg_overlay={"file": ...})` does.
 from __future__ import annotations
 
 import copy
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
+import torch
 from timm.models import _builder, clean_state_dict, load_pretrained
 from torch import Tensor, nn
 
+from vitrim.errors import ConfigError
 from vitrim.network.skeleton import on_meta
 
 State = dict[str, Tensor]
@@ -31,6 +35,9 @@ _FAILURES = (
 )
 """What timm's conversions raise for tensors of another network."""
 _MAX_KNOWN = 4
+_LOADED_BY_TIMM = ("timm.", "vitrim.network.family.vit_norm_eps")
+"""Modules whose networks get their weights from timm's builder."""
+_MAX_ARRAYS = 2**35  # bytes of an .npz, unpacked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +99,41 @@ def converted(
     return taken
 
 
+def from_arrays(path: Path, net: nn.Module, *, where: str) -> State:
+    """Return the tensors that timm loads into `net` from an .npz file of JAX's networks.
+
+    Tensors that the file does not have are left out.
+
+    Args:
+        path: the file, as AugReg's; arrays of objects are refused by NumPy.
+        net: the network without weights, on the meta device; it is not modified.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: timm reads no such file for this network, or it is damaged.
+    """
+    load = getattr(type(net), "load_pretrained", None)
+    if load is None:
+        raise ConfigError(f"{where}: timm reads no .npz file into a {type(net).__name__}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        raise ConfigError(f"{where}: no .npz file, or a damaged one ({error})") from None
+    if size > _MAX_ARRAYS:
+        raise ConfigError(f"{where}: {size:,} bytes unpacked: expected at most {_MAX_ARRAYS:,}")
+    twin = copy.deepcopy(net).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+    try:
+        load(twin, str(path))
+    except (*_FAILURES, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: timm cannot load it into this network ({reason})") from None
+    return {k: t for k, t in twin.state_dict().items() if not bool(t.isnan().all())}
+
+
 def _conversion(model: Mapping[str, object]) -> _Conversion | None:
     """Return the conversion of a network, recorded once; None where there is none."""
     key = repr(model)
@@ -104,7 +146,7 @@ def _conversion(model: Mapping[str, object]) -> _Conversion | None:
 
 def _recorded_conversion(name: str, args: object) -> _Conversion | None:
     assert isinstance(args, Mapping)
-    if not timm.model_entrypoint(name).__module__.startswith("timm."):
+    if not timm.model_entrypoint(name).__module__.startswith(_LOADED_BY_TIMM):
         return None  # a network of vitrim or of the user, which loads its weights itself
     with _recording() as calls, on_meta():
         timm.create_model(name, pretrained=True, **args)

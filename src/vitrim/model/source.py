@@ -30,8 +30,10 @@ class Timm:
     Args:
         name: timm's name of the network.
         pretrained: whether to download timm's weights.
-        checkpoint: a .safetensors file that timm can load, or a folder that vitrim saved; its
-            weights are used in float32.
+        checkpoint: a file of weights, or a folder of a run, of timm or of transformers
+            (`vitrim.model.reading`, `vitrim.model.layout`); its weights are used in float32.
+        weights: which weights of a checkpoint that holds several: model, ema, or the name of a
+            state dict; None: the model's.
         sha256: the expected SHA-256 of the checkpoint.
         num_classes: outputs of the classifier; None: timm's number.
         reset_head: whether to start with a new classifier on the loaded weights; the network is
@@ -46,6 +48,7 @@ class Timm:
     name: str
     pretrained: bool
     checkpoint: str | None
+    weights: str | None = None
     sha256: str | None
     num_classes: int | None
     reset_head: bool
@@ -66,6 +69,10 @@ class Timm:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
         if self.checkpoint is not None:
             check_path(self.checkpoint)
+        elif self.weights is not None:
+            raise ConfigError(
+                f"model.weights={self.weights}: of a checkpoint; set model.checkpoint"
+            )
         _check_size(self.image_size, self.args)
         skeleton = self.shared_skeleton()
         structure(skeleton)
@@ -132,7 +139,13 @@ class Timm:
         if self.checkpoint is not None:
             skeleton = self.skeleton()
             model = self._untagged()
-            state = read_checkpoint(self.checkpoint, model, skeleton, reset_head=self.reset_head)
+            state = read_checkpoint(
+                self.checkpoint,
+                model,
+                skeleton,
+                reset_head=self.reset_head,
+                weights=self.weights,
+            )
             return assign(skeleton, state, Plan(model=model, edits=())).eval()
         try:
             net: nn.Module = timm.create_model(

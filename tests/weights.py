@@ -436,7 +436,7 @@ def table() -> str:
 
 INTRODUCTION = """# Weights of other libraries
 
-Which files `model.checkpoint=` reads, and how exactly. Each row is a network of
+Which files `model.checkpoint=` and `vitrim-import` read, and how exactly. Each row is a network of
 another library with two blocks and random weights. vitrim loads it from the file of the column into
 timm's network. An entry is the largest difference of an output, for three images of noise, to that
 of the library's own network in float32. Weights are rounded before, so that files in float16 and

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from timm.models import (
     PretrainedCfg,
+    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
@@ -187,25 +188,17 @@ def dinov2_vits14_lc(
 
 
 @register_model  # type: ignore[untyped-decorator]
-def dinov2_linear(
-    pretrained: bool = False,
-    *,
-    num_classes: int = 1000,
-    pretrained_cfg: PretrainedCfg | None = None,
-    pretrained_cfg_overlay: dict[str, object] | None = None,
-    cache_dir: str | None = None,
-    **kwargs: object,
-) -> LinearClassifier:
+def dinov2_linear(pretrained: bool = False, **kwargs: object) -> LinearClassifier:
     """A DINOv2 backbone with a linear head on the class token and the mean of the patch tokens.
 
-    Further arguments are those of timm's VisionTransformer; by default it is DINOv2-S/14.
-
-    Raises:
-        ValueError: `pretrained`; there are no weights to download.
+    Arguments are those of timm's VisionTransformer; by default it is DINOv2-S/14.
     """
-    if pretrained:
-        raise ValueError("dinov2_linear: there are no weights to download")
-    backbone = VisionTransformer(**{**_BACKBONE, **kwargs, "num_classes": 0})
-    net = LinearClassifier(backbone, num_classes=num_classes, layers=1)
-    net.pretrained_cfg = (pretrained_cfg or get_pretrained_cfg("dinov2_linear")).to_dict()
+    net: LinearClassifier = build_model_with_cfg(
+        _of_last_block, "dinov2_linear", pretrained, **kwargs
+    )
     return net
+
+
+def _of_last_block(*, num_classes: int = 1000, **kwargs: object) -> LinearClassifier:
+    backbone = VisionTransformer(**{**_BACKBONE, **kwargs, "num_classes": 0})
+    return LinearClassifier(backbone, num_classes=num_classes, layers=1)

@@ -6,6 +6,8 @@
     timm      a folder            import timm, vitrim.deploy.compact;
                                   timm.create_model("local-dir:FOLDER", pretrained=True)
     hf        the same folder     with a model card, ready for a hub
+    transformers  a folder        AutoModelForImageClassification.from_pretrained("FOLDER"); ViTs
+                                  with the same heads and widths in all blocks
 
 The logits of what was written are compared with those of the network; then it replaces an earlier
 export. --precision int8_static, of onnx and openvino, stores activations in int8 as well: it takes
@@ -32,14 +34,20 @@ from vitrim.files import refuse_link
 if TYPE_CHECKING:
     from vitrim.deploy.static_int8 import Images
 
-FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "timm": "", "hf": ""}
+FILES = {
+    **{"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"},
+    **{"timm": "", "hf": "", "transformers": ""},
+}
 """The file of each format, in its folder; empty where it is the folder itself."""
 
 PRECISIONS = ("f32", "bf16", "int8", "int8_static")
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "transformers": ("transformers",),
 }
+
+_EXTRA = "'vitrim[export]'"
 
 
 class ExportError(VitrimError):
@@ -90,6 +98,8 @@ def export(
                     error = formats.openvino(saved, stage / FILES[format_name], precision=precision)
                 case "torch":
                     error = formats.torch_export(saved, stage / FILES[format_name])
+                case "transformers":
+                    error = formats.transformers_folder(saved, stage)
                 case _:
                     error = formats.timm_folder(saved, stage, card=format_name == "hf")
         except RuntimeError as failure:  # what torch.export, torch.onnx and OpenVINO raise
@@ -117,7 +127,7 @@ def check_precision(format_name: str, precision: str) -> None:
         options = f" --precision {precision}" if precision != "f32" else ""
         raise ExportError(
             f"--format {format_name}{options} needs {', '.join(missing)}: pip install "
-            "'vitrim[export]'"
+            f"{'transformers' if format_name == 'transformers' else _EXTRA}"
         )
 
 

@@ -22,6 +22,7 @@ from vitrim.deploy.card import model_card
 from vitrim.deploy.compact import ARCHITECTURE
 from vitrim.deploy.runfolder import Document
 from vitrim.deploy.saved import SavedNetwork
+from vitrim.deploy.transformers_folder import loaded, write_folder
 from vitrim.errors import VitrimError
 from vitrim.files import PLAN, WEIGHTS
 from vitrim.network import fix_input_size
@@ -136,6 +137,14 @@ def timm_folder(saved: SavedNetwork, folder: Path, *, card: bool) -> str:
         (folder / "README.md").write_text(model_card(saved))
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return max_error(saved, net, limit=0.0)
+
+
+def transformers_folder(saved: SavedNetwork, folder: Path) -> str:
+    """Write what transformers loads without further code, and return the largest error."""
+    write_folder(saved, folder)
+    with quiet():
+        net = loaded(folder)
+        return max_error(saved, lambda x: net(pixel_values=x).logits)
 
 
 def _config(saved: SavedNetwork) -> Document:

@@ -15,7 +15,7 @@ from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError
 from vitrim.cli.compose import CONF
-from vitrim.method.oneshot import OneShot
+from vitrim.method.oneshot import OneShot, trimmed
 from vitrim.paper import flops_blog
 from vitrim.plan import Evidence, Plan
 from vitrim.trainer.calibrate import Calibrate
@@ -71,7 +71,7 @@ def test_the_published_rows_come_out_to_the_last_digit(
         scores = {
             site: torch.rand(cost.structure.sites[site].size, generator=generator) for site in sites
         }
-        plan = Plan(model={}, edits=method._trim(cost, scores, target))
+        plan = Plan(model={}, edits=trimmed(method, cost, scores, target))
     else:
         assert target.is_identity
         plan = Plan(model={}, edits=())

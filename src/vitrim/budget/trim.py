@@ -104,6 +104,28 @@ def _scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: boo
     )
 
 
+def mean_savings(
+    cost: Cost, sites: Sequence[Site], target: Target, *, even_heads: bool
+) -> dict[str, float]:
+    """Return what one unit of each site gives back, on average over half of them, as a fraction.
+
+    Args:
+        cost: the dense network's closed formula.
+        sites: whose units may go.
+        target: in whose metric savings are counted, as a fraction of the whole.
+        even_heads: as `trim` has it.
+    """
+    described = cost.structure
+    scale = _scale(cost, [site.name for site in sites], target, even_heads=even_heads)
+    found = {}
+    for site in sites:
+        heads = units_by_head(site)
+        half = [unit for head in heads for unit in head[: max(1, len(head) // 2)]]
+        left = scale.amount(propagate(described, {site.name: torch.tensor(half)}))
+        found[site.name] = (scale.total - left) / scale.total / max(1, site.size - len(half))
+    return found
+
+
 def _time_scale(cost: Cost, scored: Sequence[str], target: Target, *, even_heads: bool) -> Scale:
     """Return a scale in millionths of the dense network's latency."""
     table, fraction = time_budget(cost, scored, target, even_heads=even_heads)

@@ -93,6 +93,13 @@ def drop_added(recipe: Config) -> None:
         if recipe[group].get(name, ...) == value:
             del recipe[group][name]
     _drop_recovery(recipe["method"])
+    _drop_losses(recipe["method"])
+
+
+def _drop_losses(method: Config) -> None:
+    """Remove the settings of losses that are not predicted."""
+    if method.get("scope") != "loss":
+        method.pop("losses", None)
 
 
 def _drop_recovery(method: Config) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Metric, Target, TargetError
-from vitrim.budget.trim import Scope, trim
+from vitrim.budget.trim import mean_savings, trim
 from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, Criterion, importance
 from vitrim.closed_form.reconstruction import COMPENSATIONS, Compensation, reconstruct
 from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
@@ -33,6 +33,8 @@ from vitrim.method import Granularity
 from vitrim.network import structure
 from vitrim.network.structure import Kind, Site, Structure, of_kind
 from vitrim.plan import Evidence, Keep, Plan, Proposal
+from vitrim.sensitivity.ordered import OrderedLosses, UnitOrder
+from vitrim.sensitivity.settings import LossSettings
 from vitrim.trainer.calibrate import Calibrate, Sampling
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.mimic import Distill, Mimic
@@ -53,6 +55,8 @@ SITES: Mapping[str, Kind] = {
 ALIASES: Mapping[str, Criterion] = {"surgeon": "obs_greedy"}
 """Former names of criteria, which are still accepted."""
 Objective = Literal["recovery", "labels", "mimic", "distill"]
+Scope = Literal["site", "global", "loss"]
+"""How sites are compared: each loses the same fraction, by score, or by predicted loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +123,7 @@ class OneShot:
     criterion: Criterion
     compensation: Compensation
     scope: Scope
+    losses: LossSettings
     site_rates: Mapping[str, float]
     round_to: int
     even_heads: bool
@@ -147,7 +152,7 @@ class OneShot:
             ),
             ("sites", bool(self.sites) and set(self.sites) <= SITES.keys(), f"a list of {kinds}"),
             ("site_rates", rates_fit, f"numbers above 0 for {kinds}"),
-            ("scope", self.scope in ("global", "site"), "global or site"),
+            ("scope", self.scope in get_args(Scope), "site, global or loss"),
             ("round_to", is_count(self.round_to), "a whole number from 1 on"),
             ("even_heads", isinstance(self.even_heads, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
@@ -169,6 +174,11 @@ class OneShot:
                 f"method.sites={[*self.sites]}: expected what this network has, "
                 f"{', '.join(available)}"
             )
+        if self.scope == "loss" and "channels" in self.sites:
+            raise TargetError(
+                "method.scope=loss: the losses of convolutional channels are not predicted; set "
+                "method.scope=site or global, or leave channels out of method.sites"
+            )
         chosen = sites_of(cost.structure, self.sites)
         branches = {site.name.rpartition(".")[0] for site in chosen}
         for layer in cost.structure.layers:
@@ -178,26 +188,35 @@ class OneShot:
                     "and this one is in two factors: slice first and factorise then, or choose "
                     "other sites"
                 )
-        self._trim(cost, _equal_scores(chosen), target)
+        trimmed(self, cost, _equal_scores(chosen), target)
 
     def scorer(self, net: nn.Module) -> Calibrate:
         """Return the pass over calibration images; over no images where none are needed."""
-        needed = self.criterion not in WITHOUT_IMAGES or self.compensation != "none"
-        chosen = sites_of(structure(net), self.sites) if needed else []
+        needed = (
+            self.scope == "loss"
+            or self.criterion not in WITHOUT_IMAGES
+            or self.compensation != "none"
+        )
+        sites = [site.name for site in sites_of(structure(net), self.sites)] if needed else []
         return Calibrate(
             net,
-            sites=[site.name for site in chosen],
-            sampling=self._sampling,
+            sites=sites,
+            sampling=self.calibration,
             taylor=self.criterion == "taylor",
             targets=self.compensation == "sequential",
+            losses=_losses(self, net, sites) if self.scope == "loss" else None,
         )
 
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
-        """Remove the units that the criterion ranks lowest."""
+        """Remove the units that the criterion ranks lowest, or those that lose least there."""
         criterion = self.criterion
+        if self.scope == "loss" and evidence.scores:
+            return _plan_by_loss(self, evidence.scores, cost, target)
         if not evidence.moments and criterion not in WITHOUT_IMAGES:
             _log.info("no calibration images: units are ranked by group_l2, not %s", criterion)
             criterion = "group_l2"
+        if self.scope == "loss":
+            _log.info("no calibration images: every site loses the same fraction of its units")
         n_removed = self._n_removed(cost, target)
         scores = {
             site.name: importance(
@@ -213,7 +232,7 @@ class OneShot:
             for site in sites_of(cost.structure, self.sites)
         }
         return Proposal(
-            edits=self._trim(cost, scores, target),
+            edits=trimmed(self, cost, scores, target),
             notes={"criterion": criterion, "compensation": self.compensation},
         )
 
@@ -243,7 +262,7 @@ class OneShot:
                 Refit(
                     student,
                     evidence=evidence,
-                    sampling=self._sampling,
+                    sampling=self.calibration,
                     ridge=self.ridges.fold,
                     closing_ridge=self.ridges.closing,
                 )
@@ -253,7 +272,7 @@ class OneShot:
         return phases
 
     @property
-    def _sampling(self) -> Sampling:
+    def calibration(self) -> Sampling:
         """The sampling, without the images that a recovery holds out."""
         recovers = self.fine_tune and self.tuning.objective == "recovery"
         return self.tuning.recovery.calibration(self.sampling) if recovers else self.sampling
@@ -283,34 +302,81 @@ class OneShot:
     def _n_removed(self, cost: Cost, target: Target) -> dict[str, int]:
         """Return how many units each site will lose, where scores cannot change that."""
         sites = sites_of(cost.structure, self.sites)
-        if self.scope == "global" or any(site.head_dims for site in sites):
+        if self.scope != "site" or any(site.head_dims for site in sites):
             return {}
-        edits = self._trim(cost, _equal_scores(sites), target)
+        edits = trimmed(self, cost, _equal_scores(sites), target)
         n_kept = {keep.site: len(keep.index) for keep in edits}
         return {site.name: site.size - n_kept.get(site.name, site.size) for site in sites}
-
-    def _trim(self, cost: Cost, scores: Mapping[str, Tensor], target: Target) -> tuple[Keep, ...]:
-        sites = cost.structure.sites
-        return trim(
-            cost,
-            scores,
-            target,
-            scope=self.scope,
-            round_to=self.round_to,
-            even_heads=self.even_heads,
-            site_rates={
-                name: rate
-                for kind, rate in self.site_rates.items()
-                for name in scores
-                if sites[name].kind == SITES[kind]
-            },
-        )
 
 
 def sites_of(described: Structure, chosen: Collection[str]) -> list[Site]:
     """Return the chosen kinds of sites that can be cut, in network order; all if all are locked."""
     sites = of_kind(described, *(SITES[name] for name in chosen))
     return [site for site in sites if not site.locked_reason] or sites
+
+
+def trimmed(
+    method: OneShot,
+    cost: Cost,
+    scores: Mapping[str, Tensor],
+    target: Target,
+    *,
+    by_loss: bool = False,
+) -> tuple[Keep, ...]:
+    """Return the edits; without losses, the scope `loss` takes the same fraction of every site."""
+    sites = cost.structure.sites
+    return trim(
+        cost,
+        scores,
+        target,
+        scope="global" if by_loss or method.scope == "global" else "site",
+        round_to=method.round_to,
+        even_heads=method.even_heads,
+        site_rates={
+            name: rate
+            for kind, rate in method.site_rates.items()
+            for name in scores
+            if sites[name].kind == SITES[kind]
+        },
+    )
+
+
+def _losses(method: OneShot, net: nn.Module, sites: Sequence[str]) -> OrderedLosses:
+    """Return what predicts the losses of units in the order of the criterion.
+
+    Raises:
+        ConfigError: the losses of some units are not predicted.
+    """
+    return OrderedLosses(
+        net,
+        sites,
+        order=UnitOrder(method.criterion, method.ridges.order, method.seed),
+        compensation=method.compensation,
+        sampling=method.calibration,
+        fold_ridge=method.ridges.fold,
+        choices=method.losses,
+    )
+
+
+def _plan_by_loss(
+    method: OneShot, losses: Mapping[str, Tensor], cost: Cost, target: Target
+) -> Proposal:
+    """Remove the units that lose least for what they save."""
+    sites = sites_of(cost.structure, method.sites)
+    savings = mean_savings(cost, sites, target, even_heads=method.even_heads)
+    scores = {name: of_site / max(savings[name], 1e-12) for name, of_site in losses.items()}
+    edits = trimmed(method, cost, scores, target, by_loss=True)
+    lost = sum(
+        float(losses[edit.site].sum() - losses[edit.site][[*edit.index]].sum())
+        for edit in edits
+        if edit.site in losses  # dims of removed heads go with these
+    )
+    notes: dict[str, object] = {
+        "criterion": method.criterion,
+        "compensation": method.compensation,
+        "predicted_kl": lost,
+    }
+    return Proposal(edits=edits, notes=notes)
 
 
 def _equal_scores(sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -62,6 +62,16 @@ def without_query_keys(
     return values
 
 
+def without_keys(net: nn.Module, layer: str, n_queries: int, removed: Tensor) -> dict[str, Tensor]:
+    """Return the layer `qkv` in which the keys, which follow the queries, lack some dims."""
+    values: dict[str, Tensor] = {}
+    for name, parameter in net.get_submodule(layer).named_parameters():
+        changed = parameter.detach().clone()
+        changed[n_queries + removed] = 0.0
+        values[f"{layer}.{name}"] = changed
+    return values
+
+
 def with_weight(net: nn.Module, layer: str, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
     """Return another weight of `layer` and the bias that keeps its mean output."""
     dense = net.get_submodule(layer).get_parameter("weight").detach().double()

@@ -28,36 +28,84 @@ class Rotation(NamedTuple):
     losses: Tensor
 
 
-def root_of(products: Tensor, squares: Tensor, shrinkage: float) -> Tensor:
-    """Return R (n, n) with R R^T = G, after the products of different outputs are shrunk."""
-    shrunk = torch.lerp(products, torch.diag(squares), shrinkage)
-    values, vectors = torch.linalg.eigh(shrunk)
+def root_of(matrix: Tensor) -> Tensor:
+    """Return R (n, n) with R R^T equal to a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors * values.clamp_min(0.0).sqrt()
     return root
 
 
-def unit_losses(weight: Tensor, cov: Tensor, root: Tensor, ridge: float) -> Tensor:
+def effects_of(weight: Tensor, products: Tensor, squares: Tensor, shrinkage: float) -> Tensor:
+    """Return E (in, r) with E E^T = W^T G W: what a change of each input does to the decision.
+
+    Args:
+        weight: W, (out, in).
+        products: G (out, out), or W^T G W (in, in) if that is smaller.
+        squares: the diagonal of G, (out,).
+        shrinkage: fraction of the products of different outputs that is left out.
+    """
+    if len(products) == len(weight):
+        root = root_of(torch.lerp(products, torch.diag(squares), shrinkage))
+        return (root.mT.to(weight) @ weight).mT
+    return root_of(torch.lerp(products, weight.mT @ (squares[:, None] * weight), shrinkage))
+
+
+def unit_losses(effects: Tensor, cov: Tensor, ridge: float) -> Tensor:
     """Return the loss of each hidden unit when it goes in greedy order, (M,).
 
     Args:
-        weight: of the layer that reads the units, W (D, M).
+        effects: of the units, E (M, r), see `effects_of`.
         cov: C of the units, (M, M).
-        root: R with R R^T = G, (D, D).
         ridge: added to the diagonal of C, relative to its mean.
     """
-    return obs_greedy(cov, (root.mT.to(weight) @ weight).mT, ridge=ridge)
+    return obs_greedy(cov, effects, ridge=ridge)
 
 
-def value_rotation(weight: Tensor, cov: Tensor, root: Tensor) -> Rotation:
+def unit_losses_in_order(effects: Tensor, cov: Tensor, order: Tensor, ridge: float) -> Tensor:
+    """Return what each unit adds to the loss when units go in this order, (M,).
+
+    The units that are left make up for those that went: of the removed units P and the others S,
+    the loss is tr(E_P^T H E_P), with H = C_PP - C_PS C_SS^-1 C_SP.
+
+    Args:
+        effects: of the units, E (M, r), see `effects_of`.
+        cov: C of the units, (M, M).
+        order: the units, the one that goes first first, (M,).
+        ridge: added to the diagonal of C, relative to its mean.
+    """
+    last_first = order.flip(0)
+    ridged = cov[last_first][:, last_first].double()
+    mean = float(cov.diagonal().mean())
+    ridged.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    factor = torch.linalg.cholesky(ridged)  # its lower right corners are the factors of H
+    costs = (factor.mT @ effects.to(ridged)[last_first]).square().sum(1)
+    losses = torch.empty_like(costs)
+    losses[last_first] = costs
+    return losses
+
+
+def plain_losses_in_order(products: Tensor, order: Tensor) -> Tensor:
+    """Return what each unit adds to the loss in this order if nothing makes up for it, (M,).
+
+    Args:
+        products: the loss of two units' errors together, (M, M): of a set, they add up.
+        order: the units, the one that goes first first, (M,).
+    """
+    ordered = products[order][:, order].double()
+    losses = torch.empty_like(ordered[:, 0])
+    losses[order] = ordered.diagonal() + 2 * ordered.tril(-1).sum(1)
+    return losses
+
+
+def value_rotation(effects: Tensor, cov: Tensor) -> Rotation:
     """Return the directions of a head's values whose effect on the output is independent.
 
     Args:
-        weight: the columns of the output projection that read the head, (D, K).
+        effects: of the head's values, E (K, r), see `effects_of`.
         cov: C of the head's outputs, (K, K).
-        root: R with R R^T = G, (D, D).
     """
     half, inverse = _root(cov)
-    effect = root.mT @ weight @ half
+    effect = effects.mT @ half
     losses, vectors = torch.linalg.eigh(effect.mT @ effect)
     vectors = vectors.flip(1)
     return Rotation(vectors.mT @ inverse, half @ vectors, losses.flip(0).clamp_min(0.0))

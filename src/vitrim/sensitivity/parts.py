@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
+from vitrim.errors import ConfigError
 from vitrim.network import stream, structure
 from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.int8 import linears_of
@@ -76,6 +77,42 @@ def parts_of(net: nn.Module, kinds: Collection[str]) -> Parts:
         int8=int8,
         drops="branches" in kinds,
     )
+
+
+def parts_of_sites(net: nn.Module, names: Collection[str]) -> Parts:
+    """Return what of a network is scored for these sites; heads cost what their values cost.
+
+    Raises:
+        ConfigError: the units of a site are not read by a Linear.
+    """
+    described = structure(net)
+    sites = tuple(described.sites[name] for name in names)
+    read: list[str] = []
+    for site in sites:
+        if site.kind == "qk":
+            continue
+        units = _values_of(described, site)
+        if site.kind == "channels" or not _is_read(net, described, units):
+            raise ConfigError(
+                f"method.scope=loss: the losses of {site.name} are not predicted, as no Linear "
+                "reads its units; set method.scope=site or global, or choose other method.sites"
+            )
+        read.append(consumer_of(described, units.name).name)
+    return Parts(
+        described=described,
+        sites=sites,
+        layers=(),
+        readers=tuple(_readers(net, described, [*dict.fromkeys(read)])),
+        attentions=tuple(a for a in described.attentions if a.qk in {*names}),
+        int8=(),
+        drops=False,
+    )
+
+
+def _values_of(described: Structure, site: Site) -> Site:
+    """Return the site of the values of these heads; any other site itself."""
+    values = {attention.heads: attention.v for attention in described.attentions}
+    return described.sites[values.get(site.name, site.name)]
 
 
 def sites_of(described: Structure, kinds: Collection[str]) -> list[Site]:

@@ -16,8 +16,8 @@ from vitrim.network.survivors import head_of
 from vitrim.sensitivity import edits
 from vitrim.sensitivity.losses import (
     Rotation,
+    effects_of,
     query_key_rotation,
-    root_of,
     unit_losses,
     value_rotation,
 )
@@ -65,9 +65,8 @@ def predict(
             case _:
                 reader = consumer_of(described, site.name).name
                 of_layer = statistics.of_layer(reader)
-                losses = unit_losses(
-                    weight_of(net, reader), of_layer["cov"], _root(of_layer, ridges), ridges.order
-                )
+                effects = layer_effects(net, reader, of_layer, ridges.gradient_shrinkage)
+                losses = unit_losses(effects, of_layer["cov"], ridges.order)
                 found.losses[site.name] = losses * unit
                 continue
         found.rotations[site.name] = rotations
@@ -110,8 +109,11 @@ def layer_spectrum(
     return decompose(weight_of(net, layer), of_layer["cov"], ridge=ridges.metric, outputs=outputs)
 
 
-def _root(of_layer: Mapping[str, Tensor], ridges: LossRidges) -> Tensor:
-    return root_of(of_layer["products"], of_layer["squares"], ridges.gradient_shrinkage)
+def layer_effects(
+    net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], shrinkage: float
+) -> Tensor:
+    """Return what a change of each input of a layer does to the decision, see `effects_of`."""
+    return effects_of(weight_of(net, layer), of_layer["products"], of_layer["squares"], shrinkage)
 
 
 def _query_keys(statistics: Statistics, attention: Attention, site: Site) -> list[Rotation]:
@@ -126,13 +128,11 @@ def _values(
     net: nn.Module, described: Structure, statistics: Statistics, site: Site, ridges: LossRidges
 ) -> list[Rotation]:
     layer = consumer_of(described, site.name).name
-    of_layer, weight = statistics.of_layer(layer), weight_of(net, layer)
-    root, rotations, start = _root(of_layer, ridges), [], 0
+    of_layer, rotations, start = statistics.of_layer(layer), [], 0
+    effects = layer_effects(net, layer, of_layer, ridges.gradient_shrinkage)
     for width in site.head_dims:
         columns = slice(start, start + width)
-        rotations.append(
-            value_rotation(weight[:, columns], of_layer["cov"][columns, columns], root)
-        )
+        rotations.append(value_rotation(effects[columns], of_layer["cov"][columns, columns]))
         start = columns.stop
     return rotations
 

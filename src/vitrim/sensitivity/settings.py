@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitrim.errors import is_count, is_positive, require
+from vitrim.errors import is_count, is_positive, is_rate, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,4 +45,29 @@ class Scaling:
             self,
             ("images", self.images == 0 or is_count(self.images), "a whole number from 0 on"),
             ("shares", bool(self.shares) and rising and inside, "rising fractions between 0 and 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """How a method predicts losses.
+
+    Args:
+        temperature: of the decision whose KL divergence is the loss.
+        gradient_shrinkage: fraction of the products of gradients by different outputs that is left
+            out.
+        scaling: of predicted losses by measured ones.
+    """
+
+    temperature: float
+    gradient_shrinkage: float
+    scaling: Scaling
+
+    def __post_init__(self) -> None:
+        is_fraction = is_rate(self.gradient_shrinkage) and self.gradient_shrinkage <= 1
+        require(
+            "method.losses",
+            self,
+            ("temperature", is_positive(self.temperature), "a number above 0"),
+            ("gradient_shrinkage", is_fraction, "a number in 0..1"),
         )

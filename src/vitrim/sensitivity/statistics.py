@@ -139,6 +139,8 @@ class Statistics(nn.Module):
     def of_layer(self, name: str) -> dict[str, Tensor]:
         """Return `cov` C (in, in) and `mean` (in,), `products` and `squares`, float64, an image.
 
+        C + `scale` mean mean^T is not centred.
+
         `products` is G (out, out), or W^T G W (in, in), `squares` the diagonal of G, (out,); these
         are divided by the trace of G, so that tr(G D C D^T) is the loss of an error D in W.
         """
@@ -152,6 +154,7 @@ class Statistics(nn.Module):
         return {
             "cov": finished["cov"].double() * scale,
             "mean": finished["mean"].double(),
+            "scale": torch.tensor(scale, dtype=torch.float64),
             "products": products / trace,
             "squares": squares / trace,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
-from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
+from vitrim.closed_form.moments import Moments, MomentTensors, add_to, full_precision, key_of
 from vitrim.errors import is_count, is_positive, require
 from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
@@ -111,6 +112,22 @@ def gather_tokens(x: Tensor, index_Bn: Tensor) -> Tensor:
     return rows.view(*index_Bn.shape, -1)
 
 
+class UnitLosses(Protocol):
+    """What predicts the losses of the units of `sites`, from the same images."""
+
+    sites: Sequence[str]
+    epochs: int
+    settings: Mapping[str, object]
+
+    def observe(self, images: Tensor, epoch: int) -> None:
+        """Take in a batch of images (B, C, H, W)."""
+        ...
+
+    def conclude(self, moments: MomentTensors) -> Mapping[str, Tensor]:
+        """Return the loss of each unit, by site, given the finished moments."""
+        ...
+
+
 class Calibrate(LightningModule):
     """Pass calibration images through a network once and keep moments of its units' activations.
 
@@ -136,11 +153,13 @@ class Calibrate(LightningModule):
         sampling: Sampling,
         taylor: bool,
         targets: bool,
+        losses: UnitLosses | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net = net
-        self.epochs = 1 if sites else 0
+        self.epochs = (losses.epochs if losses else 1) if sites else 0
+        self.losses = losses
         self.calibration_images = sampling.images
         self.sampling = sampling
         self.taylor = taylor
@@ -151,6 +170,7 @@ class Calibrate(LightningModule):
             "taylor": taylor,
             "targets": targets,
             **({"numbered_images": True} if targets else {}),
+            **({"losses": losses.settings} if losses else {}),
         }
         described = structure(net)
         if sites:  # a network without a stream can be scored by its weights
@@ -185,7 +205,8 @@ class Calibrate(LightningModule):
         targets = [f"{name}.target" for name in (*regressed, *self._classifiers)]
         targets += [f"{IMAGES}.fingerprint"] if self.targets else []
         units = [*consumers, *(attention.qk for attention in self._attentions)]
-        return [*targets, *(f"{name}.taylor" for name in units if self.taylor)]
+        losses = [f"{site}.losses" for site in self.losses.sites] if self.losses else []
+        return [*targets, *losses, *(f"{name}.taylor" for name in units if self.taylor)]
 
     def on_train_start(self) -> None:
         """Set the network to eval mode, in which it is used."""
@@ -197,6 +218,10 @@ class Calibrate(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add one batch of images (B, C, H, W) to the statistics."""
         images = batch[0]
+        if self.losses:
+            self.losses.observe(images, self.current_epoch)
+        if self.current_epoch + 1 < self.epochs:
+            return
         with full_precision(images):
             with (
                 torch.set_grad_enabled(self.taylor),
@@ -273,9 +298,12 @@ class Calibrate(LightningModule):
         for name, chunks in self._chunks.items():
             self.register_buffer(key_of(name), torch.cat(chunks))
         self._chunks = {}
+        if self.losses and self._seen:
+            for site, losses in self.losses.conclude(self.evidence().moments).items():
+                self.register_buffer(key_of(f"{site}.losses"), losses)
 
     def evidence(self) -> Evidence:
-        """Return the moments; empty where no image was seen."""
+        """Return the moments, and losses as scores; empty where no image was seen."""
         if not all(moments.get_buffer("cov").numel() for moments in self.moments.values()):
             return Evidence()
         statistics: dict[str, dict[str, Tensor]] = {
@@ -287,10 +315,15 @@ class Calibrate(LightningModule):
                 for part in ("q", "k")
                 for name, tensor in self._moments(f"{attention.qk}.{part}").tensors().items()
             }
+        scores: dict[str, Tensor] = {}
         for name in self._extra_statistics():
             owner, _, kind = name.rpartition(".")
-            statistics.setdefault(owner, {})[kind] = self.get_buffer(key_of(name))
-        return Evidence(moments=statistics)
+            value = self.get_buffer(key_of(name))
+            if kind == "losses":
+                scores[owner] = value
+            else:
+                statistics.setdefault(owner, {})[kind] = value
+        return Evidence(moments=statistics, scores=scores)
 
 
 def _calibrated(described: Structure, sites: Sequence[str]) -> tuple[list[Layer], list[Attention]]:

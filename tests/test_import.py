@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import vitrim
 from fresh import python
 
 ROOMS = (
@@ -68,3 +69,12 @@ def test_an_application_with_hydra_callbacks_runs(tmp_path: Path) -> None:
 def test_importing_vitrim_is_light() -> None:
     text = "import sys, vitrim; assert not {'torch', 'timm', 'hydra'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_the_version_is_printed_by_the_command_and_the_module(tmp_path: Path) -> None:
+    done = python("-m", "vitrim", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"vitrim {vitrim.__version__}\n")
+
+
+def test_type_checkers_read_the_annotations() -> None:
+    assert (Path(vitrim.__file__).parent / "py.typed").is_file()

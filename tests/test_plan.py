@@ -211,3 +211,14 @@ def test_a_text_beyond_the_limits_is_refused(monkeypatch: pytest.MonkeyPatch, li
     monkeypatch.setattr(f"vitrim.plan.{limit}", 1)
     with pytest.raises(PlanError, match="at most 1"):
         loads(text)
+
+
+def test_a_plan_is_shown_in_one_short_line() -> None:
+    edits = (
+        Keep(site="blocks.0.mlp.hidden", index=tuple(range(5000))),
+        Keep(site="blocks.1.mlp.hidden", index=(0,)),
+        Drop(branch="blocks.1.attn"),
+    )
+    plan = Plan(model={"name": "vit_base_patch16_224", "args": {}}, edits=edits, method="joint")
+    assert repr(plan) == "Plan(vit_base_patch16_224, joint, 2 Keep, 1 Drop)"
+    assert repr(Plan(model={}, edits=())) == "Plan(no edits)"

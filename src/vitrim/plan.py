@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import lt
@@ -137,6 +138,13 @@ class Plan:
             if key in seen:
                 raise PlanError(f"{key[0]} {key[1]!r} is edited twice in one plan")
             seen.add(key)
+
+    def __repr__(self) -> str:
+        """Name the network and the method, and count the edits: their indices may be thousands."""
+        kinds = Counter(type(edit).__name__ for edit in self.edits)
+        counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()) or "no edits"
+        name, method = self.model.get("name", ""), self.method
+        return f"Plan({', '.join(part for part in (str(name), method, counts) if part)})"
 
     def keeps(self) -> Iterator[Keep]:
         """Iterate over the slices."""

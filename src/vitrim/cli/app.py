@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim import escape
+from vitrim import __version__, escape
 from vitrim.cli import checks, guard
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
@@ -157,6 +157,9 @@ def main() -> None:
     """
     if sys.argv[1:] in (["--help"], ["-h"]):
         sys.stdout.write(help_text(CONF))
+        return
+    if sys.argv[1:] == ["--version"]:
+        sys.stdout.write(f"vitrim {__version__}\n")
         return
     use_utf8("vitrim.cli.app")
     show_every_character()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vitrim.errors import VitrimError
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from vitrim.method import Method
     from vitrim.model.source import Timm
 
-_OWN = ("method", "experiment", "strength", "target", "hydra", "from_run")
+_OWN = ("method", "experiment", "strength", "target", "hydra", "from_run", "out")
 """Keys that the other methods do not take over from the command line."""
 
 
@@ -52,16 +54,22 @@ def _suitable_methods(cost: Cost, model: Timm) -> list[str]:
     names = sorted(path.stem for path in Path(conf, "method").glob("*.yaml"))
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=conf):
-        return [name for name in names if _can_cut([*words, f"method={name}"], cost, model)]
+        return [name for name in names if _can_cut(conf, (*words, f"method={name}"), cost, model)]
 
 
-def _can_cut(words: list[str], cost: Cost, model: Timm) -> bool:
+@cache  # the jobs of a sweep in one process ask for the same ones
+def _composed(conf: str, words: tuple[str, ...]) -> DictConfig:
+    """Return the method that `words` choose from the configuration folder `conf`."""
+    return hydra.compose("run", [*words]).method
+
+
+def _can_cut(conf: str, words: tuple[str, ...], cost: Cost, model: Timm) -> bool:
     """Whether the method that `words` choose can cut a network at its first strength."""
     from vitrim.budget.target import Target, at_strength
     from vitrim.method import scorer_of
 
     try:
-        method: Method = instantiate(hydra.compose("run", words).method, _convert_="all")
+        method: Method = instantiate(_composed(conf, words), _convert_="all")
         if method.granularity == "none":
             return False
         target = Target(metric=method.metric, keep=at_strength(1.0, method.levels))

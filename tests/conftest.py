@@ -38,7 +38,7 @@ settings.register_profile(
     "vitrim",
     derandomize=True,
     deadline=None,
-    max_examples=12,
+    max_examples=8,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
     suppress_health_check=[HealthCheck.too_slow],  # slow on a busy machine only
 )

@@ -9,13 +9,11 @@ from fresh import python
 
 SLOW = (
     *("kill -9 of few images", "kill -9 in a sweep", "kill -9 of one of two"),
-    *("a sweep", "cut against masked"),
+    *("a sweep", "cut against masked", "requests to stop", "full disk"),
 )
 ROWS = (
     "kill -9 anywhere",
     "kill -9 while saving",
-    "requests to stop",
-    "full disk",
     "damaged files",
 )
 

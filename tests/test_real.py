@@ -63,7 +63,7 @@ def stages(command: Command, pictures: Path, *arguments: str) -> dict[str, float
 
 
 def test_few_images_keep_most_of_the_accuracy(command: Command, pictures: Path) -> None:
-    few = ("method.sampling.images=50", "trainer.limit_val_batches=2")  # judged on 100
+    few = ("method.sampling.images=32", "trainer.limit_val_batches=1")  # judged on 50
     found = stages(command, pictures, "strength=1", *few)
     assert found["refit"] > found["dense"] - 8
 
@@ -107,9 +107,8 @@ def learned(phase: Profile, x: Tensor) -> Evidence:
     return phase.evidence()
 
 
-@pytest.mark.parametrize(
-    "decomposition", ["whitening", pytest.param("centred", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("decomposition", ["whitening", "centred"])
 def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
     proxy: tuple[nn.Module, Tensor, Tensor], decomposition: str
 ) -> None:
@@ -139,7 +138,8 @@ def test_activation_aware_factors_lose_less_of_unseen_outputs_at_every_rank(
         assert all(ours <= theirs + 1e-6 for ours, theirs in zip(*errors, strict=True)), name
 
 
-@pytest.mark.parametrize("share", [0.9, pytest.param(0.8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.9, 0.8])
 def test_the_default_allocation_changes_unseen_outputs_less_than_uniform_ranks(
     proxy: tuple[nn.Module, Tensor, Tensor], share: float
 ) -> None:

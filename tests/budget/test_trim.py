@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -93,7 +93,6 @@ def last_step(edits: tuple[Keep, ...], scores: dict[str, Tensor], round_to: int)
     return max(removals, key=lambda removal: removal[0])[1]
 
 
-@settings(max_examples=60)
 @given(seed=SEEDS, metric=METRICS, share=SHARES, round_to=st.sampled_from([1, 3, 8]))
 def test_trim_stops_at_the_first_step_within_the_target(
     seed: int, metric: Any, share: float, round_to: int
@@ -142,7 +141,6 @@ def test_a_smaller_target_keeps_a_part_of_what_a_larger_one_keeps(
         assert all(set(kept_at(less, name)) <= set(kept_at(more, name)) for name in scores)
 
 
-@settings(max_examples=12)
 @given(seed=SEEDS, metric=METRICS, shares=st.lists(SHARES, min_size=2, max_size=3))
 def test_a_smaller_target_keeps_little_that_a_larger_one_does_not(
     seed: int, metric: Any, shares: list[float]
@@ -359,7 +357,6 @@ def larger_by_a_step(edits: tuple[Keep, ...], scores: Mapping[str, Tensor]) -> l
     return found
 
 
-@settings(max_examples=12)
 @given(seed=SEEDS, keep=st.floats(0.5, 0.95))
 def test_a_plan_ends_less_than_its_cheapest_unit_below_the_target(seed: int, keep: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -405,7 +402,6 @@ def test_the_target_is_met_where_query_keys_and_values_prefer_other_heads(
     assert count(cut(net(), plan(edits)), SIZE)[:2] == cost().plan(plan(edits))[:2]
 
 
-@settings(max_examples=60)
 @given(seed=SEEDS, scope=SCOPES, metric=METRICS, share=st.floats(0.2, 0.99))
 def test_scores_at_every_site_lead_to_a_plan_within_the_target(
     seed: int, scope: Any, metric: Any, share: float

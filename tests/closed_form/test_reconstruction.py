@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -41,7 +41,6 @@ def token_weights(net: nn.Module) -> Tensor:
     return ALL.weights(x, n_prefix_tokens=1, n_readout_tokens=1).flatten()
 
 
-@settings(max_examples=15)
 @given(kept=st.sets(st.integers(0, 47), min_size=1, max_size=47))
 def test_bias_is_never_worse_than_nothing_and_ridge_never_worse_than_bias(kept: set[int]) -> None:
     net = small_net()

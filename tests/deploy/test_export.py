@@ -237,7 +237,10 @@ def sample(path: Path, net: nn.Module) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "mobilenet")) for kind in KINDS],
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("vit", "resnet")))
+        for kind in KINDS
+    ],
 )
 def test_every_kind_computes_the_same_in_every_format(
     tmp_path: Path, export: Export, kind: str

@@ -142,7 +142,7 @@ def test_what_does_not_go_together_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_int8_networks_are_written_as_onnx_with_int8_weights(tmp_path: Path, dynamic: bool) -> None:
     run = save(tmp_path / "run", net(), Plan(model=MODEL, edits=()))
     (run / "recipe.yaml").write_text("model:\n  mean: [0.5, 0.5, 0.5]\n")

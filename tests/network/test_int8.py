@@ -89,7 +89,6 @@ def int8_plans(draw: st.DrawFn) -> Plan:
     return Plan(model=MODEL, edits=tuple(edits))
 
 
-@settings(max_examples=10)
 @given(int8_plans())
 def test_cut_equals_masked_and_the_formula_gives_its_size(plan: Plan) -> None:
     net, x = net_of("vit"), images()

@@ -27,7 +27,16 @@ def sampled() -> list[tuple[str, dict[str, Any]]]:
     return [*mine[::120], *(small.get(module, case) for module, case in others.items())]
 
 
-@pytest.mark.parametrize(("name", "args"), sampled())
+def parameters() -> list[Any]:
+    """Return what is sampled; two of three names without a small network are slow tests."""
+    large = [case for case in sampled() if not case[1]]
+    slow = [case for place, case in enumerate(large) if place % 3]
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if case in slow else ()) for case in sampled()
+    ]
+
+
+@pytest.mark.parametrize(("name", "args"), parameters())
 def test_a_name_is_cut_to_shape_or_refused(name: str, args: dict[str, Any]) -> None:
     outcome = outcome_of(name, args, shapes=True)
     assert outcome.kind in ("supported", "refused"), outcome.words

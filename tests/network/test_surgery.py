@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from packaging.version import Version
 from timm.layers import set_fused_attn
@@ -96,7 +96,6 @@ def choose_kernel() -> Iterator[Callable[[bool], None]]:
     set_fused_attn(True)
 
 
-@settings(max_examples=60)
 @given(PLANS)
 @example(UNEQUAL)
 @example(NO_QK)
@@ -324,7 +323,6 @@ def same_after(first: Plan, second: Plan, dense: nn.Module | None = None) -> Non
     assert torch.equal(outputs(once, images()), outputs(twice, images()))
 
 
-@settings(max_examples=60)
 @given(first=PLANS, data=st.data())
 def test_two_cuts_equal_one_by_the_composed_plan(first: Plan, data: st.DataObject) -> None:
     same_after(first, data.draw(plans(sites(cut(net(), first)))))

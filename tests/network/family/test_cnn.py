@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
@@ -122,7 +122,6 @@ def silenced(dense: nn.Module, plan: Plan, x: Tensor) -> Tensor:
             handle.remove()
 
 
-@settings(max_examples=25)
 @given(kind=families, data=st.data())
 def test_cut_equals_masked_and_silenced_and_counts_what_the_formula_says(
     kind: str, data: st.DataObject
@@ -188,7 +187,6 @@ def test_one_channel_may_be_left_of_a_depthwise_convolution() -> None:
     assert Cost(compact, 32).plan(Plan(model={}, edits=()))[:2] == count(compact, 32)[:2]
 
 
-@settings(max_examples=12)
 @given(kind=families, data=st.data())
 def test_two_cuts_equal_one_by_the_composed_plan(kind: str, data: st.DataObject) -> None:
     dense, model = net(kind), MODELS[kind]

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 from timm.layers import set_fused_attn
@@ -128,7 +128,6 @@ def test_cut_equals_masked_and_silenced_activations(plan: Plan) -> None:
     assert cost().plan(plan)[:2] == count(small, SIZE)[:2]
 
 
-@settings(max_examples=12)
 @given(edited(net()))
 def test_slices_drops_and_low_ranks_go_together(plan: Plan) -> None:
     x, small = images(SIZE), cut(net(), plan)
@@ -153,7 +152,6 @@ def test_two_cuts_equal_one_by_the_composed_plan(first: Plan, data: st.DataObjec
     assert torch.equal(outputs(twice, images(SIZE)), outputs(combined, images(SIZE)))
 
 
-@settings(max_examples=12)
 @given(first=PLANS)
 def test_drops_compose_with_slices(first: Plan) -> None:
     removed = members(structure(net()), {drop.branch for drop in DROPS.drops()})
@@ -237,7 +235,6 @@ def test_tables_lose_the_columns_of_removed_heads() -> None:
     assert all(tensor.is_contiguous() for tensor in small.state_dict().values())
 
 
-@settings(max_examples=12)
 @given(PLANS)
 def test_masked_leaves_as_many_numbers_as_cut(plan: Plan) -> None:
     twin, small = masked(net(), plan), cut(net(), plan)
@@ -270,7 +267,6 @@ def test_every_parameter_gets_a_gradient_by_either_kernel(plan: Plan, fused: boo
     assert all(p.grad is not None and p.grad.any() for p in small.parameters())
 
 
-@settings(max_examples=12)
 @given(PLANS)
 def test_fused_and_plain_attention_agree(plan: Plan) -> None:
     plain, fast = (fuse(cut(net(), plan), fused=fused) for fused in (False, True))
@@ -332,7 +328,6 @@ def test_nothing_of_a_dropped_branch_is_left() -> None:
     assert branches(cut(net(), DROPS)) == tuple(BRANCHES[block] for block in (1, 2, 4))
 
 
-@settings(max_examples=12)
 @given(st.permutations(BRANCHES), st.integers(0, 8))
 def test_branches_drop_in_any_order(order: Sequence[str], n: int) -> None:
     small = net()

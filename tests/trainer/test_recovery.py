@@ -15,12 +15,15 @@ from conftest import images, plan_of, small_net
 from phase_runner import DIGITS, SPEC, At, runner, stop
 from vitrim import cut
 from vitrim.data.digits import Digits
+from vitrim.data.loader import ResumableLoader
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals
 from vitrim.jobs.signals import Preempted
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.kept_states import KeptStates
 from vitrim.trainer.low_rank_updates import LowRankUpdates, matrices
+from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.phase import AllButHeldOut
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.recovery import HeldOut, Network, Outputs, Recovery, RecoverySettings
 from vitrim.trainer.views import Views
@@ -275,6 +278,27 @@ def test_a_calibration_does_not_see_the_images_that_are_held_out() -> None:
     assert how.calibration(few).images == 45
     assert how.calibration(few).tokens_per_image == few.tokens_per_image
     assert settings(held_out=0.0, patience=None).calibration(few) is few
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_mimicking_before_a_recovery_does_not_see_what_it_holds_out(
+    fine_tune: bool, tmp_path: Path
+) -> None:
+    how, run = settings(), runner(tmp_path, batch_size=16)
+    teacher = small_net(dtype=torch.float32, **DIGITS)
+    images = AllButHeldOut(of=how.images(64)) if fine_tune else None
+    mimic = Mimic(teacher, teacher, recipe=replace(RECIPE, epochs=1), images=images)
+    assert run._loader(mimic, mimic.calibration_images) is None
+    loader = run.data.train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    _, held_out = run.data.split_dataloaders(64, run.seed, held_out=0.1, place=(0, 1))
+    trained_on, later = (
+        {row.numpy().tobytes() for row in torch.utils.data.default_collate([*part.images])[0]}
+        for part in (loader, held_out)
+    )
+    assert bool(later & trained_on) is not fine_tune
+    run._loader(phase(), 8)
+    assert not run.data.left_out
 
 
 def test_one_image_cannot_be_split(tmp_path: Path) -> None:

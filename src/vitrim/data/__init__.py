@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -47,10 +47,12 @@ class ImageSpec:
 class Loaders(LightningDataModule, ABC):
     """Batches of (images, labels): augmented for training, plain for validation and calibration.
 
-    `seed` determines the order of training images and everything that is drawn for them.
+    `seed` determines the order of training images and everything that is drawn for them. Training
+    images whose index is in `left_out` are not trained on.
     """
 
     seed: int = 0
+    left_out: Collection[int] = ()
 
     @abstractmethod
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
@@ -94,13 +96,7 @@ class Loaders(LightningDataModule, ABC):
         Raises:
             ConfigError: there is one image only, or this data set's loader cannot be split.
         """
-        all_images = self.calibration_dataloader(sys.maxsize, seed)
-        if not isinstance(all_images, ResumableLoader):
-            raise ConfigError(
-                f"{type(self).__name__}.calibration_dataloader returns a "
-                f"{type(all_images).__name__}, which cannot be split: expected a ResumableLoader "
-                "(vitrim.data.loader.sequential)"
-            )
+        all_images = self._all_images(seed)
         images, batch_size = all_images.images, all_images.batches.batch_size
         first, last = _split_indices(len(images), samples, seed, held_out)
         batches = ResumableBatchSampler(
@@ -115,6 +111,21 @@ class Loaders(LightningDataModule, ABC):
         training = ResumableLoader(subset(images, first), batches, workers=workers)
         return training, sequential(subset(images, last), batch_size, workers=workers)
 
+    def held_out_indices(self, samples: int, seed: int, held_out: float) -> list[int]:
+        """Return which training images `split_dataloaders` holds out."""
+        return _split_indices(len(self._all_images(seed).images), samples, seed, held_out)[1]
+
+    def _all_images(self, seed: int) -> ResumableLoader:
+        """Return all training images in order, not augmented."""
+        all_images = self.calibration_dataloader(sys.maxsize, seed)
+        if not isinstance(all_images, ResumableLoader):
+            raise ConfigError(
+                f"{type(self).__name__}.calibration_dataloader returns a "
+                f"{type(all_images).__name__}, which cannot be split: expected a ResumableLoader "
+                "(vitrim.data.loader.sequential)"
+            )
+        return all_images
+
     def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
         """Seed what is drawn for a training batch, by mixup and cutmix and in the network."""
         if self.trainer is not None and self.trainer.training:
@@ -125,7 +136,10 @@ class Loaders(LightningDataModule, ABC):
     def shuffled(
         self, dataset: MapDataset, batch_size: int, *, workers: int = 0
     ) -> ResumableLoader:
-        """Return full batches of `dataset`, reshuffled every epoch."""
+        """Return full batches of `dataset` without `left_out`, reshuffled every epoch."""
+        if self.left_out:
+            left_out = frozenset(self.left_out)
+            dataset = subset(dataset, [i for i in range(len(dataset)) if i not in left_out])
         return self._loader(dataset, batch_size, workers, shuffle=True)
 
     def in_order(

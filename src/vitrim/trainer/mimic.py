@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim.network import structure
 from vitrim.network.structure import block_order
 from vitrim.trainer.calibrate import classifiers
-from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.phase import AllButHeldOut, ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine
 
 
@@ -49,10 +49,9 @@ class Mimic(LightningModule):
     with the error of what the classifier reads of the features (of a class token, say), which
     hardly counts among all tokens, and the loss of `Distill`. The classifier is the teacher's, as
     in MiR, unless `logits_weight` is above 0: that term trains it. Parameters named in `frozen` are
-    not trained.
+    not trained. `images` leaves out some training images; None: it sees all.
     """
 
-    calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
 
@@ -67,9 +66,11 @@ class Mimic(LightningModule):
         logits_weight: float = 0.0,
         temperature: float = 1.0,
         frozen: Collection[str] = (),
+        images: AllButHeldOut | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.calibration_images = images
         self.recipe = recipe
         self.epochs = recipe.epochs
         self.clip_norm = recipe.clip_norm

@@ -49,6 +49,17 @@ class SplitImages:
     held_out: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllButHeldOut:
+    """All training images, augmented and labelled, but those that a later phase holds out.
+
+    Args:
+        of: the images of that phase.
+    """
+
+    of: SplitImages
+
+
 class Phase(Protocol):
     """A LightningModule that works on `net` for `epochs` passes over its images."""
 
@@ -63,11 +74,12 @@ class Phase(Protocol):
         ...
 
     @property
-    def calibration_images(self) -> int | AugmentedImages | SplitImages | None:
+    def calibration_images(self) -> int | AugmentedImages | SplitImages | AllButHeldOut | None:
         """How many unlabelled training images it sees, in one order and without augmentation.
 
         `AugmentedImages`: so in the first epoch only. `SplitImages`: reshuffled, and some are held
         out (`HoldsOut`). None: augmented and labelled batches of the whole training set.
+        `AllButHeldOut`: of all but some of it.
         """
         ...
 

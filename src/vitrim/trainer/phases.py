@@ -27,7 +27,14 @@ from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
-from vitrim.trainer.phase import AugmentedImages, HoldsOut, Phase, SplitImages, check_phase
+from vitrim.trainer.phase import (
+    AllButHeldOut,
+    AugmentedImages,
+    HoldsOut,
+    Phase,
+    SplitImages,
+    check_phase,
+)
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
@@ -141,8 +148,7 @@ class PhaseRunner:
         resume = Resume(
             checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
-        images = phase.calibration_images
-        loader = None if images is None else self._loader(phase, images)
+        loader = self._loader(phase, phase.calibration_images)
         with quiet_lightning():
             trainer = self._trainer(
                 resume,
@@ -159,7 +165,7 @@ class PhaseRunner:
             trainer.fit(
                 phase,
                 loader,
-                datamodule=self.data if images is None else None,
+                datamodule=self.data if loader is None else None,
                 ckpt_path=_newest(checkpoints),
                 weights_only=True,
             )
@@ -172,10 +178,21 @@ class PhaseRunner:
         return {"limit_train_batches": 1} if none else {}
 
     def _loader(
-        self, phase: Phase, images: int | AugmentedImages | SplitImages
-    ) -> DataLoader[object]:
-        """Return batches of that many training images; hand over those that are held out."""
+        self, phase: Phase, images: int | AugmentedImages | SplitImages | AllButHeldOut | None
+    ) -> DataLoader[object] | None:
+        """Return batches of that many training images; hand over those that are held out.
+
+        None: the batches are those of the training set, without those to be left out.
+        """
+        self.data.left_out = ()
         match images:
+            case None:
+                return None
+            case AllButHeldOut(of=split):
+                self.data.left_out = self.data.held_out_indices(
+                    split.images, self.seed, split.held_out
+                )
+                return None
             case AugmentedImages():
                 return self.data.augmented_dataloader(images.images, self.seed)
             case SplitImages():

@@ -123,6 +123,10 @@ class RecoverySettings:
             available_images=None,
         )
 
+    def images(self, n: int) -> SplitImages:
+        """Return at most `n` images, with those that are held out among them."""
+        return SplitImages(images=n, held_out=self.held_out)
+
 
 class Outputs(NamedTuple):
     """What a network computes of images: features, what its classifier reads of them, logits."""
@@ -269,7 +273,7 @@ class Recovery(LightningModule):
         self.how = settings
         self.epochs = settings.training.epochs
         self.clip_norm = settings.training.clip_norm
-        self.calibration_images = SplitImages(images=images, held_out=settings.held_out)
+        self.calibration_images = settings.images(images)
         self.updates = None if settings.rank is None else LowRankUpdates(net, settings.rank)
         self.states = KeptStates(self, decay=settings.ema)
         self.loss = RecoveryLoss(settings=settings, has_logits=any(True for _ in classifiers(net)))

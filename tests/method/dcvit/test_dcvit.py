@@ -37,6 +37,7 @@ from vitrim.network.structure import blocks_of
 from vitrim.network.surgery import cut
 from vitrim.plan import Drop, Evidence, Keep, Plan, Proposal
 from vitrim.trainer.mimic import Mimic
+from vitrim.trainer.phase import AllButHeldOut
 from vitrim.trainer.recovery import Recovery
 
 
@@ -436,8 +437,10 @@ def test_a_recovery_of_the_whole_network_comes_last(fine_tune: bool) -> None:
     )
     evidence = Evidence(block_scores={f"blocks.{i}": float(i) for i in range(1, 5)})
     student = cut(net, Plan(model={}, edits=(Drop(branch="blocks.2.attn"),)))
-    phases = [type(phase) for phase in method.recovery(student, net, evidence, 10)]
-    assert phases == [Mimic, *([Recovery] if fine_tune else [])]
+    phases = [*method.recovery(student, net, evidence, 10)]
+    assert [type(phase) for phase in phases] == [Mimic, *([Recovery] if fine_tune else [])]
+    expected = AllButHeldOut(of=phases[-1].calibration_images) if fine_tune else None
+    assert phases[0].calibration_images == expected
 
 
 def small_swin() -> nn.Module:

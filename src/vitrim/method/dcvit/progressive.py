@@ -15,7 +15,7 @@ from vitrim.budget.blocks import Group, flatten
 from vitrim.method.dcvit.settings import DCViTTuning
 from vitrim.method.dcvit.trial_training import trained_tensors
 from vitrim.trainer.mimic import Mimic, frozen_parameters
-from vitrim.trainer.phase import Phase
+from vitrim.trainer.phase import AllButHeldOut, Phase
 from vitrim.trainer.recovery import Recovery
 
 _log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def phases_of_recovery(
         refit: returns the regression of the last layers of some blocks; None: there is none.
         recovery_images: how many images the recovery has; None: there is none.
     """
+    of_recovery = None if recovery_images is None else tuning.recovery.images(recovery_images)
     for step in progressive_steps(student, teacher, groups, trial):
         if step.trained:  # a phase without training, so that the result of the trial is evaluated
             yield Mimic(student, teacher, recipe=replace(tuning.training, epochs=0))
@@ -84,6 +85,7 @@ def phases_of_recovery(
                 frozen=frozen_parameters(
                     student, step.compressed, freeze_tail=tuning.freeze_tail, dense=teacher
                 ),
+                images=None if of_recovery is None else AllButHeldOut(of=of_recovery),
             )
     if recovery_images is not None:
         yield Recovery(student, teacher, settings=tuning.recovery, images=recovery_images)

@@ -57,7 +57,7 @@ from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, LowRank, Plan, Proposal
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
-from vitrim.trainer.phase import Phase
+from vitrim.trainer.phase import AllButHeldOut, Phase
 from vitrim.trainer.recovery import Recovery
 
 _log = logging.getLogger(__name__)
@@ -203,6 +203,7 @@ class MixedRank:
         )
         if residual.ranks:
             yield residual
+        settings, images = self.tuning.recovery, self.sampling.images
         if self.tuning.trained != "none":
             frozen = _factors(student) if self.tuning.trained == "uncompressed" else ()
             yield Mimic(
@@ -211,9 +212,9 @@ class MixedRank:
                 recipe=self.tuning.training,
                 pooled_weight=self.tuning.pooled_weight,
                 frozen=frozen,
+                images=AllButHeldOut(of=settings.images(images)) if self.fine_tune else None,
             )
         if self.fine_tune:
-            settings, images = self.tuning.recovery, self.sampling.images
             yield Recovery(student, teacher, settings=settings, images=images)
 
     @property

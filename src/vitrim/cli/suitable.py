@@ -60,7 +60,8 @@ def _suitable_methods(cost: Cost, model: Timm) -> list[str]:
 @cache  # the jobs of a sweep in one process ask for the same ones
 def _composed(conf: str, words: tuple[str, ...]) -> DictConfig:
     """Return the method that `words` choose from the configuration folder `conf`."""
-    return hydra.compose("run", [*words]).method
+    method: DictConfig = hydra.compose("run", [*words]).method
+    return method
 
 
 def _can_cut(conf: str, words: tuple[str, ...], cost: Cost, model: Timm) -> bool:

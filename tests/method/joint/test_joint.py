@@ -9,10 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from command import Command
 from conftest import SIZE, images, randomise, small_net
 from contract import subject
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Target
+from vitrim.budget.target import Target, TargetError
 from vitrim.closed_form.moments import MomentsError
 from vitrim.method.joint.evidence import compensated
 from vitrim.method.joint.method import Joint
@@ -236,3 +237,18 @@ def test_few_images_are_enough(n: int) -> None:
     phase.solve()  # type: ignore[attr-defined]
     with torch.no_grad():
         assert torch.isfinite(phase.net(x)).all()
+
+
+def test_units_that_a_convolution_reads_are_not_counted_on() -> None:
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
+    cost = Cost(timm.create_model("convnext_atto", conv_mlp=True, **small), SIZE)
+    with pytest.raises(TargetError, match=r"method.edits=\['mlp'\]: this network has none"):
+        method("mlp").check(cost, Target(metric="macs", keep=0.9))
+    linear = Cost(timm.create_model("convnext_atto", conv_mlp=False, **small), SIZE)
+    method("mlp").check(linear, Target(metric="macs", keep=0.9))
+
+
+def test_a_recovery_that_cannot_be_is_refused_by_its_key(command: Command) -> None:
+    done = command("method=joint", "method.tuning.recovery.ema=2", "data=none", "target.macs=0.7")
+    assert done.code == 1
+    assert "method.tuning.recovery.ema=2" in done.message

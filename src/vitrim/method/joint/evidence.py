@@ -39,13 +39,17 @@ def losses_of(parts: Parts, evidence: Evidence) -> Losses:
 
 
 def equal_losses(cost: Cost, kinds: Collection[str]) -> Losses:
-    """Return losses where no image was seen: units of a kind are alike, the first goes last."""
+    """Return losses where no image was seen: units of a kind are alike, the first goes last.
+
+    As in scoring, units that a convolution reads stay, and so do ranks of convolutions.
+    """
     described = cost.structure
     drops = "branches" in kinds
     return Losses(
         units={
             site.name: torch.linspace(2, 1, site.size, dtype=torch.float64)
             for site in sites_of(described, kinds)
+            if site.kind == "qk" or consumer_of(described, site.name).name in cost.linears
         },
         components={
             layer.name: torch.linspace(
@@ -55,6 +59,7 @@ def equal_losses(cost: Cost, kinds: Collection[str]) -> Losses:
                 dtype=torch.float64,
             )
             for layer in factorisable(described, kinds)
+            if layer.name in cost.linears
         },
         branches={branch.name: 1e6 for branch in described.branches} if drops else {},
         int8={name: 1e-3 for name in cost.linears} if "int8" in kinds else {},

@@ -27,7 +27,7 @@ from vitrim.method.joint.allocation import Allocated, Limits, Losses, Unreachabl
 from vitrim.method.joint.budgets import Budgets
 from vitrim.method.joint.evidence import compensated, equal_losses, factors, losses_of
 from vitrim.method.joint.reconstruct import Reconstruct
-from vitrim.method.joint.settings import EDITS, JointRidges, LocalTraining
+from vitrim.method.joint.settings import EDITS, JointRidges, JointTuning, LocalTraining
 from vitrim.network import stream, structure
 from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.surgery import cut
@@ -38,7 +38,7 @@ from vitrim.sensitivity.scorer import LossScorer
 from vitrim.sensitivity.settings import Scaling
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.phase import Phase
-from vitrim.trainer.recovery import Recovery, RecoverySettings
+from vitrim.trainer.recovery import Recovery
 
 _TRIES = 8  # of an allocation whose latency does not add up
 
@@ -60,7 +60,7 @@ class Joint:
     closing: bool
     local: LocalTraining
     fine_tune: bool
-    tuning: RecoverySettings
+    tuning: JointTuning
     metric: ClassVar[Metric] = "macs"
     granularity: ClassVar[Granularity] = "unit"
     several_budgets: ClassVar[bool] = True
@@ -149,11 +149,11 @@ class Joint:
             )
         if self.fine_tune:
             images = self.sampling.images
-            yield Recovery(student, teacher, settings=self.tuning, images=images)
+            yield Recovery(student, teacher, settings=self.tuning.recovery, images=images)
 
     def _calibration(self) -> Sampling:
         """Return the sampling, without the images that the training holds out."""
-        return self.tuning.calibration(self.sampling) if self.fine_tune else self.sampling
+        return self.tuning.recovery.calibration(self.sampling) if self.fine_tune else self.sampling
 
     def _budgets(self, cost: Cost, target: Target, losses: Losses) -> Budgets:
         return Budgets(cost, target, [*losses.units], even_heads=self.even_heads)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.sensitivity.settings import LossRidges
+from vitrim.trainer.recovery import RecoverySettings
 
 EDITS = ("mlp", "qk", "v", "heads", "ranks", "branches", "int8")
 """What can go: hidden units, directions of queries and keys, of values, heads, components of
@@ -82,3 +83,10 @@ class LocalTraining:
             ("batch", is_count(self.batch), "a whole number from 1 on"),
             ("held_out", is_positive(self.held_out) and self.held_out < 1, "a number in 0..1"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JointTuning:
+    """Training of the whole network at the end: `recovery`, with `fine_tune`."""
+
+    recovery: RecoverySettings

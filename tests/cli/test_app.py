@@ -216,6 +216,7 @@ def test_strength_zero_is_the_dense_network_bit_for_bit(command: Command) -> Non
         assert torch.equal(tensor, net.state_dict()[name.removeprefix("net.")])
 
 
+@pytest.mark.slow
 def test_vit_base_is_counted_exactly_without_images(command: Command) -> None:
     done = command(*TINY, "model=vit_base", "data=none", "strength=0")
     report = json.loads(done.report.read_text())

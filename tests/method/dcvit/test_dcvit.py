@@ -316,6 +316,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_few_params_may_remain(command: Command) -> None:
     done = command("method=dcvit", *SHORT, "method.judging_set=images", "target.params=0.7")
     assert done.code == 0, done.output
@@ -327,6 +328,7 @@ def test_synthetic_images_are_drawn(command: Command) -> None:
         assert image.size == (4 * 10 + 2, 12)  # four of 8 pixels, 2 pixels between them
 
 
+@pytest.mark.slow
 def test_progress_is_judged_after_every_block(command: Command) -> None:
     done = command("method=dcvit", "target.macs=0.6", *SHORT)
     report = json.loads(done.report.read_text())
@@ -543,6 +545,7 @@ DIGITS_SWIN = (
 """Two pairs to choose from, in the second stage; both are needed, with equal widths."""
 
 
+@pytest.mark.slow
 def test_pairs_are_tried_and_compressed_one_after_the_other(command: Command) -> None:
     done = command(*DIGITS_SWIN, *QUICK, "data=none")
     (width,) = set(provenance(done)["widths"])

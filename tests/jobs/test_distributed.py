@@ -219,6 +219,48 @@ def test_a_process_that_is_killed_ends_the_others_with_a_reason(
     assert (tmp_path / "noted").exists()
 
 
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_is_killed_before_it_joins_ends_the_others(killed: int) -> None:
+    """A process that this one has started is killed, or this one while the other waits for it."""
+    words = [sys.executable, "-c", START, str(killed), str(free_port())]
+    parent = subprocess.Popen(words, stderr=subprocess.PIPE)
+    try:
+        _, message = parent.communicate(timeout=100)
+    finally:
+        parent.kill()
+    assert parent.returncode == (-signal.SIGKILL if killed == 0 else 1)
+    assert killed == 0 or b"process 1 of 2 ended (killed by SIGKILL)" in message
+
+
+START = """
+import os, signal, subprocess, sys, time
+from vitrim.jobs import distributed, signals
+
+CHILD = '''
+from vitrim.jobs import distributed
+with distributed.process_group({"devices": 2}):
+    pass
+'''
+
+def start(processes):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], LOCAL_RANK="0")
+    env = {**os.environ, "LOCAL_RANK": "1", signals.PARENT: str(os.getpid())}
+    child = subprocess.Popen([sys.executable, "-c", CHILD], env=env)
+    if killed == 1:
+        child.kill()
+    else:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [child]
+
+killed = int(sys.argv[1])
+distributed._start = start
+with distributed.process_group({"devices": 2}):
+    pass
+"""
+"""Starts a second process as a run does; kills it, or itself, before they have joined."""
+
+
 @pytest.mark.parametrize("minutes", ["x", "0", "-1", "nan", "inf", ""])
 def test_a_patience_that_is_no_time_is_refused(
     monkeypatch: pytest.MonkeyPatch, minutes: str

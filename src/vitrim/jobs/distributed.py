@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -32,6 +33,7 @@ PATIENCE = "VITRIM_PROCESS_MINUTES"
 """Environment variable: minutes that a process waits for the others of its run, in one call."""
 _MINUTES, _MAX_MINUTES = 1440, 10**6  # a day: latency and files are the main process's work alone
 _GRACE_S = 60
+_CONNECT = timedelta(seconds=5)  # of one attempt
 
 
 class ProcessError(VitrimError):
@@ -147,14 +149,8 @@ def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
         children = _start(processes) if "LOCAL_RANK" not in os.environ else []
         environment.set_world_size(processes)
         environment.set_global_rank(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{environment.main_address}:{environment.main_port}",
-        rank=environment.global_rank(),
-        world_size=environment.world_size(),
-        timeout=_patience(),
-    )
     try:
+        _join(environment, children)
         yield
         dist.barrier()
     except RuntimeError as error:
@@ -162,9 +158,66 @@ def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
             raise
         raise ProcessError(_lost(children, str(error))) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         for child in children:
             _end(child)
+
+
+def _join(environment: ClusterEnvironment, children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Initialise the process group."""
+    where, store = None, None
+    if isinstance(environment, LightningEnvironment):
+        store = _meet(environment, children)
+    else:  # torchrun and srun end the others
+        where = f"tcp://{environment.main_address}:{environment.main_port}"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=_patience(),
+        init_method=where,
+        store=store,
+    )
+
+
+def _meet(
+    environment: ClusterEnvironment, children: Sequence[subprocess.Popen[bytes]]
+) -> dist.Store:  # type: ignore[name-defined]
+    """Return the store of the processes once all of them are there.
+
+    Raises:
+        ProcessError: a child ended before it came, or not all came in time.
+        Preempted: this process was asked to stop, or its parent no longer exists.
+    """
+    patience = _patience()
+    rank, size = environment.global_rank(), environment.world_size()
+    store: dist.Store | None = None  # type: ignore[name-defined]
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        signals.raise_if_stopped()
+        if any(child.poll() is not None for child in children):
+            raise ProcessError(_lost(children, "one ended before it had joined"))
+        try:
+            store = store or dist.TCPStore(  # type: ignore[attr-defined]
+                environment.main_address,
+                environment.main_port,
+                size,
+                is_master=rank == 0,
+                timeout=_CONNECT,
+                wait_for_workers=False,
+            )
+            store.set(f"there-{rank}", "")
+            if store.check([f"there-{each}" for each in range(size)]):
+                store.set_timeout(patience)
+                return store
+        except RuntimeError as error:
+            if rank == 0 or not is_lost_message(error):
+                raise
+            store = None  # the main process is not there yet
+        if time.monotonic() > deadline:
+            raise ProcessError(_lost(children, f"not all of {size} joined"))
+        time.sleep(0.05)
 
 
 def _patience() -> timedelta:

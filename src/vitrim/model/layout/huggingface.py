@@ -1,7 +1,7 @@
 """Vision networks of transformers, one layout a class, in timm's names.
 
 The rules accept the keys of files (of any version) and those of networks in memory, which
-transformers 5 names anew.
+transformers 5 renames.
 """
 
 from __future__ import annotations

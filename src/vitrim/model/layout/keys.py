@@ -64,6 +64,15 @@ class Layout:
         return self.arrange(renamed, expected)
 
 
+def exactly(*keys: str) -> dict[str, str]:
+    r"""Return marks for keys that are spelt in one way.
+
+    >>> exactly("norm.weight")
+    {'norm.weight': '^norm\\.weight$'}
+    """
+    return {key: f"^{re.escape(key)}$" for key in keys}
+
+
 def rename(key: str, rules: Rules) -> str:
     """Return a key with every rule applied.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from vitrim.model.layout.keys import Layout, State
+from vitrim.model.layout.keys import Layout, State, exactly
 
 _SWIN_STAGE = re.compile(r"features\.(\d+)\.(.+)")
 
@@ -29,14 +29,12 @@ def _with_swin_names(state: State, expected: Collection[str]) -> State:
 
 VIT = Layout(
     name="torchvision-vit",
-    marks={
-        "class_token": "^class_token$",
-        "conv_proj.weight": r"^conv_proj\.weight$",
-        "encoder.pos_embedding": r"^encoder\.pos_embedding$",
-        "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": (
-            r"^encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight$"
-        ),
-    },
+    marks=exactly(
+        "class_token",
+        "conv_proj.weight",
+        "encoder.pos_embedding",
+        "encoder.layers.encoder_layer_0.self_attention.in_proj_weight",
+    ),
     rules=(
         (r"^class_token$", "cls_token"),
         (r"^conv_proj\.", "patch_embed.proj."),
@@ -53,13 +51,11 @@ VIT = Layout(
 )
 SWIN = Layout(
     name="torchvision-swin",
-    marks={
-        "features.0.0.weight": r"^features\.0\.0\.weight$",
-        "features.1.0.attn.qkv.weight": r"^features\.1\.0\.attn\.qkv\.weight$",
-        "features.1.0.attn.relative_position_bias_table": (
-            r"^features\.1\.0\.attn\.relative_position_bias_table$"
-        ),
-    },
+    marks=exactly(
+        "features.0.0.weight",
+        "features.1.0.attn.qkv.weight",
+        "features.1.0.attn.relative_position_bias_table",
+    ),
     rules=(
         (r"^features\.0\.0\.", "patch_embed.proj."),
         (r"^features\.0\.2\.", "patch_embed.norm."),

@@ -10,8 +10,8 @@ import yaml
 from markdown_it import MarkdownIt
 from matplotlib.cbook import is_math_text
 
-from vitrim import escape
 from vitrim.deploy.table import markdown_table
+from vitrim.files import escape
 
 EVIL = (
     *("[a](http://x.org)", "![a](http://x.org/a.png)", "[a][b]", "<img src=x onerror=y>", "<b>"),

@@ -21,14 +21,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim import __version__, escape
+from vitrim import __version__
 from vitrim.cli import checks, guard
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
 from vitrim.cli.config_files import CONF
 from vitrim.cli.help import help_text
 from vitrim.errors import ConfigError, VitrimError, shortened
-from vitrim.files import writable, write
+from vitrim.files import escape, writable, write
 from vitrim.jobs import signals, slurm, status, sweep
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from vitrim import escape
 from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
 from vitrim.deploy.bench import bench, show
 from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
+from vitrim.files import escape
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import yaml
 
+from vitrim.api.settings import CONF as CONF
 from vitrim.cli.hydra_settings import check_hydra
 from vitrim.cli.interpolations import references
 from vitrim.errors import ConfigError
 from vitrim.files import YamlError, read_yaml
 
-_PACKAGE = Path(__file__).parents[1]
-CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 SCHEMES = ("file", "structured")
 HYDRA_PACKAGES = ("pkg://hydra.conf", "pkg://hydra_plugins.")
 """Packages with configurations: Hydra's own, and its plugins'."""

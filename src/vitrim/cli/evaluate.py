@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitrim import escape
 from vitrim.cli import guard
 from vitrim.cli.arguments import folder_name, prepared, show_every_character, use_utf8
 from vitrim.deploy.runfolder import RECIPE, read_recipe
 from vitrim.errors import ConfigError, VitrimError, shortened
-from vitrim.files import digest, own_folder, write
+from vitrim.files import digest, escape, own_folder, write
 
 if TYPE_CHECKING:
     from torch import nn

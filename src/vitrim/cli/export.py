@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrim import escape
 from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
 from vitrim.deploy import export as module
 from vitrim.deploy.export import FILES, PRECISIONS, check_precision, export
 from vitrim.errors import ConfigError, VitrimError
+from vitrim.files import escape
 
 if TYPE_CHECKING:
     from vitrim.deploy.static_int8 import Images

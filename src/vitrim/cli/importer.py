@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrim import escape
 from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.errors import VitrimError, shown
+from vitrim.files import escape
 from vitrim.model.layout import NAMES
 
 if TYPE_CHECKING:

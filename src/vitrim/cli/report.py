@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrim import escape
 from vitrim.cli.arguments import folder_name, show_every_character, use_utf8
 from vitrim.deploy.runfolder import Run, RunFolderError, find_runs, read_run
 from vitrim.errors import VitrimError
+from vitrim.files import escape
 from vitrim.jobs.status import unfinished_lines
 from vitrim.report import loss_figure, trial_figure
 from vitrim.report.rank_figures import read_curves

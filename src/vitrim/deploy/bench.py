@@ -23,11 +23,10 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from vitrim import escape
 from vitrim.deploy.engine import Setting, prepare
 from vitrim.deploy.runfolder import read_recipe
 from vitrim.deploy.table import terminal_table
-from vitrim.files import write
+from vitrim.files import escape, write
 from vitrim.measure import InputSize, count, image_shape, interleaved_times
 from vitrim.network import structure
 from vitrim.plan import Plan

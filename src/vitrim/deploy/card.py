@@ -8,9 +8,9 @@ from itertools import chain
 from huggingface_hub import ModelCardData
 from timm import __version__ as timm_version
 
-from vitrim import escape
 from vitrim.deploy.saved import SavedNetwork
 from vitrim.deploy.table import markdown_table
+from vitrim.files import escape
 from vitrim.network import structure
 from vitrim.network.skeleton import shared_skeleton
 from vitrim.plan import Plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vitrim import escape
+from vitrim.files import escape
 
 if TYPE_CHECKING:
     from rich.table import Table

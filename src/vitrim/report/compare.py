@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitrim import escape
 from vitrim.deploy.runfolder import Record
 from vitrim.deploy.table import Lines, markdown_table
+from vitrim.files import escape
 from vitrim.paper import Published, match, published
 from vitrim.paper.agreement import differences
 from vitrim.paper.counts import COUNTS

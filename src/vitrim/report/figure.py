@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vitrim import escape
+from vitrim.files import escape
 from vitrim.report.summary import NAMES, Row, macs_unit, sections
 
 if TYPE_CHECKING:

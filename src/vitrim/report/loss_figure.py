@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vitrim import escape
 from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
+from vitrim.files import escape
 from vitrim.report.summary import NAMES
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vitrim import escape
 from vitrim.deploy.runfolder import Run, read_plan
 from vitrim.deploy.table import Lines
 from vitrim.errors import VitrimError
+from vitrim.files import escape
 from vitrim.jobs.status import status_of
 from vitrim.paper import Published, published
 from vitrim.report import compare, loss_figure

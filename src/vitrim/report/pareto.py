@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from vitrim import escape
 from vitrim.deploy.runfolder import QUANTIZED, SETTINGS
+from vitrim.files import escape
 from vitrim.report.figure import STYLE, Look, dense_levels, frame, labelled, line_look, png
 from vitrim.report.summary import NAMES, Row, macs_unit
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from operator import lt
 from typing import NamedTuple
 
-from vitrim import escape
 from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
+from vitrim.files import escape
 from vitrim.report.figure import (
     ACCURACY,
     STYLE,

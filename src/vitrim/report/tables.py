@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from vitrim import escape, files
+from vitrim import files
 from vitrim.deploy.runfolder import QUANTIZED, SETTINGS, Run
 from vitrim.deploy.table import markdown_table, terminal_table
+from vitrim.files import escape
 from vitrim.paper.results import ABSENT, results
 from vitrim.report import compare, loss_figure, papers, pareto, trial_figure
 from vitrim.report.figure import ACCURACY, Panel, draw, labelled, line_of

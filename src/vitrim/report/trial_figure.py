@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitrim import escape
 from vitrim.deploy.runfolder import Run, RunFolderError, read_diagnostic
+from vitrim.files import escape
 from vitrim.report.summary import target_of
 
 _LARGEST = 1e12

@@ -1,4 +1,7 @@
-"""Files that are written atomically, and verified by a manifest of checksums."""
+"""Files that are written atomically, and verified by a manifest of checksums.
+
+`escape` writes texts of others into them. May import: versions and errors.
+"""
 
 from __future__ import annotations
 

@@ -197,3 +197,21 @@ def test_runs_from_before_there_was_a_recovery_keep_their_names() -> None:
         ("method=aiminify",): "ce53c89e",
     }
     assert {words: identified(*words).identity.digest for words in digests} == digests
+
+
+@pytest.mark.parametrize(
+    ("by_loss", "otherwise"),
+    [
+        (("method=oneshot", "method.scope=loss"), ("method=oneshot",)),
+        (("method=mixed_rank", "method.allocation=kl"), ("method=mixed_rank",)),
+    ],
+)
+def test_settings_of_losses_are_part_of_a_run_only_if_losses_are_predicted(
+    by_loss: tuple[str, ...], otherwise: tuple[str, ...]
+) -> None:
+    for words, are_part in ((by_loss, True), (otherwise, False)):
+        one, other = (
+            identified("data=none", *words, f"method.losses.temperature={t}").identity.digest
+            for t in (2, 4)
+        )
+        assert (one != other) == are_part

@@ -98,7 +98,7 @@ def drop_added(recipe: Config) -> None:
 
 def _drop_losses(method: Config) -> None:
     """Remove the settings of losses that are not predicted."""
-    if method.get("scope") != "loss":
+    if method.get("scope") != "loss" and method.get("allocation") != "kl":
         method.pop("losses", None)
 
 

@@ -59,19 +59,28 @@ class Parts:
     drops: bool
 
 
-def parts_of(net: nn.Module, kinds: Collection[str]) -> Parts:
-    """Return what of a network is scored for these kinds of edits."""
+def parts_of(
+    net: nn.Module, kinds: Collection[str], layers: Collection[str] | None = None
+) -> Parts:
+    """Return what of a network is scored for these kinds of edits.
+
+    Args:
+        net: the network.
+        kinds: of edits.
+        layers: whose ranks may fall; None: of all layers.
+    """
     described = structure(net)
     sites = tuple(s for s in sites_of(described, kinds) if _is_read(net, described, s))
-    layers = tuple(x for x in factorisable(described, kinds) if _is_linear(net, x.name))
+    ranked = [x for x in factorisable(described, kinds) if layers is None or x.name in layers]
+    linear = tuple(layer for layer in ranked if _is_linear(net, layer.name))
     read = [consumer_of(described, site.name).name for site in sites if site.kind != "qk"]
     int8 = tuple(linears_of(net)) if "int8" in kinds else ()
-    names = dict.fromkeys([*read, *(layer.name for layer in layers), *int8])
+    names = dict.fromkeys([*read, *(layer.name for layer in linear), *int8])
     own = {site.name for site in sites}
     return Parts(
         described=described,
         sites=sites,
-        layers=layers,
+        layers=linear,
         readers=tuple(_readers(net, described, [*names])),
         attentions=tuple(a for a in described.attentions if a.qk in own),
         int8=int8,

@@ -105,8 +105,15 @@ def layer_spectrum(
     net: nn.Module, layer: str, of_layer: Mapping[str, Tensor], ridges: LossRidges
 ) -> Spectrum:
     """Return the factors of a layer for all ranks, and the loss of each component."""
-    outputs = layer_metric(net, layer, of_layer, ridges)
-    return decompose(weight_of(net, layer), of_layer["cov"], ridge=ridges.metric, outputs=outputs)
+    outputs, inputs = layer_metric(net, layer, of_layer, ridges), layer_inputs(net, layer, of_layer)
+    return decompose(weight_of(net, layer), inputs, ridge=ridges.metric, outputs=outputs)
+
+
+def layer_inputs(net: nn.Module, layer: str, of_layer: Mapping[str, Tensor]) -> Tensor:
+    """Return C of a layer (in, in); with the mean where no bias can take over what it loses."""
+    if net.get_submodule(layer).bias is not None:
+        return of_layer["cov"]
+    return of_layer["cov"] + of_layer["scale"] * torch.outer(of_layer["mean"], of_layer["mean"])
 
 
 def layer_effects(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitrim.closed_form.importance import consumer_of
 from vitrim.network.structure import blocks_of
 from vitrim.sensitivity.parts import Parts
-from vitrim.sensitivity.predict import Prediction, layer_metric, scaled
+from vitrim.sensitivity.predict import Prediction, layer_inputs, layer_metric, scaled
 from vitrim.sensitivity.probes import Probe
 from vitrim.sensitivity.rotate import bases_of
 from vitrim.sensitivity.settings import LossRidges
@@ -91,7 +91,7 @@ def results(
     for layer_ in parts.layers:
         name = layer_.name
         of_layer = statistics.of_layer(name)
-        found[f"{name}.metric"] = of_layer["cov"].float()
+        found[f"{name}.metric"] = layer_inputs(net, name, of_layer).float()
         found[f"{name}.outputs"] = layer_metric(net, name, of_layer, ridges).float()
         found[f"{name}.mean"] = statistics.regression(name)["mean"].float()
     losses_of = {probe.site: loss for probe, loss in measured if probe.kind == "branches"}

@@ -29,7 +29,8 @@ class LossScorer(LightningModule):
     has, by layer, `cov` and `mean` of the inputs of those that read units; by query-key or value
     site `rows` and `columns` (heads, K, K), the bases of its directions; and under `network` the
     losses of whole branches and of int8, and the measurements (`probe_table`). Networks without a
-    classifier see their images twice: first for the covariance of the features.
+    classifier see their images twice: first for the covariance of the features. Of the ranks, those
+    of `layers` are scored, or of all.
     """
 
     resumes_at: ResumePoint = "never"
@@ -45,6 +46,7 @@ class LossScorer(LightningModule):
         temperature: float,
         ridges: LossRidges,
         scaling: Scaling,
+        layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -60,8 +62,9 @@ class LossScorer(LightningModule):
             "temperature": temperature,
             "ridges": asdict(ridges),
             "scaling": asdict(scaling),
+            **({} if layers is None else {"layers": [*layers]}),
         }
-        self.parts = parts_of(net, kinds)
+        self.parts = parts_of(net, kinds, layers)
         self.passes = Passes(
             net,
             self.parts,

@@ -44,9 +44,27 @@ def test_the_budget_is_met_to_within_one_rank(
         curve = found[name]
         assert 1 <= rank <= curve.break_even
         assert curve.step * rank < curve.dense
+        if how == "nested":
+            if rank < math.floor(max_share * curve.break_even):
+                assert spent(found, ranks) + curve.step > limit
+            continue
         if rank < curve.break_even:
             assert spent(found, ranks) + curve.step > limit
         assert limit - spent(found, ranks) < max(found[name].step for name in ranks)
+
+
+@given(curves(), st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.sampled_from([0.7, 1.0]))
+def test_nested_ranks_never_lose_more_with_a_larger_budget(
+    found: dict[str, Curve], one: float, other: float, max_share: float
+) -> None:
+    whole = sum(curve.dense for curve in found.values())
+    less, more = (int(share * whole) for share in sorted((one, other)))
+    assume(least(found, max_share) <= less)
+    small, large = (
+        error(found, allocate(found, limit, how="nested", max_rank_fraction=max_share))
+        for limit in (less, more)
+    )
+    assert large <= small * (1 + 1e-9)
 
 
 @given(curves())

@@ -15,6 +15,7 @@ _ALLOCATIONS: Mapping[Rule, Allocation] = {
     "energy": "greedy",
     "error": "hull",
     "loss": "hull",
+    "kl": "nested",
 }
 
 

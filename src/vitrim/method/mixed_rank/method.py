@@ -9,8 +9,9 @@ abstract and from accounts of it, and no number in conf/method/mixed_rank.yaml i
 the -60 % of strength 5. The defaults are ours; conf/experiment/mixed_rank/deit_base_paper.yaml
 has the paper's choices, `max_rank_fraction` of 1 among them.
 
-Ours: the decomposition and the allocation by loss (`vitrim.network.decompose`), along the hulls of
-error curves (`vitrim.method.mixed_rank.ranks`), and the sequential regression
+Ours: the decomposition and the allocation by loss (`vitrim.network.decompose`) and that by
+predicted KL divergence (`vitrim.method.mixed_rank.by_kl`), along the hulls of error curves
+(`vitrim.method.mixed_rank.ranks`), and the sequential regression
 (`vitrim.method.mixed_rank.regress`).
 """
 
@@ -29,6 +30,7 @@ from vitrim.budget.target import Metric, Target, TargetError
 from vitrim.errors import is_count, is_positive, require
 from vitrim.method import Granularity
 from vitrim.method.mixed_rank.allocation import ranks_within
+from vitrim.method.mixed_rank.by_kl import check_linear, loss_scorer, losses_of, proposal_of
 from vitrim.method.mixed_rank.metric import (
     CENTRED,
     DECOMPOSITIONS,
@@ -47,6 +49,7 @@ from vitrim.method.mixed_rank.settings import (
     MixedRankRidges,
     MixedRankTuning,
     QkvFactors,
+    RankLosses,
     ResidualSettings,
     Rule,
 )
@@ -55,6 +58,7 @@ from vitrim.network.decompose import Spectrum
 from vitrim.network.factored import LowRankLinear
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, LowRank, Plan, Proposal
+from vitrim.sensitivity.scorer import LossScorer
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.phase import AllButHeldOut, Phase
@@ -72,6 +76,7 @@ class MixedRank:
     qkv: QkvFactors
     decomposition: Decomposition
     allocation: Rule
+    losses: RankLosses
     error_exponent: float
     max_rank_fraction: float
     ridges: MixedRankRidges
@@ -101,31 +106,44 @@ class MixedRank:
                 self.decomposition in DECOMPOSITIONS,
                 f"one of {', '.join(DECOMPOSITIONS)}",
             ),
-            ("allocation", self.allocation in get_args(Rule), "uniform, energy, error or loss"),
+            (
+                "allocation",
+                self.allocation in get_args(Rule),
+                f"one of {', '.join(get_args(Rule))}",
+            ),
             ("error_exponent", is_positive(self.error_exponent), "a number above 0"),
             ("max_rank_fraction", is_fraction, "a number above 0 and at most 1"),
             ("gradient_images", is_count(self.gradient_images), "a whole number from 1 on"),
             ("regression", isinstance(self.regression, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
             ("curves", isinstance(self.curves, bool), "true or false"),
+            *_kl_rules(self),
         )
 
     def check(self, cost: Cost, target: Target) -> None:
         """Raise TargetError if the chosen layers alone cannot meet the target."""
         if target.metric == "units":
             raise TargetError("target.units: low ranks remove no units; set target.params or macs")
-        equal = {
-            name: [1.0] * min(piece.rows, piece.columns)
-            for name, piece in self._pieces(cost.structure).items()
-        }
+        pieces = self._pieces(cost.structure)
+        if self.allocation == "kl":
+            check_linear(cost, pieces)
+        equal = {name: [1.0] * min(piece.rows, piece.columns) for name, piece in pieces.items()}
         if not equal:
             raise TargetError(
                 f"method.layers={[*self.layers]}: this network has none that can be factorised"
             )
         self._ranks(cost, target, equal, "uniform" if self.allocation == "uniform" else "loss")
 
-    def scorer(self, net: nn.Module) -> Profile:
+    def scorer(self, net: nn.Module) -> Profile | LossScorer:
         """Return the pass over calibration images; over no images where none are needed."""
+        if self.allocation == "kl":
+            return loss_scorer(
+                net,
+                [*self._pieces(structure(net))],
+                losses=self.losses,
+                ridges=self.ridges,
+                sampling=self._sampling,
+            )
         by_loss = "loss" in (self.decomposition, self.allocation)
         needed = self.decomposition != "plain" or by_loss
         return Profile(
@@ -139,9 +157,12 @@ class MixedRank:
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Decompose every layer and factorise those that lose least."""
         rule = self.allocation
-        if not evidence.moments and (self.decomposition != "plain" or rule == "loss"):
+        if not evidence.moments and (self.decomposition != "plain" or rule in ("loss", "kl")):
             _log.info("no calibration images: plain decompositions, one fraction for all layers")
             rule = "uniform"
+        if rule == "kl":
+            by_kl = losses_of(evidence, [*self._pieces(cost.structure)])
+            return proposal_of(net, evidence, by_kl, self._ranks(cost, target, by_kl, rule))
         losses, curves = {}, {}
         for name, piece in self._pieces(cost.structure).items():
             statistics = statistics_of(name, piece, evidence)
@@ -183,7 +204,7 @@ class MixedRank:
             values[f"{name}.up.weight"], values[f"{name}.down.weight"] = up, down
             if self.decomposition in CENTRED and layer.up.bias is not None:
                 lost = piece.weight_in(net) - up @ down
-                mean = evidence.moments[piece.layer]["mean"]
+                mean = evidence.moments[piece.layer]["mean"].double()
                 offset = (lost.double() @ mean).to(lost)
                 values[f"{name}.up.bias"] = layer.up.bias.detach() + offset
         return values
@@ -242,6 +263,21 @@ class MixedRank:
             max_rank_fraction=self.max_rank_fraction,
             error_exponent=self.error_exponent,
         )
+
+
+def _kl_rules(method: MixedRank) -> list[tuple[str, bool, str]]:
+    """Return what the allocation `kl` cannot be combined with."""
+    if method.allocation != "kl":
+        return []
+    return [
+        ("qkv", method.qkv == "fused", "fused, with method.allocation=kl"),
+        ("decomposition", method.decomposition == "loss", "loss, with method.allocation=kl"),
+        (
+            "curves",
+            not method.curves,
+            "false, with method.allocation=kl: its statistics are weighted by gradients",
+        ),
+    ]
 
 
 def _curves(

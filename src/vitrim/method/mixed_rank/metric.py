@@ -50,6 +50,9 @@ def spectrum_of(
     """
     if not statistics:
         return decompose(weight, None, ridge=ridges.metric)
+    if "metric" in statistics:  # of the rule kl
+        inputs, effects = statistics["metric"].double(), statistics["outputs"].double()
+        return decompose(weight.double(), inputs, ridge=ridges.metric, outputs=effects)
     centred = decomposition in CENTRED
     metric = input_gram("whitening" if centred and not biased else decomposition, statistics)
     if decomposition != "loss":

@@ -11,6 +11,8 @@ more.
     hull      ours: the same along the lower convex hull of each layer's error over its cost, which
               accounts for a layer's first components saving nothing and a dense layer having no
               error
+    nested    ours: along the same hull, and no rank ends above the highest one, so that a larger
+              limit never has a larger error
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
-Allocation = Literal["uniform", "greedy", "hull"]
+Allocation = Literal["uniform", "greedy", "hull", "nested"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 
@@ -59,7 +61,7 @@ def allocate(
     """Return the rank of every layer that is factorised; the others stay dense.
 
     The layers together cost at most `limit`, and the difference is below the cost of one more rank
-    of any factorised layer that could have one.
+    of any factorised layer that could have one (`nested`: that is below its highest rank).
 
     Args:
         curves: of the layers, by name.
@@ -68,8 +70,9 @@ def allocate(
         max_rank_fraction: highest rank of a factorised layer, as a fraction of its break-even rank;
             above about 0.7 two small products are no faster than one large one. What the limit then
             still allows makes layers dense again; only the rest of it goes to higher ranks.
-        error_exponent: with `hull`, the exponent of each layer's error in the sum: above 1, errors
-            are spread over more layers, because those of one layer do not simply add up.
+        error_exponent: with `hull` and `nested`, the exponent of each layer's error in the sum:
+            above 1, errors are spread over more layers, because those of one layer do not simply
+            add up.
     """
     if sum(curve.dense for curve in curves.values()) <= limit:
         return {}
@@ -83,6 +86,12 @@ def allocate(
             curves = {name: curve._replace(energy=_own(curve)) for name, curve in curves.items()}
         case "hull":
             ranks = _hull(curves, max_ranks, limit, error_exponent)
+        case "nested":
+            ranks = _hull(curves, max_ranks, limit, error_exponent)
+            _fill(curves, max_ranks, ranks, limit)
+            if all(rank >= max_ranks[name] for name, rank in ranks.items()):
+                _restore(curves, ranks, limit)
+            return ranks
     for highest in (max_ranks, _max_ranks(curves, 1.0)):
         _fill(curves, highest, ranks, limit)
         _restore(curves, ranks, limit)

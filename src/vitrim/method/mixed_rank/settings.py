@@ -12,8 +12,9 @@ from vitrim.trainer.recovery import RecoverySettings
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 QkvFactors = Literal["fused", "separate"]
 """Whether query, key and value rows share factors."""
-Rule = Literal["uniform", "energy", "error", "loss"]
-"""What decides which layers lose components."""
+Rule = Literal["uniform", "energy", "error", "loss", "kl"]
+"""What decides which layers lose components; `kl` is predicted KL divergence, scaled by
+measurements."""
 Trained = Literal["none", "uncompressed", "all"]
 """The parameters that are trained at the end."""
 
@@ -39,6 +40,29 @@ class MixedRankRidges:
             ("metric", is_positive(self.metric), "a number above 0"),
             ("regression", is_positive(self.regression), "a number above 0"),
             ("gradient_shrinkage", is_fraction, "a number in 0..1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankLosses:
+    """How the losses of the rule `kl` are found.
+
+    Args:
+        temperature: of the decision whose KL divergence is the loss.
+        images: on which the loss of every layer at half its break-even rank is measured, the first
+            of the calibration images. 0: predictions stay as they are.
+    """
+
+    temperature: float
+    images: int
+
+    def __post_init__(self) -> None:
+        counts = self.images == 0 or is_count(self.images)
+        require(
+            "method.losses",
+            self,
+            ("temperature", is_positive(self.temperature), "a number above 0"),
+            ("images", counts, "a whole number from 0 on"),
         )
 
 

@@ -102,14 +102,28 @@ def test_commands_of_results_compose() -> None:
             composed(*words(line))
 
 
-def test_commands_of_the_readme_compose() -> None:
-    text = (CONF.parent / "README.md").read_text().replace("\\\n", "")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in re.findall(r"^vitrim (.*)$", block, re.MULTILINE)]
-    assert len(lines) >= 15
+def documented() -> dict[str, list[str]]:
+    """Return the lines of all blocks of commands in README and docs, by document."""
+    root = CONF.parent
+    lines = {}
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
+        text = path.read_text().replace("\\\n", "")
+        blocks = re.findall(r"^```(?:bash|console|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        name = path.relative_to(root).as_posix()
+        lines[name] = [line.strip() for block in blocks for line in block.splitlines()]
+    return lines
+
+
+def test_commands_of_the_documents_compose() -> None:
+    found = {line for lines in documented().values() for line in lines if "vitrim " in line}
+    runs = {line.partition("vitrim ")[2] for line in found if re.match(r"([A-Z_]+=\S+ )*vitrim ", line)}
+    assert len(runs) >= 40
+    headers = {" ".join(command) for name in NAMES for command in commands(name)}
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for line in lines:
-            composed(*words(line))
+        for line in sorted(runs):
+            overrides = words(line)
+            if "--" not in line and " ".join(overrides) not in headers:
+                composed(*overrides)
 
 
 def test_published_rows_use_the_keys_of_their_overlays() -> None:

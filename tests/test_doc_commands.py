@@ -1,0 +1,77 @@
+"""The commands in the documents are those that exist, and their Python code runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+from hydra import compose, initialize_config_dir
+
+import vitrim
+from pages.written import DOCS, ROOT
+from test_experiments import CONF, documented
+from vitrim.cli import bench, export, importer, report
+
+PARSERS = {
+    "vitrim-report": report._parser,
+    "vitrim-bench": bench._parser,
+    "vitrim-export": export._parser,
+    "vitrim-import": importer._parser,
+}
+NAME = "vit_tiny_patch16_224"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def lines_of(program: str) -> set[str]:
+    return {
+        line.partition(f"{program} ")[2]
+        for lines in documented().values()
+        for line in lines
+        if line.startswith(f"{program} ")
+    }
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_flags_in_the_documents_exist(program: str) -> None:
+    found = lines_of(program)
+    assert found or program == "vitrim-import"
+    for line in found:
+        PARSERS[program]().parse_intermixed_args(shlex.split(line, comments=True))
+
+
+def test_evaluations_in_the_documents_compose() -> None:
+    found = lines_of("vitrim-eval")
+    assert found
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for line in found:
+            compose("eval", overrides=shlex.split(line, comments=True)[1:])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a compact network in `RUN`, and its export for timm."""
+    root = tmp_path_factory.mktemp("documents")
+    model = {"name": NAME, "args": {"depth": 1}}
+    edits = (vitrim.Keep(site="blocks.0.mlp.hidden", index=tuple(range(384))),)
+    plan = vitrim.Plan(model=model, edits=edits)
+    compact = vitrim.cut(timm.create_model(NAME, depth=1), plan)
+    vitrim.save(root / "RUN", compact, plan)
+    export.main([str(root / "RUN"), "--format", "timm"])
+    return root
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.stem
+)
+def test_python_code_of_a_document_runs(
+    page: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    names: dict[str, object] = {}
+    for number, code in enumerate(BLOCK.findall(page.read_text())):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+    assert "vitrim" in names

@@ -31,7 +31,9 @@ def curves(kept: Kept) -> list[Curve]:
     return [
         Curve("joint", "#0b6e99", [(r["kept_macs_percent"], r["top1"]) for r in joint]),
         Curve("oneshot, MLP units", "#c4532b", [(r["kept_macs_percent"], r["top1"]) for r in mlp]),
-        Curve("dcvit, mimicking", "#3d8b40", [(r["kept_macs_percent"], r["top1_dcvit"]) for r in few]),
+        Curve(
+            "dcvit, mimicking", "#3d8b40", [(r["kept_macs_percent"], r["top1_dcvit"]) for r in few]
+        ),
         Curve("mixed_rank", "#7a5299", [(macs[share], top1[share]) for share in shares]),
     ]
 
@@ -47,9 +49,17 @@ def tradeoff(kept: Kept) -> str:
     def y(top1: float) -> float:
         return bottom - top1 / 90 * (bottom - top)
 
-    parts = [_text(left, 26, "ViT-Ti on ImageNet: accuracy against compute", size=17, weight="bold")]
+    parts = [
+        _text(left, 26, "ViT-Ti on ImageNet: accuracy against compute", size=17, weight="bold")
+    ]
     parts.append(
-        _text(left, 45, "1000 unlabelled images, 650 for evaluation; nothing trained end to end but dcvit", size=12, fill=GREY)
+        _text(
+            left,
+            45,
+            "1000 unlabelled images, 650 for evaluation; nothing trained end to end but dcvit",
+            size=12,
+            fill=GREY,
+        )
     )
     for value in (0, 20, 40, 60, 80):
         parts.append(_line(left, y(value), right, y(value), LIGHT))
@@ -63,7 +73,9 @@ def tradeoff(kept: Kept) -> str:
     for number, curve in enumerate(curves(kept)):
         ordered = sorted(curve.points)
         path = " ".join(f"{x(macs):.1f},{y(top1):.1f}" for macs, top1 in ordered)
-        parts.append(f"<polyline points='{path}' fill='none' stroke='{curve.colour}' stroke-width='2.5'/>")
+        parts.append(
+            f"<polyline points='{path}' fill='none' stroke='{curve.colour}' stroke-width='2.5'/>"
+        )
         for macs, top1 in ordered:
             title = f"<title>{curve.name}: {macs} % of the MACs, top-1 {top1}</title>"
             parts.append(
@@ -86,7 +98,9 @@ STEPS = (
 
 def pipeline() -> str:
     """Return docs/pipeline.svg."""
-    return _svg(820, 176, "Score, plan, cut, recover: from a dense to a compact network", [*_steps()])
+    return _svg(
+        820, 176, "Score, plan, cut, recover: from a dense to a compact network", [*_steps()]
+    )
 
 
 def _steps() -> Iterator[str]:

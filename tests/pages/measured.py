@@ -40,7 +40,9 @@ Replace words in capitals in the commands with your paths. Other measurements ar
 
 def read(folder: Path) -> Kept:
     """Return the files of results/ by name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
 
 
 def page(kept: Kept) -> str:
@@ -60,7 +62,9 @@ def _section(name: str, result: Mapping[str, Any]) -> str:
         f"* File: `results/{name}.json`",
     ]
     columns = [*dict.fromkeys(key for line in result["figures"] for key in line)]
-    columns = [key for key in columns if any(line.get(key) is not None for line in result["figures"])]
+    columns = [
+        key for key in columns if any(line.get(key) is not None for line in result["figures"])
+    ]
     lines = [[cell(line.get(key)) for key in columns] for line in result["figures"]]
     parts = [
         f'<a id="{name}"></a>\n\n## {_title(result)}',

@@ -24,13 +24,19 @@ LINES = {
     "joint at half": Line("joint_vit_tiny", {"target_macs": 0.5}, "top1"),
     "vtp": Line("vtp_cifar10_tiny", {"strength": 2}, "top1", "ViT-Ti, CIFAR-10"),
     "oneshot": Line("oneshot_vit_tiny_sites", {"kept_macs_percent": 78.9}, "top1_mlp_and_qk"),
-    "mixed_rank": Line("mixed_rank_vit_tiny", {"variant": "with sequential regression (default)"}, "top1_at_80"
+    "mixed_rank": Line(
+        "mixed_rank_vit_tiny", {"variant": "with sequential regression (default)"}, "top1_at_80"
     ),
     "dcvit": Line("dcvit_vit_tiny", {"target_blocks": 1}, "top1_dcvit"),
     "practise": Line("few_mobilenetv2_blocks", {"method": "practise"}, "top1", "MobileNetV2"),
     "fskd": Line("few_mobilenetv2", {"channels_removed_percent": 10}, "top1_fskd", "MobileNetV2"),
     "cd": Line("few_mobilenetv2", {"channels_removed_percent": 10}, "top1_cd", "MobileNetV2"),
-    "aiminify": Line("aiminify_structures", {"experiment": "aiminify/vit_base", "strength": 5.0}, "params", "ViT-B"),
+    "aiminify": Line(
+        "aiminify_structures",
+        {"experiment": "aiminify/vit_base", "strength": 5.0},
+        "params",
+        "ViT-B",
+    ),
 }
 
 
@@ -47,17 +53,20 @@ class About(NamedTuple):
     line: str
 
 
-METHODS = (
-    About("`joint`", "joint", "ours", "units, heads, branches, ranks, digits", "1000", "no", "each MLP", "joint"),
-    About("`oneshot`", "methods/oneshot", "OB2C, CORP", "units, heads, channels", "1000", "no", "nothing", "oneshot"),
-    About("`mixed_rank`", "methods/mixed_rank", "2402.06004", "ranks of layers", "1000", "no", "nothing", "mixed_rank"),
-    About("`dcvit`", "methods/dcvit", "2403.18708", "attentions and MLP units of few blocks", "50 to 1000", "no", "features", "dcvit"),
-    About("`practise`, `mir`", "methods/practise", "2202.07861, 2201.02620", "whole blocks", "50 to 1000", "no", "features", "practise"),
-    About("`fskd`", "methods/fskd", "1812.01839", "MLP units, channels", "100", "no", "nothing", "fskd"),
-    About("`cd`", "methods/cd", "1911.09450", "MLP units, channels", "100", "if trained", "all, optional", "cd"),
-    About("`vtp`", "methods/vtp", "2104.08500", "inputs, value dims, MLP units", "training set", "yes", "gates, then all", "vtp"),
-    About("`aiminify`", "methods/aiminify", "a blog", "MLP units", "training set", "yes", "all", "aiminify"),
-)
+METHODS = [
+    About(*(cell.strip() for cell in row.split("|")))
+    for row in """
+joint | joint | ours | units, heads, branches, ranks, digits | 1000 | no | each MLP | joint
+oneshot | methods/oneshot | OB2C, CORP | units, heads, channels | 1000 | no | nothing | oneshot
+mixed_rank | methods/mixed_rank | 2402.06004 | ranks of layers | 1000 | no | nothing | mixed_rank
+dcvit | methods/dcvit | 2403.18708 | attentions, MLP units | 50 to 1000 | no | features | dcvit
+practise, mir | methods/practise | 2202.07861, 2201.02620 | blocks | 500 | no | features | practise
+fskd | methods/fskd | 1812.01839 | MLP units, channels | 100 | no | nothing | fskd
+cd | methods/cd | 1911.09450 | MLP units, channels | 100 | if trained | all, optional | cd
+vtp | methods/vtp | 2104.08500 | inputs, dims, MLP units | all | yes | gates, then all | vtp
+aiminify | methods/aiminify | a blog | MLP units | all | yes | all | aiminify
+""".strip().splitlines()
+]
 SHOWN = (
     ("joint", "`joint`", "1000 images"),
     ("joint at half", "`joint`", "1000 images"),
@@ -107,7 +116,8 @@ def _method(kept: Kept, about: About) -> list[str]:
         f"[{paper}]({ARXIV}{paper})" if paper[0].isdigit() else paper
         for paper in about.paper.split(", ")
     )
-    names = f"[{about.names}](docs/{about.page}.md)"
+    names = ", ".join(f"`{name}`" for name in about.names.split(", "))
+    names = f"[{names}](docs/{about.page}.md)"
     cells = [names, papers, about.removes, about.images, about.labels, about.trains]
     return [*cells, _summary(kept, line)]
 

@@ -70,6 +70,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "cd": ("method.fine_tuning.epochs=1",),
     "dcvit": ("method.tuning.training.epochs=1",),
     "fskd": (),
+    "joint": ("method.local.epochs=1", "method.scaling.images=16"),
     "mir": ("method.protected=[0,0]", "method.tuning.epochs=1"),
     "mixed_rank": ("method.tuning.training.epochs=1", "method.residual.training.epochs=1"),
     "oneshot": ("method.tuning.training.epochs=1",),
@@ -119,6 +120,14 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "quantize": (*DENSE, "method=oneshot", "quantize=[int8_weight_only]"),
     "sweep": ("-m", *DENSE, "method=oneshot", "strength=1,2"),
     "oneshot-sites": (*DENSE, "method=oneshot", "method.sites=[mlp,heads,qk,v]"),
+    "oneshot-loss": (
+        *(*DENSE, "method=oneshot", "method.scope=loss", "method.sites=[mlp,qk]"),
+        "method.losses.scaling.images=16",
+    ),
+    "mixed_rank-kl": (
+        *(*DENSE, "method=mixed_rank", *METHODS["mixed_rank"]),
+        *("method.allocation=kl", "method.losses.images=16"),
+    ),
     "oneshot-tuned": (
         *DENSE,
         *("method=oneshot", *METHODS["oneshot"], "method.scope=global"),

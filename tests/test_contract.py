@@ -175,13 +175,17 @@ def test_a_convolutional_network_is_cut_or_refused(command: Command, subject: Su
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+@pytest.mark.parametrize(
+    ("subject", "more"),
+    [(name, ()) for name in REMOVING] + [("oneshot", ("method.scope=loss",))] * (PACKAGE is None),
+    indirect=["subject"],
+)
 def test_a_stopped_run_resumes_to_the_same_bits(
-    command: Command, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    command: Command, subject: Subject, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = 1 + NAMES.index(subject.name) % 4  # another batch for every method
     batch = "data.batch_size=256"
-    words = (batch, "strength=3")
+    words = (batch, "strength=3", *more)
     whole = run(command, subject, *words).report
     (scored,) = (command.out / "phases").glob("score-*")
     assert (scored / "manifest.json").is_file()

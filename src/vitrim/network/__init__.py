@@ -1,9 +1,9 @@
 """What can be cut in a network, and the surgery.
 
 `structure(net)` describes a network: its sites, branches, layers and attentions. `stream(net)`
-describes its residual stream. `vitrim.network.surgery` cuts and masks by the description. Every
-module of `vitrim.network.family` registers the network classes of one family. May import: plan,
-files, versions and errors.
+describes its residual stream, `stepwise(net)` also one that only its own steps read.
+`vitrim.network.surgery` cuts and masks by the description. Every module of `vitrim.network.family`
+registers the network classes of one family. May import: plan, files, versions and errors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vitrim.network.dispatch import (
     fix_input_size,
     non_persistent_buffers,
     sites,
+    stepwise,
     stream,
     structure,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "fix_input_size",
     "non_persistent_buffers",
     "sites",
+    "stepwise",
     "stream",
     "structure",
 ]

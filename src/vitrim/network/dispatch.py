@@ -56,6 +56,19 @@ def stream(net: nn.Module) -> Stream:
 
 
 @singledispatch
+def stepwise(net: nn.Module) -> Stream:
+    """Describe the residual stream for what computes it step by step.
+
+    That is `stream`, and the stream of networks whose modules read it channels first, so that hooks
+    on the `reader` of a step see it otherwise than its steps.
+
+    Raises:
+        UnsupportedArchitecture: the network has no residual stream.
+    """
+    return stream(net)
+
+
+@singledispatch
 def drop_branch(net: nn.Module, branch: str) -> None:
     """Remove the modules of a residual branch from `net`, in place."""
     raise UnsupportedArchitecture(f"{type(net).__name__} has no branches to drop")

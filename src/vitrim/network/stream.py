@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class BranchStep:
         scale: the layer scale that multiplies the output of the branch's last Linear, (D,), or
             None.
         tokens: maps an activation inside f to the order of the stream's tokens, (B, N, channels).
+        pointwise: the path of the last module of f, if only that one maps every token by itself; it
+            computes what `added` reads. Empty: of an MLP, all of f does.
     """
 
     name: str
@@ -27,6 +29,7 @@ class BranchStep:
     apply: Callable[[Tensor], Tensor]
     scale: Tensor | None
     tokens: Callable[[Tensor], Tensor]
+    pointwise: str = ""
 
     def advance(self, x: Tensor) -> Tensor:
         """Return the stream after the step."""
@@ -68,6 +71,7 @@ class Stream:
         n_readout_tokens: number of leading tokens that the classifier reads; 0 where it reads a
             mean over tokens.
         norm_is_features: whether the final norm's output is all of the network's features.
+        final_input: maps x to what the final norm reads.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -76,6 +80,7 @@ class Stream:
     n_prefix_tokens: int
     n_readout_tokens: int
     norm_is_features: bool
+    final_input: Callable[[Tensor], Tensor] = field(default=lambda x: x)
 
     @property
     def branches(self) -> tuple[BranchStep, ...]:
@@ -90,7 +95,7 @@ class Stream:
         assert self.norm_is_features
         for step in self.steps[first:]:
             x = step.advance(x)
-        features: Tensor = net.get_submodule(self.final_norm)(x)
+        features: Tensor = net.get_submodule(self.final_norm)(self.final_input(x))
         return features
 
     def reader_after(self, step: BranchStep | MergeStep) -> str:

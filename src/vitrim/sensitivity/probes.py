@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrim.network import stream
+from vitrim.network import stepwise
 from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.stream import BranchStep, Stream
 
@@ -62,7 +62,7 @@ def measure(
     forward pass. Networks whose stream is not described are run as a whole.
     """
     try:
-        described: Stream | None = stream(net)
+        described: Stream | None = stepwise(net)
     except UnsupportedArchitecture:
         described = None
     total = [0.0] * len(probes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from command import Command
-from conftest import SIZE, images, randomise, small_net
+from conftest import SIZE, images, small_net
 from contract import subject
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
@@ -22,7 +22,6 @@ from vitrim.network import structure
 from vitrim.network.masking import masked
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Keep, Plan
-from vitrim.prune import Prune
 from vitrim.sensitivity.rotate import rotate_
 from vitrim.sensitivity.settings import Scaling
 from vitrim.trainer.calibrate import Sampling
@@ -175,28 +174,6 @@ def test_measured_losses_are_of_the_edits_and_leave_the_network_alone() -> None:
         p, q = ((each(x) / 2).log_softmax(1) for each in (net, twin))
     divergence = float((p.exp() * (p - q)).sum(1).mean())
     assert float(branches[0]) == pytest.approx(divergence, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "convnext"]
-)
-def test_networks_of_many_families_are_compressed_within_the_budget(name: str) -> None:
-    if name == "convnext":
-        args = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_classes": 7}
-        net = randomise(timm.create_model("convnext_tiny", pretrained=False, **args).double())
-    else:
-        net = small_net(name, patch_size=8)
-    joint = method()
-    cost = Cost(net, SIZE)
-    prune = Prune(joint, cost, Target(metric="macs", keep=0.9))
-    scorer = joint.scorer(net)
-    for batch in torch.split(images(batch=N).double(), 8):
-        scorer.observe(batch)
-    scorer.conclude()
-    prune.apply(scorer)
-    assert cost.plan(prune.plan).macs <= 0.9 * cost.dense_count.macs
-    with torch.no_grad():
-        assert torch.isfinite(prune.compact(images(batch=2).double())).all()
 
 
 def test_a_network_without_a_classifier_is_measured_by_its_features() -> None:

@@ -12,6 +12,7 @@ from conftest import SIZE, images, small_net
 from contract import subject
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
+from vitrim.errors import ConfigError
 from vitrim.method.mixed_rank.method import MixedRank
 from vitrim.method.mixed_rank.settings import RankLosses
 from vitrim.network.masking import masked
@@ -132,15 +133,23 @@ def test_without_images_every_layer_keeps_the_same_fraction() -> None:
         ({"qkv": "separate"}, r"method\.qkv=separate: expected fused, with method\.allocation=kl"),
         ({"decomposition": "asvd"}, r"method\.decomposition=asvd: expected loss, with .*kl"),
         ({"curves": True}, r"method\.curves=true: expected false, with method\.allocation=kl"),
-        ({"losses": {"temperature": 0.0, "images": 8}}, r"method\.losses\.temperature=0\.0.*above"),
-        ({"losses": {"temperature": 2.0, "images": -1}}, r"method\.losses\.images=-1.*from 0 on"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(Exception, match=message):
-        if "losses" in changes:
-            changes = {"losses": RankLosses(**changes["losses"])}  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
         replace(method(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "images", "message"),
+    [
+        (0.0, 8, r"method\.losses\.temperature=0\.0.*above 0"),
+        (2.0, -1, r"method\.losses\.images=-1.*from 0 on"),
+    ],
+)
+def test_choices_of_losses_are_checked(temperature: float, images: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RankLosses(temperature=temperature, images=images)
 
 
 def test_ranks_by_kl_run_from_the_command_line(command: Command) -> None:

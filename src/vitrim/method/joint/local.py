@@ -17,12 +17,13 @@ _PATIENCE = 2  # epochs without a better state
 
 
 class Rows(NamedTuple):
-    """Sampled tokens of images: the stream before the branch, its target, (images, n, D).
+    """Sampled tokens of images: the stream before the branch, and its target, (images, n, D).
 
-    `weights` (images, n) are those of the squared errors.
+    `inputs` are what is trained reads, `weights` (images, n) those of the squared errors.
     """
 
     before: Tensor
+    inputs: Tensor
     target: Tensor
     weights: Tensor
 
@@ -42,7 +43,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 def train(
     parameters: Sequence[nn.Parameter],
-    advance: Callable[[Tensor], Tensor],
+    advance: Callable[[Rows], Tensor],
     rows: Rows,
     settings: LocalTraining,
 ) -> list[float]:
@@ -53,7 +54,7 @@ def train(
 
     Args:
         parameters: of the branch.
-        advance: maps the stream before the branch (n, D) to that after it.
+        advance: maps rows to the stream after the branch, (n, D).
         rows: sampled tokens of all images.
         settings: epochs and learning rate.
     """
@@ -63,7 +64,7 @@ def train(
     fitted, held_out = rows.flat(slice(n_held_out, None)), rows.flat(slice(n_held_out))
 
     def error(some: Rows) -> Tensor:
-        return (some.weights * (advance(some.before) - some.target).square().mean(-1)).mean()
+        return (some.weights * (advance(some) - some.target).square().mean(-1)).mean()
 
     states = KeptStates(nn.ParameterList(parameters), decay=0.0)
     states.keep_if_best(float(error(held_out)))

@@ -28,7 +28,7 @@ from vitrim.method.joint.budgets import Budgets
 from vitrim.method.joint.evidence import compensated, equal_losses, factors, losses_of
 from vitrim.method.joint.reconstruct import Reconstruct
 from vitrim.method.joint.settings import EDITS, JointRidges, JointTuning, LocalTraining
-from vitrim.network import stream, structure
+from vitrim.network import stepwise, structure
 from vitrim.network.dispatch import UnsupportedArchitecture
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Int8, Plan, Proposal
@@ -181,6 +181,6 @@ class Joint:
 
 def _has_stream(net: nn.Module) -> bool:
     try:
-        return stream(net).norm_is_features
+        return stepwise(net).norm_is_features
     except UnsupportedArchitecture:
         return False

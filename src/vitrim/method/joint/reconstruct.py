@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.method.joint.local import Rows, joined, train
 from vitrim.method.joint.settings import LocalTraining
-from vitrim.network import stream, structure
+from vitrim.network import stepwise, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep, Stream
 from vitrim.network.structure import ends_of
@@ -69,7 +69,7 @@ class Reconstruct(LightningModule):
         self.closing_ridge = closing_ridge
         self.local = local
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
-        self._stream = stream(net)
+        self._stream = stepwise(net)
         self._ends = ends_of_mlps(net)
         self._dense: list[Tensor] = []
         self._compact: list[Tensor] = []
@@ -90,7 +90,7 @@ class Reconstruct(LightningModule):
     def observe(self, images: Tensor) -> None:
         """Do `training_step` without a Trainer."""
         with full_precision(images):
-            self._dense.append(stream(self._teacher[0]).embed(images))
+            self._dense.append(stepwise(self._teacher[0]).embed(images))
             self._compact.append(self._stream.embed(images))
 
     def on_train_epoch_end(self) -> None:
@@ -102,7 +102,7 @@ class Reconstruct(LightningModule):
         """Do `on_train_epoch_end` without a Trainer."""
         names, own_steps = {step.name for step in self._stream.branches}, iter(self._stream.steps)
         with full_precision(self._dense[0]):
-            for dense in stream(self._teacher[0]).steps:
+            for dense in stepwise(self._teacher[0]).steps:
                 self._dense = [dense.advance(x) for x in self._dense]
                 if isinstance(dense, BranchStep) and dense.name not in names:
                     continue  # the branch was dropped
@@ -145,10 +145,11 @@ class Reconstruct(LightningModule):
             weights = self.sampling.weights(
                 target, self._stream.n_prefix_tokens, self._stream.n_readout_tokens
             )
-            yield x, index, Rows(gather_tokens(x, index), target, weights)
+            before = gather_tokens(x, index)
+            yield x, index, Rows(before, before, target, weights)
 
     def _train(self, branch: BranchStep) -> None:
-        """Train the layers of `branch` by themselves."""
+        """Train the layers of `branch` by themselves, on what its pointwise part reads."""
         parameters = [
             parameter
             for layer in structure(self.net).layers
@@ -156,11 +157,14 @@ class Reconstruct(LightningModule):
             for parameter in self.net.get_submodule(layer.name).parameters()
         ]
         inner = [1] * (self._compact[0].ndim - 2)
+        last = self.net.get_submodule(branch.pointwise) if branch.pointwise else None
 
-        def advance(x_nD: Tensor) -> Tensor:
-            return branch.advance(x_nD.reshape(len(x_nD), *inner, -1)).flatten(0, -2)
+        def advance(rows: Rows) -> Tensor:
+            x = rows.inputs.reshape(len(rows.inputs), *inner, -1)
+            added = branch.apply(x) if last is None else branch.added(last(x))
+            return rows.before + added.flatten(0, -2)
 
-        rows = joined([rows for *_, rows in self._batches()])
+        rows = joined([_with_inputs(self.net, branch, *batch) for batch in self._batches()])
         errors = train(parameters, advance, rows, self.local)
         if errors:
             _log.debug("%s: held-out error %.4g, at best %.4g", branch.name, errors[0], min(errors))
@@ -168,7 +172,7 @@ class Reconstruct(LightningModule):
     def _close(self, ridge: float) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""
         teacher = self._teacher[0]
-        dense_stream = stream(teacher)
+        dense_stream = stepwise(teacher)
         heads = [*classifiers(self.net)]
         if not heads or not self._stream.norm_is_features:
             return
@@ -180,6 +184,15 @@ class Reconstruct(LightningModule):
                 ones = torch.ones(len(features), device=features.device)
                 moments.add(torch.cat([features, target - features], dim=-1), ones)
             fold_map(linear, moments, ridge)
+
+
+def _with_inputs(net: nn.Module, branch: BranchStep, x: Tensor, index: Tensor, rows: Rows) -> Rows:
+    """Return sampled tokens with what the pointwise part of `branch` reads at them."""
+    if not branch.pointwise:
+        return rows
+    with capture(net, [(branch.pointwise, False)]) as activations:
+        branch.apply(x)
+    return rows._replace(inputs=gather_tokens(activations[branch.pointwise], index))
 
 
 def _input_of(net: nn.Module, layer: str, described: Stream, x: Tensor) -> Tensor:

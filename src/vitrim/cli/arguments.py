@@ -140,6 +140,29 @@ def folder_name(path: str) -> Path:
     return Path(at_home(path))
 
 
+def add_plugins(parser: ArgumentParser) -> None:
+    """Let a command that composes nothing name packages of others, in `--plugins`."""
+    parser.add_argument(
+        "--plugins",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="PACKAGE,...",
+        help="packages to import first, such as one that registers the run's network with timm",
+    )
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import the packages that `--plugins` names.
+
+    Raises:
+        ConfigError: there is no such package, or it cannot be imported.
+    """
+    if names:
+        from vitrim.cli import plugins
+
+        plugins.use(names, Path.cwd())
+
+
 def count_of(text: str) -> int:
     """Return the whole number of a command's flag, for argparse.
 

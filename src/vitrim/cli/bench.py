@@ -8,7 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
+from vitrim.cli.arguments import (
+    add_plugins,
+    count_of,
+    folder_name,
+    import_plugins,
+    show_every_character,
+    use_utf8,
+)
 from vitrim.deploy.bench import bench, show
 from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
 from vitrim.errors import ConfigError, VitrimError
@@ -24,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        import_plugins(options.plugins)
         settings = _settings(options)
         for folder in options.runs:
             show(bench(folder, settings, repeats=options.repeats))
@@ -51,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=count_of, help="of PyTorch and the other engines (default: PyTorch's)")
     add("--repeats", type=count_of, default=20, help="timed passes of each network (default: 20)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: cpu)")
+    add_plugins(parser)
     return parser
 
 

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from vitrim.cli import checks, guard, hardware
+from vitrim.cli import checks, guard, hardware, plugins
 from vitrim.cli.arguments import PATHS, at_home, quoted
 from vitrim.cli.checks import Config
 from vitrim.cli.config_files import CONF, leaves
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 GROUPS = ("model", "method", "data", "trainer")
+_FOLDER = ("--config-dir", "-cd")
 TO_TIMM = ("model.args", "data.augmentation")
 """Keys whose children are arguments of timm's functions, those that conf/ does not name as well."""
 
@@ -60,6 +61,7 @@ def build_job(cfg: DictConfig) -> Job:
     expand_home(cfg)
     raw = cast(Config, OmegaConf.to_container(cfg, resolve=False))
     check_groups(cfg)
+    plugins.use(raw["plugins"], Path(HydraConfig.get().runtime.cwd))
     take_over(cfg)
     built, wrong = _build(cfg, GROUPS)
     problems = [
@@ -207,10 +209,20 @@ def _build(
             wrong = [] if group in saved else _wrong_keys(cast(Config, values), group)
             problems += wrong
             if not wrong:
-                built[group] = instantiate(values, _convert_="all")
+                built[group] = _built(group, values)
         except (InstantiationException, OmegaConfBaseException, ConfigError) as error:
             problems.append(_reason(error, group))
     return built, problems
+
+
+def _built(group: str, values: object) -> object:
+    """Return what a group builds; data of other packages as runs read them."""
+    value = instantiate(values, _convert_="all")
+    if group != "data":
+        return value
+    from vitrim.data.own import as_data
+
+    return as_data(value)
 
 
 def _wrong_keys(values: Config, group: str) -> list[str]:
@@ -248,6 +260,7 @@ def compose_for_run(
             del cfg.hydra
             cfg.model = _model_of(recipe)
         expand_home(cfg)
+        plugins.use(OmegaConf.to_container(cfg, resolve=False)["plugins"], Path.cwd())  # type: ignore[index,call-overload]
         raw = cast(Config, OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, arguments, config)) from None
@@ -341,9 +354,15 @@ def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]
     """Return the keys below `parent`, or below its nearest ancestor, in what was asked for."""
     kinds = (*GROUPS, "experiment")
     groups = [arg for arg in arguments if arg.partition("=")[0] in kinds and "," not in arg]
+    folders = [at_home(arguments[at + 1]) for at, word in enumerate(arguments) if word in _FOLDER]
+    if folders:
+        groups.append(f"hydra.searchpath=[{','.join(f'file://{path}' for path in folders)}]")
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = hydra.compose(config, overrides=groups)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = hydra.compose(config, overrides=groups)
+    except HydraException:  # a choice is wrong as well
+        return []
     while parent and OmegaConf.select(cfg, parent) is None:
         parent = parent.rpartition(".")[0]
     return [str(key) for key in (OmegaConf.select(cfg, parent) if parent else cfg)]

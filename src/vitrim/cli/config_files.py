@@ -139,6 +139,11 @@ def check_content(file: Path, content: dict[str, object]) -> None:
                 f"{file}: {where}: a file may only name a folder below the current one: out=DIR on "
                 "the command line"
             )
+        elif key.split(".")[0] == "plugins" and value != []:
+            raise ConfigError(
+                f"{file}: {where}: a file must not name plugins, whose code is run: "
+                "plugins=[PACKAGE] on the command line"
+            )
         elif key == "data.download" and value is not False:
             raise ConfigError(f"{file}: {where}: only the command line starts a download")
         elif isinstance(value, str) and "${" in value:

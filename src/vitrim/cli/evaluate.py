@@ -60,8 +60,8 @@ def evaluate(folder: Path, arguments: Sequence[str]) -> tuple[Path, dict[str, An
     from vitrim.versions import versions
 
     check_run(folder)
-    net = load(folder)[0].float()  # the images are in float32
     chosen = evaluation(folder, arguments)
+    net = load(folder)[0].float()  # the images are in float32
     path = folder / "eval" / f"{_name(chosen.config, chosen.settings)}.json"
     result = {
         "format": 1,

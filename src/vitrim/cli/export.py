@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrim.cli.arguments import count_of, folder_name, show_every_character, use_utf8
+from vitrim.cli.arguments import (
+    add_plugins,
+    count_of,
+    folder_name,
+    import_plugins,
+    show_every_character,
+    use_utf8,
+)
 from vitrim.deploy import export as module
 from vitrim.deploy.export import FILES, PRECISIONS, check_precision, export
 from vitrim.errors import ConfigError, VitrimError
@@ -28,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show_every_character()
     options = _parser().parse_intermixed_args(argv)
     try:
+        import_plugins(options.plugins)
         path, error = export(
             options.run,
             options.format,
@@ -67,7 +75,8 @@ def _images(options: argparse.Namespace) -> Images | None:
         )
     from vitrim.cli.calibration import images_for
 
-    return images_for(options.run, options.choices, options.calibration_images)
+    named = [f"plugins=[{','.join(options.plugins)}]"] if options.plugins else []
+    return images_for(options.run, [*named, *options.choices], options.calibration_images)
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -123,4 +132,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side of the images (default: the run's); for networks that take any size",
     )
+    add_plugins(parser)
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import wraps
 from importlib import import_module
@@ -58,9 +58,12 @@ NO_OUTPUT = "eval"
 """The configuration of a command in which Hydra writes nothing, whatever its settings are."""
 Loaded = ConfigResult | None
 """What Hydra reads from a file, if there is one."""
+_WAY_IN = "; plugins=[PACKAGE] on the command line allows classes of a package of your own"
 _OWN = ("model", "method", "data")
 """Groups whose objects may come from a trusted package."""
 _trusted: list[str] = []
+_named: list[str] = []
+"""Trusted packages: by Python code, and by the command line of this run."""
 
 
 def trust(package: str) -> None:
@@ -69,6 +72,19 @@ def trust(package: str) -> None:
     Python code and the command line decide on this; no configuration file can.
     """
     _trusted.append(f"{package}.")
+
+
+def trust_named(packages: Sequence[str]) -> None:
+    """Let `_target_` name classes of exactly these packages, beside those that are trusted.
+
+    They may be dataclasses and LightningDataModules.
+    """
+    _named[:] = [f"{package}." for package in packages]
+
+
+def named() -> list[str]:
+    """Return the packages that the command line of this run names."""
+    return [package.removesuffix(".") for package in _named]
 
 
 def install() -> None:
@@ -213,15 +229,15 @@ def check_targets(node: object, where: str) -> None:
             check_targets(item, f"{where}.{index}")
     if not isinstance(node, dict):
         return
-    allowed = BUILT_BY.get(where, ()) + tuple(_trusted if where in _OWN else ())
+    allowed = BUILT_BY.get(where, ()) + tuple((*_trusted, *_named) if where in _OWN else ())
     if allowed and not str(node.get("_target_")).startswith(allowed):
         raise ConfigError(
             f"{where}._target_={shown(node.get('_target_'))}: expected {' or '.join(allowed)}"
+            f"{_WAY_IN if where in _OWN else ''}"
         )
     if "_target_" in node and not _is_allowed(node["_target_"]):
         raise ConfigError(
-            f"{where}._target_={shown(node['_target_'])}: expected a dataclass where "
-            f"vitrim. defines it, {', '.join(FUNCTIONS)}, or a class of {', '.join(CLASSES)}"
+            f"{where}._target_={shown(node['_target_'])}: {_why_not(node['_target_'])}"
         )
     for key, value in node.items():
         check_targets(value, f"{where}.{key}")
@@ -232,7 +248,7 @@ def _is_allowed(target: object) -> bool:
     if not isinstance(target, str) or "._" in target:
         return False
     module, _, name = target.rpartition(".")
-    ours = f"{module}.".startswith(("vitrim.", *_trusted))
+    ours = f"{module}.".startswith(("vitrim.", *_trusted, *_named))
     if target in FUNCTIONS:
         return True
     if not ours and (module not in CLASSES or name not in (CLASSES[module] or (name,))):
@@ -243,5 +259,35 @@ def _is_allowed(target: object) -> bool:
         return False
     home = value.__module__ if isclass(value) else ""
     if ours:
-        return home == module and is_dataclass(value)
+        own = is_dataclass(value) or f"{module}.".startswith((*_trusted, *_named))
+        return home == module and own and _is_data(value)
     return home.partition(".")[0] == module.partition(".")[0]
+
+
+def _is_data(value: object) -> bool:
+    """Whether a class is a dataclass, or a LightningDataModule."""
+    if is_dataclass(value):
+        return True
+    from vitrim.data.own import is_data_module
+
+    return isclass(value) and is_data_module(value)
+
+
+def _why_not(target: object) -> str:
+    """Return why an address is not allowed, and what is."""
+    module, _, name = str(target).rpartition(".")
+    if not f"{module}.".startswith((*_trusted, *_named)):
+        return (
+            f"expected a dataclass where vitrim. defines it, {', '.join(FUNCTIONS)}, or a class of "
+            f"{', '.join(CLASSES)}{_WAY_IN}"
+        )
+    try:
+        value = getattr(import_module(module), name)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error})"
+    except AttributeError:
+        return f"{module} has no {name}"
+    home = value.__module__ if isclass(value) else module
+    if home != module:
+        return f"expected {home}.{name}, where it is defined"
+    return "expected a dataclass or a LightningDataModule"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from vitrim.cli import guard, plugins
 from vitrim.cli.checks import Config, network_digest
 from vitrim.cli.compose import GROUPS, choice
 from vitrim.cli.earlier import earlier_run
@@ -38,6 +39,9 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
     recipe = identifying(resolved, contents)
     if listing(job.data) > 1:
         recipe["data"]["listing"] = listing(job.data)
+    of_plugins = _plugins(resolved, job)
+    for group, packages in of_plugins.items():
+        recipe[group]["plugins"] = packages
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
     if isinstance(job.method, Revised) and job.method.revision > 1:
         recipe["revision"] = job.method.revision
@@ -71,6 +75,7 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
             "series": series,
             "variant": _variant(job),
             **_limits(resolved),
+            **({"plugins": of_plugins} if of_plugins else {}),
             **_checkpoint_facts(job),
             **versions(),
         },
@@ -91,6 +96,21 @@ def contents_of(cfg: DictConfig, job: Job) -> Contents:
         start=network_digest(cfg.from_run),
         images=content(job.data),
     )
+
+
+def _plugins(resolved: Config, job: Job) -> dict[str, list[str]]:
+    """Return the packages of others that build a part of the run, by its group."""
+    import timm
+
+    packages = guard.named()
+    used = {group: plugins.used_by(resolved[group], packages) for group in GROUPS}
+    name = str(getattr(job.model, "name", "")).split(".")[0]
+    if timm.is_model(name):
+        home = f"{timm.model_entrypoint(name).__module__}."
+        used["model"] += [
+            p for p in packages if home.startswith(f"{p}.") and p not in used["model"]
+        ]
+    return {group: sorted(found) for group, found in used.items() if found}
 
 
 def _limits(resolved: Config) -> dict[str, object]:

@@ -50,6 +50,7 @@ INSTEAD: Mapping[str, str] = {
     "data.augmentation.std": "set model.std",
 }
 """Key that a run would ignore or overrule: what to set instead."""
+_OF_TIMM = ("augmentation", "mixing")
 _OPEN = ("model.args",)
 """Mappings whose keys are checked by the network that takes them."""
 _NOT_TRAINING = (
@@ -101,12 +102,20 @@ def _of_call(node: Config, where: str) -> Iterator[str]:
     parameters = signature(function).parameters.values()
     taken = [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
     if len(taken) < len([*parameters]):  # data=none takes the settings of any images
-        taken += _of_any_data() if where == "data" else [key for key in node if key != "_target_"]
+        none = node["_target_"] == "vitrim.data.none"
+        taken += _of_any_data() if none else [key for key in node if key != "_target_"]
         yield from _surplus(node, taken, where)
         return
     yield from _surplus(node, taken, where)
     for key, child in node.items():
+        if key in _OF_TIMM and where == "data" and not _is_for_timm(function):
+            continue
         yield from _of_child(child, f"{where}.{key}", _hint(function, key))
+
+
+def _is_for_timm(function: object) -> bool:
+    """Whether the mappings augmentation and mixing of a data set are arguments of timm."""
+    return getattr(function, "__module__", "").startswith("vitrim.") or hasattr(function, "splits")
 
 
 def _of_child(child: object, where: str, hint: object) -> Iterator[str]:
@@ -116,7 +125,7 @@ def _of_child(child: object, where: str, hint: object) -> Iterator[str]:
         yield from _of_call(child, where)
     elif where in _OPEN:
         yield from (f"unknown key {k}: {INSTEAD[k]}" for k in _below(child, where) if k in INSTEAD)
-    elif where in ("data.augmentation", "data.mixing"):
+    elif where in [f"data.{key}" for key in _OF_TIMM]:
         yield from _surplus(child, _of_timm(where), where, special=())
     elif is_typeddict(hint):
         yield from _surplus(child, get_type_hints(hint), where, special=())

@@ -18,7 +18,7 @@ LATENCY_TARGETS = ("latency", "latency_ms")
 """Targets that depend on where they were measured."""
 ADDED_TARGETS = (*LATENCY_TARGETS, "size_mb")
 """Targets that later versions added; recipes have them only where they are set."""
-NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep")
+NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep", "plugins")
 """Keys that change where and how a run works, not its result."""
 NOT_TRAINER = (
     *("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches"),

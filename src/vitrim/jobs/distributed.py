@@ -27,6 +27,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from vitrim.errors import ConfigError, VitrimError, shown
 from vitrim.jobs import signals
+from vitrim.jobs.watch import watched
 
 T = TypeVar("T")
 PATIENCE = "VITRIM_PROCESS_MINUTES"
@@ -151,8 +152,9 @@ def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
         environment.set_global_rank(int(os.environ["LOCAL_RANK"]))
     try:
         _join(environment, children)
-        yield
-        dist.barrier()
+        with watched(children, lambda: _lost(children, "one has ended")):
+            yield
+            dist.barrier()
     except RuntimeError as error:
         if not is_lost_message(error):
             raise

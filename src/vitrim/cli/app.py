@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitrim import __version__
-from vitrim.cli import checks, guard
+from vitrim.cli import checks, guard, launcher
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
 from vitrim.cli.config_files import CONF
@@ -98,7 +98,7 @@ def _set_up(cfg: DictConfig) -> tuple[Job, Contents, Identity, Path]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
-def _job(cfg: DictConfig) -> str:
+def _job(cfg: DictConfig) -> str | launcher.Work:
     hydra_cfg = HydraConfig.get()
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
@@ -106,9 +106,12 @@ def _job(cfg: DictConfig) -> str:
         check_groups(cfg)
         checks.one_process(cfg.trainer)
         out = Path(cfg.out).absolute()
-        return sweep.run_job(_job_arguments(), out=out, minutes=cfg.sweep.minutes)
+        work = partial(sweep.run_job, _job_arguments(), out=out, minutes=cfg.sweep.minutes)
+        if hydra_cfg.launcher._target_ == launcher.BASIC:
+            return lambda place: work(place=place)
+        return work()
     if submitted:
-        return str(slurm.run_in_job(partial(run, cfg)))
+        return str(slurm.run_in_job(partial(run, cfg), wait_minutes=cfg.sweep.wait_minutes))
     try:
         return str(run(cfg))
     except _user_errors() as error:
@@ -171,6 +174,7 @@ def main() -> None:
         try:
             sys.argv[1:] = prepared(sys.argv[1:])
             slurm.prepare(sys.argv[1:])
+            launcher.register()
             _job()
             signals.raise_if_stopped()
         except _user_errors() as error:

@@ -90,6 +90,11 @@ def check_keys(cfg: Config) -> list[str]:
         wrong.append(f"checkpoint.minutes={shown(every)}: expected a number from 0 on")
     if limit is not None and not is_positive(limit):
         wrong.append(f"sweep.minutes={shown(limit)}: expected null or a number above 0")
+    jobs, wait = cfg["sweep"]["jobs"], cfg["sweep"]["wait_minutes"]
+    if jobs is not None and not is_count(jobs):
+        wrong.append(f"sweep.jobs={shown(jobs)}: expected null or a whole number from 1 on")
+    if wait is not None and not is_positive(wait):
+        wrong.append(f"sweep.wait_minutes={shown(wait)}: expected null or a number above 0")
     return [*wrong, *_check_quantize(cfg)]
 
 

@@ -49,7 +49,8 @@ def register_resolvers() -> None:
         if "replace" in inspect.signature(OmegaConf.register_resolver).parameters
         else OmegaConf.register_new_resolver
     )
-    register("gpus_per_node", slurm.gpus_per_node, replace=True)  # of hydra/launcher/slurm.yaml
+    for function in (slurm.tasks_per_node, slurm.gpus_per_node):  # of hydra/launcher/slurm.yaml
+        register(function.__name__, function, replace=True)
 
 
 def build_job(cfg: DictConfig) -> Job:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from vitrim.errors import ConfigError
 from vitrim.files import check_yaml
 
-RESOLVERS = ("oc.select", "oc.create", "gpus_per_node", "hydra", "now", "python_version")
+OF_SLURM = ("gpus_per_node", "tasks_per_node")
+RESOLVERS = ("oc.select", "oc.create", *OF_SLURM, "hydra", "now", "python_version")
 """Resolvers that an interpolation may call."""
 MAX_VALUES = 2**17
 """Values, and 32 characters of text each, that a configuration may have when it is resolved."""
@@ -21,6 +22,7 @@ _KEY = re.compile(r"\.*[\w-][\w\-/@.\[\]]*")
 _LITERAL = re.compile(r"\$\{oc\.create:'([^'$\\]*)'\}")
 _PLACE = "\0"
 """What stands for an interpolation within another one."""
+_WORDS = re.compile(rf"({_PLACE}|[\w\s,-])*")
 
 Path = tuple[str | int, ...]
 
@@ -61,7 +63,7 @@ def _keys(content: str) -> list[str]:
             return [first]
         case "hydra" if _KEY.fullmatch(arguments):
             return [f"hydra.{arguments}"]
-        case "gpus_per_node" if re.fullmatch(rf"[\w\s,-]*|({_PLACE}|[\w\s,-])*", arguments):
+        case function if function in OF_SLURM and _WORDS.fullmatch(arguments):
             return []
         case "now" if re.fullmatch(r"[%A-Za-z_:./ -]{1,40}", arguments):
             return []

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vitrim.errors import VitrimError
 from vitrim.jobs import signals
@@ -24,13 +25,29 @@ class JobError(VitrimError):
     """A job of a sweep that did not finish."""
 
 
+class Place(NamedTuple):
+    """What a job gets besides its arguments: variables of its environment, and further words."""
+
+    environment: Mapping[str, str]
+    words: Sequence[str]
+
+
+ALONE = Place({}, ())
+
+
 def refuse_nested() -> None:
     """Raise JobError in a job of a sweep, which must not start jobs of its own."""
     if STATUS_COPY in os.environ:
         raise JobError("a job of a sweep cannot be a sweep: remove hydra.mode=MULTIRUN")
 
 
-def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> str:
+def run_job(
+    arguments: Sequence[str],
+    *,
+    out: Path,
+    minutes: float | None,
+    place: Place = ALONE,
+) -> str:
     """Run `vitrim` with `arguments` and return the path of its report.
 
     A file per job in `out`/sweeps/ records how it ended. A request to stop is passed on.
@@ -39,6 +56,7 @@ def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> st
         arguments: the command line of the job.
         out: root of the run folders.
         minutes: after which the job is stopped; None: never.
+        place: what the job gets besides.
 
     Raises:
         JobError: the job failed, was killed, or took too long.
@@ -50,7 +68,8 @@ def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> st
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / STATUS
         write_json(record, {"job": list(arguments), "status": "RUNNING"})
-        code, timed_out = _run(arguments, copy, minutes)
+        variables = {**place.environment, STATUS_COPY: str(copy)}
+        code, timed_out = _run([*arguments, *place.words], variables, minutes)
         child = read_status(copy)
     status, reason = _outcome(code, child, timed_out=timed_out, minutes=minutes)
     if status == "FAILED" and "folder" in child:
@@ -64,11 +83,13 @@ def run_job(arguments: Sequence[str], *, out: Path, minutes: float | None) -> st
     return str(Path(str(child["folder"])) / "report.json")
 
 
-def _run(arguments: Sequence[str], copy: Path, minutes: float | None) -> tuple[int, bool]:
+def _run(
+    arguments: Sequence[str], variables: Mapping[str, str], minutes: float | None
+) -> tuple[int, bool]:
     """Return the exit code of the job, and whether it was stopped because it took too long."""
     child = subprocess.Popen(
         [sys.executable, "-m", "vitrim", *arguments],
-        env={**os.environ, STATUS_COPY: str(copy), signals.PARENT: str(os.getpid())},
+        env={**os.environ, **variables, signals.PARENT: str(os.getpid())},
         start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
     )
     deadline = None if minutes is None else time.monotonic() + 60 * minutes

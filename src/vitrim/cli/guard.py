@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitrim.cli import config_files
+from vitrim.cli import config_files, loaded
 from vitrim.cli.hydra_settings import check_hydra, check_out, check_output
 from vitrim.cli.interpolations import check_size, references
 from vitrim.errors import ConfigError, VitrimError, shown
@@ -129,13 +129,14 @@ def _with_checked_file(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @wraps(load)
     def checked(repository: ConfigRepository, config_path: str) -> Loaded:
         source = repository._find_object_source(config_path, ObjectType.CONFIG)
+        key = loaded.version(source, config_path)
         if source is None or source.scheme() != "file":
-            return load(repository, config_path)
+            return loaded.once(key, lambda: load(repository, config_path))
         file = Path(source.path, source._normalize_file_name(config_path))
         if not config_files.is_own(file):
             config_files.check_file(file, Path(source.path))
         try:
-            return load(repository, config_path)
+            return loaded.once(key, lambda: load(repository, config_path))
         except (yaml.YAMLError, OmegaConfBaseException, OSError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{file}: not a plain configuration: {reason}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +82,9 @@ class _DigitsLoaders(Loaders):
     def __init__(self, digits: Digits, spec: ImageSpec) -> None:
         super().__init__()
         self.digits = digits
-        source = load_digits()
-        pixels = torch.tensor(source.images, dtype=torch.float32)[:, None] / 16
+        pixels, labels = _pixels_and_labels()
         images = (pixels - spec.mean[0]) / spec.std[0]
         self.background = float(images.min())
-        labels = torch.tensor(source.target, dtype=torch.int64)
         rows = train_test_split(
             range(len(labels)), test_size=digits.held_out, stratify=labels, random_state=0
         )
@@ -142,6 +141,14 @@ class _MovedDigits(Dataset[tuple[Tensor, Tensor]]):
         shift, rotation = self.digits.shift, self.digits.rotation
         (moved,) = _jitter((image - self.background)[None], shift, rotation)
         return moved + self.background, label
+
+
+@cache  # the text file takes longer to read than a batch to classify
+def _pixels_and_labels() -> tuple[Tensor, Tensor]:
+    """Return all digits (1797, 1, 8, 8), from 0 to 1, and their labels (1797,)."""
+    source = load_digits()
+    pixels = torch.tensor(source.images, dtype=torch.float32)[:, None] / 16
+    return pixels, torch.tensor(source.target, dtype=torch.int64)
 
 
 def _jitter(images: Tensor, shift: float, rotation: float) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities import registry
 from torch import Tensor, nn
 
 from vitrim import Keep, Plan
@@ -45,6 +47,7 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("vitrim"), max_examples=100)
 settings.load_profile("vitrim")
 torch.set_num_threads(1)  # networks this small are slower on two
+registry.entry_points = cache(metadata.entry_points)  # each Trainer reads those of all packages
 
 SIZE = 32
 TINY = {

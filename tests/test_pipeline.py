@@ -51,7 +51,7 @@ identity = vitrim.Identity(
 )
 folder = out / "run"
 folder.mkdir()
-report = vitrim.compress(job, identity, folder)
+report = vitrim.run(job, identity, folder)
 net, plan = vitrim.load(folder)
 assert plan.method == "fskd"
 assert report["kept"]["macs"] <= 0.8

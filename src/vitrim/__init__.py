@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vitrim.api.compress import Compressed as Compressed
+    from vitrim.api.compress import compress as compress
     from vitrim.measure import count as count
     from vitrim.model.huggingface import from_hf as from_hf
     from vitrim.network.masking import masked as masked
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from vitrim.network.surgery import cut as cut
     from vitrim.pipeline import Identity as Identity
     from vitrim.pipeline import Job as Job
-    from vitrim.pipeline import compress as compress
+    from vitrim.pipeline import run as run
     from vitrim.plan import Drop as Drop
     from vitrim.plan import Evidence as Evidence
     from vitrim.plan import Int8 as Int8
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "compress": "vitrim.pipeline",
+    "compress": "vitrim.api.compress",
+    "Compressed": "vitrim.api.compress",
+    "run": "vitrim.pipeline",
     "Job": "vitrim.pipeline",
     "Identity": "vitrim.pipeline",
     "load": "vitrim.store",

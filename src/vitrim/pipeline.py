@@ -2,7 +2,8 @@
 
     dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> evaluated, saved
 
-`compress` is that line. It knows no Hydra: `vitrim.cli` turns a command line into its arguments.
+`run` is that line. It knows no Hydra: `vitrim.cli` turns a command line into its arguments, and
+`vitrim.api` a network at hand.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Job:
         progress: whether progress bars are shown.
         checkpoint_minutes: between two checkpoints within a phase.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
+        evaluates: whether the networks are evaluated on labelled images.
     """
 
     model: Timm
@@ -99,6 +101,7 @@ class Job:
     progress: bool
     checkpoint_minutes: float
     batchnorm_images: int
+    evaluates: bool = True
 
     @property
     def retrains(self) -> bool:
@@ -133,7 +136,7 @@ class Identity:
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
-class Compressed(NamedTuple):
+class CutNetwork(NamedTuple):
     """A compact network right after the cut, its plan, and the phases that are to follow."""
 
     net: nn.Module
@@ -142,7 +145,7 @@ class Compressed(NamedTuple):
     recovery: Iterable[Phase] = ()
 
 
-def compress(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
+def run(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
     """Compress the network of `job` into `folder` and return the report.
 
     The folder gets plan.json, model.safetensors, manifest.json and report.json. Phases that were
@@ -198,6 +201,7 @@ def _runner(job: Job, identity: Identity, folder: Path) -> PhaseRunner | None:
         progress=job.progress,
         checkpoint_minutes=job.checkpoint_minutes,
         batchnorm_images=job.batchnorm_images,
+        evaluates=job.evaluates,
     )
 
 
@@ -234,13 +238,13 @@ def _compressed(
     dense: nn.Module,
     cost: Cost,
     folder: Path,
-) -> Compressed:
+) -> CutNetwork:
     """Score, plan and cut; where everything may remain, copy the network to start from."""
     start = job.start or Start(dense, IDENTITY)
     if job.target.is_identity:
         net = cut(start.net, IDENTITY)
         recovery = _recovery(job, runner, net, dense, Evidence()) if job.retrains else ()
-        return Compressed(net, start.plan, Proposal(edits=()), recovery)
+        return CutNetwork(net, start.plan, Proposal(edits=()), recovery)
     own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
     prune = Prune(job.method, own_cost, job.target, name=identity.method)
     scorer = scorer_of(job.method, copy.deepcopy(start.net), own_cost, job.target)
@@ -251,7 +255,7 @@ def _compressed(
         image_grid(prune.evidence.synthetic, job.model.spec(), folder / "synthetic.png")
     edited = bool(prune.plan.edits)
     recovery = _recovery(job, runner, prune.compact, dense, prune.evidence) if edited else ()
-    return Compressed(prune.compact, plan, prune.proposal, recovery)
+    return CutNetwork(prune.compact, plan, prune.proposal, recovery)
 
 
 def _score(scorer: Scorer, prune: Prune, runner: PhaseRunner | None, identity: Identity) -> None:
@@ -276,7 +280,7 @@ def _recovery(
 def _stages(
     job: Job,
     runner: PhaseRunner | None,
-    compressed: Compressed,
+    compressed: CutNetwork,
     dense_accuracy: Accuracy,
     folder: Path,
 ) -> dict[str, Accuracy]:
@@ -303,10 +307,10 @@ def _stage_name(phase: Phase, stages: Iterable[str]) -> str:
 def _with_int8_layers(
     job: Job,
     runner: PhaseRunner | None,
-    compressed: Compressed,
+    compressed: CutNetwork,
     stages: dict[str, Accuracy],
     folder: Path,
-) -> Compressed:
+) -> CutNetwork:
     """Return the network with the int8 layers of its plan, once it is trained; a stage of its own.
 
     A network to start from has none.
@@ -344,7 +348,7 @@ def _final_plan(job: Job, identity: Identity, plan: Plan) -> Plan:
 
 
 def _save(
-    compressed: Compressed, plan: Plan, int8: Mapping[str, quantize.Quantized], folder: Path
+    compressed: CutNetwork, plan: Plan, int8: Mapping[str, quantize.Quantized], folder: Path
 ) -> None:
     """Save the compact network with its plan and diagnostics, and each int8 network in a folder."""
     save(folder, compressed.net, plan)

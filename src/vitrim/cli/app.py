@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> Path:
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
-    from vitrim.pipeline import compress
+    from vitrim.pipeline import run as compress
 
     job, contents, identity, folder = _set_up(cfg)
     report = folder / "report.json"

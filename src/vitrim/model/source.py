@@ -174,7 +174,7 @@ class Timm:
         if self.num_classes is not None:
             arguments["num_classes"] = self.num_classes
         sides = _sides(self.image_size)
-        if sides is not None and not _takes_any_size(self.name):
+        if sides is not None and not takes_any_size(self.name):
             height, width = sides
             arguments["img_size"] = height if height == width else [height, width]
         return arguments
@@ -222,7 +222,7 @@ def _check_pixels(
         )
 
 
-def _takes_any_size(name: str) -> bool:
+def takes_any_size(name: str) -> bool:
     """Whether the network pools a map of any size, and has no argument for the image size."""
     config = timm.get_pretrained_cfg(name)
     return config is not None and not config.fixed_input_size and config.pool_size is not None

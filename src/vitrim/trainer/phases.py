@@ -82,6 +82,7 @@ class PhaseRunner:
         progress: whether progress bars are shown.
         checkpoint_minutes: between two checkpoints within a phase.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
+        evaluates: whether networks are evaluated.
     """
 
     trainer: Callable[..., Trainer]
@@ -93,6 +94,7 @@ class PhaseRunner:
     progress: bool
     checkpoint_minutes: float
     batchnorm_images: int
+    evaluates: bool = True
 
     def run_or_load(
         self,
@@ -216,8 +218,10 @@ class PhaseRunner:
         for batch in cast(Iterable[Sequence[Tensor]], self._calibration(images)):
             yield batch[0]
 
-    def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float]:
+    def evaluate(self, folder: Path, net: nn.Module, n_classes: int) -> dict[str, float] | None:
         """Return the `accuracy` of `net`, which is saved in `folder` and computed only once."""
+        if not self.evaluates:
+            return None
         known = folder / "accuracy.json"
         with lock(folder):
             main = distributed.is_main_process()
@@ -229,8 +233,13 @@ class PhaseRunner:
                     write(known, lambda path: path.write_text(text))
         return accuracy
 
-    def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float]:
-        """Return top-1 and top-5 of `net` in percent, and the number of `images` evaluated."""
+    def accuracy(self, net: nn.Module, n_classes: int) -> dict[str, float] | None:
+        """Return top-1 and top-5 of `net` in percent, and the number of `images` evaluated.
+
+        None where networks are not evaluated.
+        """
+        if not self.evaluates:
+            return None
         signals.raise_if_stopped()
         resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes, resumes_at="never")
         with quiet_lightning():

@@ -7,7 +7,19 @@ import argparse
 import torch
 from rich.console import Console
 
-from . import attention, cut, export, gates, joint, load, lowrank, oneshot, resume, trials
+from . import (
+    attention,
+    cut,
+    export,
+    gates,
+    joint,
+    listing,
+    load,
+    lowrank,
+    oneshot,
+    resume,
+    trials,
+)
 from .timing import table
 
 BENCHMARKS = {
@@ -21,6 +33,7 @@ BENCHMARKS = {
     "trials": trials,
     "export": export,
     "resume": resume,
+    "listing": listing,
 }
 
 
@@ -40,7 +53,14 @@ def main() -> None:
         default=1,
         help="of torch; on a machine that others use, one thread gives the steadiest ratios",
     )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=listing.IMAGES,
+        help="files that listing makes and removes; 1280000: as many as ImageNet has",
+    )
     args = parser.parse_args()
+    listing.IMAGES = args.images
     unknown = sorted(set(args.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected names of {', '.join(BENCHMARKS)}")

@@ -76,9 +76,9 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(root: Path) -> Non
     assert opened(root, 6).sample_names == opened(root, 6).sample_names
     assert len({tuple(opened(root, 6, seed).sample_names) for seed in range(5)}) == 5
     dataset = opened(root, None).train.dataset
-    names = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
+    names = [Path(path).relative_to(root).as_posix() for path in dataset.paths]
     rows = random.Random(1).sample(range(len(names)), len(names))
-    dataset.samples = [dataset.samples[row] for row in rows]
+    dataset.paths = [dataset.paths[row] for row in rows]
     mixed = few_shot(
         dataset,
         classes=dict(enumerate("abcd")),
@@ -88,7 +88,7 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(root: Path) -> Non
         seed=0,
     )
     assert mixed.names == opened(root, 6).sample_names
-    assert [Path(dataset.samples[index][0]).name for index in mixed.indices] == [
+    assert [Path(dataset.paths[index]).name for index in mixed.indices] == [
         Path(name).name for name in mixed.names
     ]
 

@@ -15,8 +15,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
+import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -138,8 +139,7 @@ class Loaders(LightningDataModule, ABC):
     ) -> ResumableLoader:
         """Return full batches of `dataset` without `left_out`, reshuffled every epoch."""
         if self.left_out:
-            left_out = frozenset(self.left_out)
-            dataset = subset(dataset, [i for i in range(len(dataset)) if i not in left_out])
+            dataset = subset(dataset, _all_but(len(dataset), self.left_out))
         return self._loader(dataset, batch_size, workers, shuffle=True)
 
     def in_order(
@@ -166,14 +166,23 @@ class Loaders(LightningDataModule, ABC):
         return ResumableLoader(dataset, batches, workers=workers)
 
 
-def sample_indices(size: int, samples: int, seed: int) -> list[int]:
+def sample_indices(size: int, samples: int, seed: int) -> Sequence[int]:
     """Return `samples` of `size` indices, or all of them, drawn by `seed`, ascending."""
-    return sorted(random.Random(seed).sample(range(size), min(samples, size)))
+    if samples >= size:
+        return range(size)
+    return sorted(random.Random(seed).sample(range(size), samples))
+
+
+def _all_but(size: int, indices: Collection[int]) -> Sequence[int]:
+    """Return the other indices of `size`, ascending, without a Python object for each."""
+    others = np.ones(size, dtype=bool)
+    others[np.fromiter(indices, np.int64, len(indices))] = False
+    return cast(Sequence[int], np.flatnonzero(others))
 
 
 def _split_indices(
     size: int, samples: int, seed: int, held_out: float
-) -> tuple[list[int], list[int]]:
+) -> tuple[Sequence[int], list[int]]:
     """Return which of `size` images are trained on, and which are held out."""
     n = min(samples, size)
     n_last = n_held_out(n, held_out)
@@ -183,8 +192,8 @@ def _split_indices(
             "out: use more images (data.samples), or hold out none (held_out=0)"
         )
     first = sample_indices(size, n - n_last, seed)
-    others = sorted({*range(size)} - {*first})
-    return first, [others[i] for i in sample_indices(len(others), n_last, seed)]
+    others = _all_but(size, first)
+    return first, [int(others[i]) for i in sample_indices(len(others), n_last, seed)]
 
 
 @runtime_checkable

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from os.path import commonpath
 from pathlib import Path
 
@@ -11,12 +14,14 @@ from torchvision.datasets import CIFAR10
 from vitrim.data import Data
 from vitrim.data.few_shot import FewShotSubset
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.listing import noted
+from vitrim.data.paths import ascending, checksum_of
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
-from vitrim.files import digest
 
 MAX_SIZES = 1000
 """Files of a split whose sizes are compared, evenly spaced: more would take minutes on a network
 file system."""
+_AT_ONCE = 1000
 
 
 def content(data: Data | None) -> Mapping[str, object] | None:
@@ -49,12 +54,38 @@ def _split(images: object) -> dict[str, object] | None:
 
 
 def _digest(names: Sequence[str], labels: Sequence[int]) -> str:
-    """Return a digest of the files `names`, and of their labels."""
-    shared = commonpath([min(names), max(names)])
-    files = sorted(zip(names, labels, strict=True))
-    entries = [[name[len(shared) :], int(label)] for name, label in files]
-    step = -(-len(files) // MAX_SIZES)
-    return digest([entries, [_size(name) for name, _ in files[::step]]])
+    """Return a digest of the files `names`, and of their labels.
+
+    It is that of [[[name, label], ...], [size, ...]] (`vitrim.files.digest`), without that list.
+    """
+    order = noted("order", names, None, lambda: _order(names))
+    known = names if order is None else [names[index] for index in order]
+    step = -(-len(known) // MAX_SIZES)
+    sizes = [_size(known[index]) for index in range(0, len(known), step)]
+    facts = [checksum_of(labels), sizes]
+    in_order = labels if order is None else [labels[index] for index in order]
+    return noted("content", names, facts, lambda: _digest_of(known, in_order, sizes))
+
+
+def _order(names: Sequence[str]) -> list[int] | None:
+    order = ascending(names)
+    return None if isinstance(order, range) else [*order]
+
+
+def _digest_of(names: Sequence[str], labels: Sequence[int], sizes: Sequence[int]) -> str:
+    shared = len(commonpath([names[0], names[-1]]))
+    content = hashlib.sha256(b"[[")
+    entries = ([name[shared:], int(label)] for name, label in zip(names, labels, strict=True))
+    for number, some in enumerate(_chunks(entries)):
+        content.update(f"{', ' if number else ''}{json.dumps(some)[1:-1]}".encode())
+    content.update(f"], {json.dumps(sizes)}]".encode())
+    return content.hexdigest()[:8]
+
+
+def _chunks(entries: Iterable[object]) -> Iterator[list[object]]:
+    iterator = iter(entries)
+    while some := [*islice(iterator, _AT_ONCE)]:
+        yield some
 
 
 def _size(name: str) -> int:

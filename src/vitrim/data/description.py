@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 from torchvision.datasets.cifar import CIFAR10
 
@@ -12,6 +13,8 @@ from vitrim.data import Data
 from vitrim.data.digits import Digits
 from vitrim.data.few_shot import FewShotSubset
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.listing import noted
+from vitrim.data.paths import Paths, ascending, checksum_of
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
 
 
@@ -29,26 +32,47 @@ def describe_images(data: Data | None) -> dict[str, object]:
         known["content"] = f"digits, {data.held_out:g} held out"
     if isinstance(data, ImageFiles):
         train = data.train.dataset if isinstance(data.train, FewShotSubset) else data.train
-        parts = [_entries(part) for part in (train, data.val)]
-        known["content"] = None if parts[1] is None else _digest(parts)
+        known["content"] = _content(train, data.val)
         known["training_images"] = 0 if data.train is None else len(data.train)
-        known["validation_images"] = len(data.val if parts[1] is None else parts[1])
+        known["validation_images"] = len(data.val.names if _is_known(data.val) else data.val)
     return {"classes": data.n_classes, **known}
 
 
-def _entries(images: object) -> list[str] | None:
+def _content(train: object, val: object) -> str | None:
+    """Return the digest of both splits, from the last time if they are many."""
+    if _is_known(train) and _is_known(val):
+        facts = [checksum_of(train.labels), checksum_of(val.labels), Paths.of(val.names).checksum()]
+        return noted("description", train.names, facts, lambda: _digest([*_lines(train, val)]))
+    parts = [*_lines(train, val)]
+    return None if parts[1] is None else _digest(parts)
+
+
+def _lines(*splits: object) -> Iterator[Sequence[str] | None]:
+    return map(_entries, splits)
+
+
+def _is_known(images: object) -> TypeGuard[TolerantDataset | StrictDataset]:
+    return isinstance(images, TolerantDataset | StrictDataset)
+
+
+def _entries(images: object) -> Sequence[str] | None:
     """Return a line per image, its name and label; None where they are not known."""
-    if isinstance(images, TolerantDataset | StrictDataset):
+    if _is_known(images):
         names = (name.replace(os.sep, "/").rsplit("/", 2)[-2:] for name in images.names)
-        return [f"{'/'.join(n)} {label}" for n, label in zip(names, images.labels, strict=True)]
+        lines = (f"{'/'.join(n)} {label}" for n, label in zip(names, images.labels, strict=True))
+        return Paths.of(lines)
     if isinstance(images, CIFAR10):
         return [str(label) for label in images.targets]
     return None
 
 
-def _digest(parts: Iterable[list[str] | None]) -> str:
+def _digest(parts: Iterable[Sequence[str] | None]) -> str:
     """Return 16 hex digits that identify lines, whatever their order in a part."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update("\n".join([*sorted(part or ()), "", ""]).encode(errors="surrogateescape"))
+        lines = part or ()
+        order = ascending(lines)
+        for line in lines if isinstance(order, range) else (lines[index] for index in order):
+            digest.update(f"{line}\n".encode(errors="surrogateescape"))
+        digest.update(b"\n")
     return digest.hexdigest()[:16]

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from vitrim.data.dataset import Example
+from vitrim.data.listing import Listing, remembered
+from vitrim.data.paths import Labels, Paths
 from vitrim.data.reading import extensions, is_new, read_image
 from vitrim.errors import ConfigError
 
@@ -49,24 +51,18 @@ class ImageList(Dataset[Example]):
     With `exif_orientation` images are turned as their EXIF data says.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], *, exif_orientation: bool) -> None:
+    def __init__(self, paths: Sequence[str], targets: Labels, *, exif_orientation: bool) -> None:
         if not isinstance(exif_orientation, bool):
             raise ConfigError(f"data.exif_orientation={exif_orientation}: expected true or false")
-        self.samples = samples
-        self.targets = [label for _, label in samples]
+        self.paths = paths
+        self.targets = cast(Sequence[int], targets)
         self._exif_orientation = exif_orientation
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        path, label = self.samples[index]
-        return self.loader(path), label
-
-    @property
-    def paths(self) -> list[str]:
-        """The path of every image."""
-        return [path for path, _ in self.samples]
+        return self.loader(self.paths[index]), int(self.targets[index])
 
     def loader(self, path: str) -> Image.Image:
         """Return the image of a file."""
@@ -76,34 +72,59 @@ class ImageList(Dataset[Example]):
 def read_split(folder: Path) -> Split:
     """List the images of a split; hidden folders and those of the system are no classes.
 
+    The listing of many images is kept, and read again while no folder has changed
+    (`vitrim.data.listing`).
+
     Raises:
         ConfigError: the folder cannot be read.
     """
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        folders = [entry.name for entry in entries if entry.is_dir()]
-        classes = [name for name in folders if not _is_ignored(name)]
-        walks = {name: [*_walk(folder / name)] for name in classes}
+        found = remembered(folder, extensions(), lambda: _listing(folder))
     except OSError as error:
         raise ConfigError(f"{folder}: contains no readable class folders ({error})") from None
-    ignored = [name for name in folders if _is_ignored(name)]
-    if ignored:
-        _log.warning("%s: %s: no class, ignored", folder, first(ignored))
-    files = {name: [path for path, hidden in walk if not hidden] for name, walk in walks.items()}
-    images = {name: [path for path in paths if is_image(path)] for name, paths in files.items()}
-    others = {name: _extensions(paths) for name, paths in files.items()}
-    if any(others.values()):
-        in_all = sum(others.values(), Counter[str]())
+    if found.ignored:
+        _log.warning("%s: %s: no class, ignored", folder, first(found.ignored))
+    if any(found.others.values()):
+        in_all = sum(map(Counter, found.others.values()), Counter[str]())
         _log.warning("%s: no images, ignored: %s", folder, _counted(in_all))
-    passed_over = [path for walk in walks.values() for path, hidden in walk if hidden]
+    images, end = {}, 0
+    for name, number in found.classes.items():
+        images[name] = found.paths[end : end + number]
+        end += number
     return Split(
         folder=folder,
         images=images,
-        unread={name: _counted(found) for name, found in others.items() if found},
+        unread={name: _counted(Counter(other)) for name, other in found.others.items() if other},
+        loose=found.loose,
+        differs=found.differs,
+    )
+
+
+def _listing(folder: Path) -> Listing:
+    """List the class folders of a split, one after the other."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    ignored = [name for name in folders if _is_ignored(name)]
+    prefix, parts, directories = f"{folder}{os.sep}", {}, [str(folder)]
+    others, differs = {}, bool(ignored)
+    for name in folders:
+        if _is_ignored(name):
+            continue
+        walk = [*_walk(folder / name, directories)]
+        files = [path for path, hidden in walk if not hidden]
+        images = [path for path in files if is_image(path)]
+        others[name] = dict(_extensions(files))
+        differs = differs or any(is_image(path) for path, hidden in walk if hidden)
+        differs = differs or any(map(is_new, images))
+        parts[name] = Paths.of(images, prefix=prefix)
+    return Listing(
+        paths=Paths.joined([*parts.values()]),
+        classes={name: len(part) for name, part in parts.items()},
+        directories=directories,
+        ignored=ignored,
+        others=others,
         loose=[e.path for e in entries if not e.is_dir() and is_image(e.path)],
-        differs=bool(ignored)
-        or any(map(is_image, passed_over))
-        or any(is_new(path) for paths in images.values() for path in paths),
+        differs=differs,
     )
 
 
@@ -116,9 +137,13 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the path of every file below `folder`, in order, and whether it is hidden."""
+def _walk(folder: Path, directories: list[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the path of every file below `folder`, in order, and whether it is hidden.
+
+    The folders that are read are added to `directories`.
+    """
     for root, _, names in sorted(os.walk(folder, followlinks=True, onerror=_raise)):
+        directories.append(root)
         hidden = any(map(_is_ignored, Path(root).relative_to(folder).parts))
         for name in sorted(names):
             yield f"{root}{os.sep}{name}", hidden or _is_ignored(name)

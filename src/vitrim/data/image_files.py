@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import (
@@ -95,7 +96,9 @@ class ImageFiles:
 
     def _labels(self) -> list[int]:
         sets = (self.train, self.val)
-        return sorted({label for images in sets if images is not None for label in _labels(images)})
+        found = [np.unique(_labels(images)) for images in sets if images is not None]
+        labels: list[int] = np.unique(np.concatenate(found)).tolist()
+        return labels
 
     @property
     def trainable(self) -> bool:

@@ -5,15 +5,19 @@ The validation images may lie in one folder, if a file has their labels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from vitrim.data.class_names import is_numbered, label_index, ordered, split_name
 from vitrim.data.few_shot import FewShotSubset, few_shot
 from vitrim.data.folders import ImageList, Split, first, read_split
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.label_files import read_labels
+from vitrim.data.paths import Paths
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.data.reading import extensions
 from vitrim.errors import ConfigError
@@ -148,13 +152,21 @@ def _image_lists(
     for name, split in splits.items():
         used = [folder for folder in split.images if folder in index]
         _check_images(splits, split, used)
-        samples = [(path, index[folder]) for folder in used for path in split.images[folder]]
-        if not samples:
+        images = {folder: split.images[folder] for folder in used}
+        if not any(images.values()):
             raise ConfigError(
                 f"{split.folder}: contains no image of the requested classes (data.classes)"
             )
-        lists[name] = ImageList(samples, exif_orientation=exif_orientation)
+        prefix = f"{split.folder}{os.sep}"
+        paths = Paths.joined([_as_paths(part, prefix) for part in images.values()])
+        labels = np.repeat([index[f] for f in images], [*map(len, images.values())])
+        targets = labels.astype(np.int32)
+        lists[name] = ImageList(paths, targets, exif_orientation=exif_orientation)
     return lists
+
+
+def _as_paths(images: Sequence[str], prefix: str) -> Paths:
+    return images if isinstance(images, Paths) else Paths.of(images, prefix=prefix)
 
 
 def _check_images(splits: Mapping[str, Split], split: Split, used: Sequence[str]) -> None:
@@ -202,7 +214,11 @@ def _drawn(
     """Return the training images, or the subset of them if `samples` says how many to draw."""
     if images is None or samples is None:
         return images
-    names = [Path(path).relative_to(root).as_posix() for path in images.names]
+    assert isinstance(images.names, Paths)
+    folder = Path(images.names.prefix).relative_to(root).as_posix()
+    names: Sequence[str] = images.names.beginning_with(f"{folder}/")
+    if os.sep != "/":
+        names = [name.replace(os.sep, "/") for name in names]
     return few_shot(
         images, classes=classes, labels=images.labels, names=names, samples=samples, seed=seed
     )

@@ -84,9 +84,9 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
             if self.shuffle or (self.reshuffle and self.epoch)
             else torch.arange(self.size)
         )
-        own = order[self.rank :: self.world].tolist()
+        own = order[self.rank :: self.world]
         for batch in range(self.start, len(self)):
-            indices = own[batch * self.batch_size : (batch + 1) * self.batch_size]
+            indices = own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
             yield [(self.epoch, index) for index in indices]
 
 

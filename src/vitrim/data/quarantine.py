@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import NoReturn, TypedDict
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from vitrim.data.dataset import Example, LabelledImages, Transform, transformed
 from vitrim.data.defects import BadImages, bad_indices, decode, defect_reasons, listed, mislabelled
+from vitrim.data.listing import noted
 from vitrim.errors import ConfigError
 
 MAX_LISTED = 10
@@ -48,9 +49,10 @@ class TolerantDataset(Dataset[Example]):
         self.labels = labels
         self.names = names
         self.transform: Transform | None = None
+        self._labels = np.asarray(labels)
         self._limit = max_bad_images(limit, len(names))
         self._bad = torch.zeros(len(names), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
-        self._bad[mislabelled(names)] = True
+        self._bad[_mislabelled(names)] = True
         self._check_limit()
 
     def __len__(self) -> int:
@@ -81,17 +83,10 @@ class TolerantDataset(Dataset[Example]):
     def _candidates(self, index: int) -> Iterator[int]:
         """Yield `index`, then the other images of its class, beginning with the next one."""
         yield index
-        members = self._members[self.labels[index]]
+        members = np.flatnonzero(self._labels == self._labels[index]).tolist()
         after = bisect(members, index)
         yield from members[after:]
         yield from members[: after - 1]
-
-    @cached_property
-    def _members(self) -> dict[int, list[int]]:
-        members: dict[int, list[int]] = {}
-        for index, label in enumerate(self.labels):
-            members.setdefault(label, []).append(index)
-        return members
 
     def _check_limit(self) -> None:
         indices = self._bad_indices()
@@ -127,8 +122,8 @@ class StrictDataset(Dataset[Example]):
         self.transform: Transform | None = None
         self._skips = evaluation == "skip"
         self._usable: list[Sequence[int]] = []  # at most one item; copies share it
-        if not self._skips and mislabelled(names):
-            self._fail(mislabelled(names))
+        if not self._skips and _mislabelled(names):
+            self._fail(_mislabelled(names))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -167,6 +162,11 @@ class StrictDataset(Dataset[Example]):
             "or remove them, or evaluate on the others with data.bad_images.evaluation=skip"
             f"{listed(defect_reasons(self.dataset, indices, self.names))}"
         )
+
+
+def _mislabelled(names: Sequence[str]) -> list[int]:
+    """Return the indices of images that are named after another class (`mislabelled`)."""
+    return noted("mislabelled", names, None, lambda: mislabelled(names))
 
 
 def max_bad_images(limit: float, size: int) -> int:

@@ -10,6 +10,7 @@ from vitrim.data.dataset import ImageDataset
 from vitrim.data.few_shot import few_shot
 from vitrim.data.folders import ImageList
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.paths import Paths, labels_of
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError
 
@@ -27,7 +28,9 @@ def _joined(parts: Sequence[VisionDataset], *, exif_orientation: bool) -> ImageL
         for part in parts
         for path, label in zip(_image_paths(part), part._labels, strict=True)
     ]
-    return ImageList(samples, exif_orientation=exif_orientation)
+    paths = Paths.of(path for path, _ in samples)
+    targets = labels_of((label for _, label in samples), len(samples))
+    return ImageList(paths, targets, exif_orientation=exif_orientation)
 
 
 def _image_paths(part: VisionDataset) -> Sequence[object]:

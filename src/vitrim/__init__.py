@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitrim.api.compress import Compressed as Compressed
     from vitrim.api.compress import compress as compress
+    from vitrim.deploy.hub import from_pretrained as from_pretrained
+    from vitrim.deploy.hub import push_to_hub as push_to_hub
     from vitrim.measure import count as count
     from vitrim.model.huggingface import from_hf as from_hf
+    from vitrim.network.adapters import adapter_targets as adapter_targets
     from vitrim.network.masking import masked as masked
     from vitrim.network.surgery import combine as combine
     from vitrim.network.surgery import cut as cut
@@ -45,7 +48,10 @@ _HOME = {
     "masked": "vitrim.network.masking",
     "combine": "vitrim.network.surgery",
     "count": "vitrim.measure",
+    "adapter_targets": "vitrim.network.adapters",
     "from_hf": "vitrim.model.huggingface",
+    "from_pretrained": "vitrim.deploy.hub",
+    "push_to_hub": "vitrim.deploy.hub",
     "Prune": "vitrim.prune",
     "Plan": "vitrim.plan",
     "Keep": "vitrim.plan",

@@ -6,6 +6,7 @@ logits are bit-equal to those of the saved network; nothing is downloaded or unp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from vitrim.network.skeleton import skeleton
 from vitrim.network.surgery import cut_
 from vitrim.plan import MAX_BYTES, Plan, check_json, dumps, loads
 
+ARCHITECTURE = "vitrim_compact"
+"""The name by which timm builds a compact network (`vitrim.deploy.compact`)."""
 _MAX_HEADER = 2**20  # bytes of a safetensors header; ViT-g has 60,000
 _LENGTH = 8  # bytes that state the length of the header
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -60,11 +63,20 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
     """
     folder = Path(folder)
     verify(folder, (PLAN, WEIGHTS))
-    plan = loads(read_text(folder / PLAN, MAX_BYTES))
+    text = read_text(folder / PLAN, MAX_BYTES)
+    plan = loads(text)
     net = skeleton(plan)
     state = {name: _aligned(tensor) for name, tensor in read_tensors(folder / WEIGHTS).items()}
     _check_fit(net, state, where=str(folder / WEIGHTS))
-    return assign(net, state, plan).eval(), plan
+    _describe(assign(net, state, plan), json.loads(text))
+    return net.eval(), plan
+
+
+def _describe(net: nn.Module, plan: dict[str, object]) -> None:
+    """Note in `net` what builds it, which timm writes into the folders that it makes."""
+    known: dict[str, object] = net.pretrained_cfg  # type: ignore[assignment]
+    net.pretrained_cfg = net.default_cfg = {**known, "architecture": ARCHITECTURE}  # type: ignore[assignment]
+    net._model_args = {"plan": plan}  # type: ignore[assignment]
 
 
 def assign(net: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> nn.Module:

@@ -455,7 +455,7 @@ def test_the_card_of_a_run_says_what_it_cost_and_how_it_was_made(
     assert done.code == 0, done.message
     folder = Path(done.output.splitlines()[-1])
     assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "config.json", "model.safetensors", "plan.json")
+        *("README.md", "config.json", "manifest.json", "model.safetensors", "plan.json")
     }
     readme, report = (
         (folder / "README.md").read_text(),

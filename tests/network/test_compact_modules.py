@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 from torch import Tensor, nn
 
-from conftest import MODEL, TINY, images, plan_of, randomise, relative_error
-from families import FAMILIES, SWIN
-from vitrim import Drop, LowRank, Plan, cut, load, save
+from compacts import NETS, compact, dense, plan, x
+from conftest import MODEL, TINY, images, relative_error
+from vitrim import LowRank, Plan, cut, load, save
 from vitrim.files import WEIGHTS
-from vitrim.network import branches, sites, structure
 from vitrim.network.attention import GatheredLinear
 
 pytestmark = [
@@ -30,11 +26,6 @@ pytestmark = [
         "Using a non-tuple sequence",
     )
 ]
-NETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": (MODEL["name"], TINY | {"depth": 4}),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN | {"depths": [4, 2]}),
-    **{family: case[:2] for family, case in FAMILIES.items()},
-}
 FAST = ("vit", "swin", "beit", "dinov3")
 each = pytest.mark.parametrize(
     "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in NETS]
@@ -42,43 +33,6 @@ each = pytest.mark.parametrize(
 attentive = pytest.mark.parametrize(
     "family", [f for f in ("vit", "swin", "beit", "eva-02, GluMlp", "swin v2") if f in NETS]
 )
-
-
-@cache
-def dense(family: str) -> nn.Module:
-    name, args = NETS[family]
-    return randomise(timm.create_model(name, pretrained=False, **args))
-
-
-def plan(family: str) -> Plan:
-    """Halve every site unevenly, factorise layers, drop an MLP, an attention and a block."""
-    net, (name, args) = dense(family), NETS[family]
-    described = structure(net)
-    dropped = [*branches(net)[:2], branches(net)[3], branches(net)[4]] if branches(net) else []
-    inside = tuple(f"{name}." for name in dropped)
-    kept = {}
-    for number, site in enumerate(sites(net).values()):
-        if not site.name.startswith(inside or ("-",)) and site.kind != "heads":
-            index = [unit for unit in range(site.size) if unit % 3 != number % 3]
-            first = range(site.head_dims[0] if site.head_dims else 0)
-            kept[site.name] = sorted({*index, *first})
-    ranks = [
-        LowRank(linear=piece, rank=2)
-        for layer in described.layers
-        if not layer.locked_reason and not layer.name.startswith(inside or ("-",))
-        for piece in ([f"{layer.name}.q"] if layer.pieces else [layer.name])
-    ]
-    edits = (*(Drop(branch=name) for name in dropped), *plan_of(kept).edits, *ranks[::3])
-    return Plan(model={"name": name, "args": args}, edits=edits)
-
-
-@cache
-def compact(family: str) -> nn.Module:
-    return cut(dense(family), plan(family))
-
-
-def x(family: str) -> Tensor:
-    return images(int(NETS[family][1].get("img_size", 64)), dtype=torch.float32)
 
 
 def check_translated(family: str, translate: Callable[[nn.Module], nn.Module]) -> None:

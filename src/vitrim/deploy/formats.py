@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vitrim.deploy.card import model_card
-from vitrim.deploy.compact import ARCHITECTURE
+from vitrim.deploy.compact import vitrim_compact
 from vitrim.deploy.runfolder import Document
 from vitrim.deploy.saved import SavedNetwork
 from vitrim.deploy.transformers_folder import loaded, write_folder
 from vitrim.errors import VitrimError
-from vitrim.files import PLAN, WEIGHTS
+from vitrim.files import PLAN, WEIGHTS, write_manifest
 from vitrim.network import fix_input_size
 from vitrim.network.int8 import is_int8
 from vitrim.plan import dumps
@@ -127,7 +127,8 @@ def torch_export(saved: SavedNetwork, path: Path) -> str:
 def timm_folder(saved: SavedNetwork, folder: Path, *, card: bool) -> str:
     """Write config.json and model.safetensors, which timm loads, and return the largest error.
 
-    `card` adds README.md and plan.json: a folder for a model hub.
+    `card` adds README.md, plan.json and manifest.json: a folder for a model hub, which vitrim.load
+    reads as well.
     """
     tensors = {name: tensor.contiguous() for name, tensor in saved.net.state_dict().items()}
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
@@ -135,6 +136,8 @@ def timm_folder(saved: SavedNetwork, folder: Path, *, card: bool) -> str:
     if card:
         (folder / PLAN).write_text(dumps(saved.plan))
         (folder / "README.md").write_text(model_card(saved))
+        n_params = sum(parameter.numel() for parameter in saved.net.parameters())
+        write_manifest(folder, (PLAN, WEIGHTS), params=n_params)
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return max_error(saved, net, limit=0.0)
 
@@ -157,7 +160,7 @@ def _config(saved: SavedNetwork) -> Document:
         described["fixed_input_size"] = False
     plan = json.loads(dumps(saved.plan))
     return {
-        "architecture": ARCHITECTURE,
+        "architecture": vitrim_compact.__name__,
         "num_classes": net.num_classes,
         **({"label_names": saved.classes} if saved.classes else {}),
         "model_args": {"plan": plan},

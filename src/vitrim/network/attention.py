@@ -68,16 +68,25 @@ class GatheredLinear(nn.Module):
         output: Tensor = self.linear(torch.unflatten(rows, 0, input.shape[:-1]))
         return output
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the state dict of `linear`, under the names of a plain Linear."""
-        return self.linear.state_dict(*args, **kwargs)
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, prefix: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the state dict, the tensors of `linear` under the names of a plain Linear.
+
+        What other libraries put into `linear`, such as adapters, keeps its own names.
+        """
+        state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
+        inner = f"{prefix}linear."
+        for key in [key for key in state if key.startswith(inner)]:
+            if "." not in (name := key.removeprefix(inner)):
+                state[prefix + name] = state.pop(key)
+        return state
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = key.removeprefix(prefix)
-            if not name.startswith("linear."):
+            if "." not in (name := key.removeprefix(prefix)):
                 state_dict[f"{prefix}linear.{name}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SITE := .venv-docs
 READY := $(VENV)/.installed
 
 N ?= 200
 
-.PHONY: demo test slurm lint bench faults clean
+.PHONY: demo test slurm lint bench faults docs dist clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,5 +39,24 @@ bench: $(READY)
 faults: $(READY)
 	$(BIN)/python -m tests.faults --kills $(N)
 
+# Build the documentation into site/; a dead link or anchor is an error.
+docs: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+
+# Build the wheel and the source archive into dist/, and check both.
+dist: $(SITE)/.installed
+	rm -rf dist
+	$(SITE)/bin/python -m build --no-isolation
+	$(SITE)/bin/twine check --strict dist/*
+	$(SITE)/bin/check-wheel-contents dist/*.whl
+
+# What these two need, without vitrim and torch: two extras of pyproject.toml.
+$(SITE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']\
+	['optional-dependencies']; print(*extras['docs'], *extras['release'], sep='\n')" > $(SITE)/needed.txt
+	$(SITE)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(SITE)/needed.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(SITE) site dist outputs

@@ -23,6 +23,7 @@ PARSERS = {
 }
 NAME = "vit_tiny_patch16_224"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# Fragments that need more than what is shown are marked ```py.
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -11,9 +11,10 @@ from .experiments import body
 
 INTRODUCTION = """# Configuration
 
-`vitrim KEY=VALUE ...` sets keys; `-m` with comma-separated values runs all combinations. `vitrim --help` lists the groups,
-and `vitrim --cfg job` prints the whole configuration of a run. Every key with its default, unit and source is below, as the
-files of `conf/` have it. `python -m tests.pages` writes this page from them.
+`vitrim KEY=VALUE ...` sets keys; `-m` with comma-separated values runs all combinations. `vitrim
+--help` lists the groups, and `vitrim --cfg job` prints the whole configuration of a run. Every
+key with its default, unit and source is below, as the files of `conf/` have it. `python -m
+tests.pages` writes this page from them.
 
 A file may include others: their keys are valid there as well. `???` must be set."""
 GROUPS = {

@@ -79,7 +79,8 @@ def tradeoff(kept: Kept) -> str:
         for macs, top1 in ordered:
             title = f"<title>{curve.name}: {macs} % of the MACs, top-1 {top1}</title>"
             parts.append(
-                f"<circle cx='{x(macs):.1f}' cy='{y(top1):.1f}' r='4.5' fill='{curve.colour}'>{title}</circle>"
+                f"<circle cx='{x(macs):.1f}' cy='{y(top1):.1f}' r='4.5' fill='{curve.colour}'>"
+                f"{title}</circle>"
             )
         row = bottom - 92 + 22 * number
         parts.append(_line(right - 190, row, right - 164, row, curve.colour, width=2.5))
@@ -105,8 +106,8 @@ def pipeline() -> str:
 
 def _steps() -> Iterator[str]:
     yield (
-        f"<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' markerHeight='8' "
-        f"orient='auto'><path d='M0 0 L8 4 L0 8 Z' fill='{GREY}'/></marker></defs>"
+        "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='8' "
+        f"markerHeight='8' orient='auto'><path d='M0 0 L8 4 L0 8 Z' fill='{GREY}'/></marker></defs>"
     )
     heights = (76, 76, 76, 46, 46)
     for number, height in enumerate(heights):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 INTRODUCTION = """# Experiments
 
-`experiment=NAME` selects a file of `conf/experiment/`. It sets keys and builds nothing. The texts below are the headers of
-these files: which rows, the commands, the time, and the numbers to expect. `python -m tests.pages` writes this page."""
+`experiment=NAME` selects a file of `conf/experiment/`. It sets keys and builds nothing. The texts
+below are the headers of these files: which rows, the commands, the time, and the numbers to
+expect. `python -m tests.pages` writes this page."""
 
 
 def page(folder: Path) -> str:

@@ -25,17 +25,17 @@ _WORDS = {
 }
 INTRODUCTION = """# Results
 
-Every table on this page is one file of `results/`, with its command, commit, versions, data, hardware and seed.
-`python -m tests.pages` writes the page from these files, and a test fails where they differ. `vitrim-report --paper`
-prints them as well. A dash means not measured.
+Every table on this page is one file of `results/`, with its command, commit, versions, data,
+hardware and seed. `python -m tests.pages` writes the page from these files, and a test fails
+where they differ. `vitrim-report --paper` prints them as well. A dash means not measured.
 
-**Real weights.** ViT-Ti is timm's ViT-Ti/16 (augreg, ImageNet) on 650 ImageNet validation images. The dense network has
-82.0 % top-1 and 96.2 % top-5 there, labels by wnid. These images are easier than the full validation set, where the
-checkpoint's published figure is about 75.5. Use these numbers for side-by-side comparisons only. One standard error of 650
-images is 1.5 points.
+**Real weights.** ViT-Ti is timm's ViT-Ti/16 (augreg, ImageNet) on 650 ImageNet validation images.
+The dense network has 82.0 % top-1 and 96.2 % top-5 there, labels by wnid. These images are easier
+than the full validation set, where the checkpoint's published figure is about 75.5. Use these
+numbers for side-by-side comparisons only. One standard error of 650 images is 1.5 points.
 
-Replace words in capitals in the commands with your paths. Other measurements are on the pages of the methods and on
-[Speed](speed.md), each with its command."""
+Replace words in capitals in the commands with your paths. Other measurements are on the pages of
+the methods and on [Speed](speed.md), each with its command."""
 
 
 def read(folder: Path) -> Kept:

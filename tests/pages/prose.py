@@ -1,6 +1,6 @@
 """How readable a Markdown document is: long sentences, wide cells, former words.
 
-Code, tables' rules, headings and HTML comments are no prose; an inline piece of code counts as one word.
+Code, tables, headings and HTML comments are no prose; a piece of inline code counts as one word.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import timm
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vitrim.cli.compose import CONF
 from vitrim.method import check_method
@@ -127,6 +127,54 @@ def test_commands_of_the_documents_compose() -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for line in sorted(line for line in runs if "--" not in line):
             composed(*words(line))
+
+
+DEIT = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
+DEIT_MIXING = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+FEW = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "re_prob": 0.0}
+FEW_MIXING = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
+OF_VTP = {"epochs": 100, "lr": 6.25e-6, "weight_decay": 0.05, "warmup_epochs": 5, "repeats": 3}
+OF_DCVIT = {"epochs": 2000, "lr": 3e-5, "weight_decay": 1e-4, "warmup_epochs": 20, "clip_norm": 1.0}
+OF_DEIT = {
+    **{"epochs": 300, "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 5, "repeats": 3},
+    **{"min_lr": 1e-5, "warmup_lr": 1e-6, "reference_batch": 1024, "ema_decay": 0.0},
+}
+TRAININGS = {
+    "vtp/imagenet": ("method.gating", "method.fine_tuning"),
+    "vtp/imagenet100": ("method.gating", "method.fine_tuning"),
+    "dcvit/table3": ("method.trial.training", "method.tuning.training"),
+    "dcvit/table3_practise": ("method.tuning",),
+    "dcvit/table4_dcvit": ("method.trial.training", "method.tuning.training"),
+    "dcvit/table5": ("method.trial.training", "method.tuning.training"),
+    "dcvit/table5_swin": ("method.trial.training", "method.tuning.training"),
+    "dcvit/table5_practise": ("method.tuning",),
+    "dcvit/table6": ("method.trial.training", "method.tuning.training"),
+    "deit": ("model.training",),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TRAININGS))
+def test_a_published_recipe_has_the_numbers_of_its_paper(name: str) -> None:
+    few = name.startswith("dcvit")
+    numbers = OF_DCVIT if few else OF_DEIT if name == "deit" else OF_VTP
+    if name == "dcvit/table5_practise":  # the epochs of DC-ViT's whole schedule
+        numbers = {**numbers, "epochs": 6000}
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[f"experiment={name}"])
+    for key in TRAININGS[name]:
+        training = OmegaConf.select(cfg, key)
+        assert {name: training.get(name) for name in numbers} == numbers, key
+        assert (training.get("optimizer", "adamw"), training.get("ema_decay", 0.0)) == ("adamw", 0)
+        if not few:
+            assert training.reference_batch == 1024
+    assert {key: cfg.data.augmentation[key] for key in (FEW if few else DEIT)} == (
+        FEW if few else DEIT
+    )
+    mixing = FEW_MIXING if few else DEIT_MIXING
+    assert {key: cfg.data.mixing[key] for key in mixing} == mixing
+    if few:
+        assert cfg.data.batch_size == 64
+    assert cfg.model.args.get("drop_path_rate", 0.0) == (0.0 if few else 0.1)
 
 
 def test_published_rows_use_the_keys_of_their_overlays() -> None:

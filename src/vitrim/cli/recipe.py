@@ -65,7 +65,7 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     Paths are replaced by what they stand for, and the batch of a process by that of all processes
     together. Addresses of classes are no part of it, so that a class can move.
     """
-    known = cast(Config, _without(without_addresses(resolved), _is_unset_batch))
+    known = cast(Config, _without(without_addresses(resolved), _is_neutral))
     recipe = {key: value for key, value in known.items() if key not in (*NOT_RECIPE, "from_run")}
     if not recipe["quantize"]:  # folders of runs without it keep their names
         del recipe["quantize"]
@@ -184,9 +184,11 @@ def _without(node: object, is_left_out: Callable[[str, object], bool]) -> object
     return [_without(item, is_left_out) for item in node] if isinstance(node, list) else node
 
 
-def _is_unset_batch(key: str, value: object) -> bool:
-    """Whether a training's lr is not scaled: it is as it was before there was that key."""
-    return key == "reference_batch" and value is None
+def _is_neutral(key: str, value: object) -> bool:
+    """Whether a number of a training acts as before there was that key."""
+    from vitrim.trainer.recipe import NEUTRAL  # imports torch
+
+    return key in NEUTRAL and value == NEUTRAL[key]
 
 
 def of_series(recipe: Config) -> Config:

@@ -49,11 +49,13 @@ class Loaders(LightningDataModule, ABC):
     """Batches of (images, labels): augmented for training, plain for validation and calibration.
 
     `seed` determines the order of training images and everything that is drawn for them. Training
-    images whose index is in `left_out` are not trained on.
+    images whose index is in `left_out` are not trained on. `repeats` is the number of views of each
+    image in an epoch of training (`ResumableBatchSampler`).
     """
 
     seed: int = 0
     left_out: Collection[int] = ()
+    repeats: int = 1
 
     @abstractmethod
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
@@ -163,6 +165,7 @@ class Loaders(LightningDataModule, ABC):
             rank=rank,
             world=world,
         )
+        batches.repeats = self.repeats
         return ResumableLoader(dataset, batches, workers=workers)
 
 

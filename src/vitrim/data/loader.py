@@ -39,7 +39,14 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     number of full batches, and the remaining images are not seen in this epoch. Sequential, the
     last batch may be smaller, and every index belongs to exactly one process. With `reshuffle`
     the batches are as if sequential, but from the second epoch on their order is random.
+
+    With `repeats` above 1, shuffled batches have so many views of an image, one after another, in
+    an epoch of as many batches, which so has fewer different images (repeated augmentation, Hoffer
+    et al., arXiv 1901.09335). Each view has an epoch number of its own, which what it draws depends
+    on.
     """
+
+    repeats: int = 1
 
     def __init__(
         self,
@@ -84,10 +91,13 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
             if self.shuffle or (self.reshuffle and self.epoch)
             else torch.arange(self.size)
         )
-        own = order[self.rank :: self.world]
+        repeats = self.repeats if self.shuffle else 1
         for batch in range(self.start, len(self)):
-            indices = own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-            yield [(self.epoch, index) for index in indices]
+            first, last = batch * self.batch_size, (batch + 1) * self.batch_size
+            place = self.rank + self.world * torch.arange(first, last)
+            place = place[place < self.size]
+            epochs = (self.epoch + (place % repeats << 32)).tolist()
+            yield [*zip(epochs, order[place // repeats].tolist(), strict=True)]
 
 
 class SeededDataset(Dataset[object]):

@@ -25,6 +25,7 @@ from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
+from vitrim.trainer.average import WeightAverage
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
 from vitrim.trainer.phase import (
@@ -35,6 +36,7 @@ from vitrim.trainer.phase import (
     SplitImages,
     check_phase,
 )
+from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 
@@ -154,6 +156,7 @@ class PhaseRunner:
         with quiet_lightning():
             trainer = self._trainer(
                 resume,
+                *_average(phase, epochs),
                 *callbacks,
                 max_epochs=epochs,
                 logger=self.tracker,
@@ -187,6 +190,8 @@ class PhaseRunner:
         None: the batches are those of the training set, without those to be left out.
         """
         self.data.left_out = ()
+        recipe = _recipe_of(phase)
+        self.data.repeats = 1 if recipe is None else recipe.repeats
         match images:
             case None:
                 return None
@@ -259,6 +264,19 @@ class PhaseRunner:
             plugins=[SafeCheckpointIO(), distributed.cluster_environment()],
             **options,
         )
+
+
+def _recipe_of(phase: object) -> Recipe | None:
+    """Return the recipe that a phase trains by, if it has one and leaves the rest to the runner."""
+    recipe = getattr(phase, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+def _average(phase: LightningModule, epochs: int) -> list[Callback]:
+    """Return what averages the weights of a phase, if its recipe says so and it is trained."""
+    recipe = _recipe_of(phase)
+    decay = recipe.ema_decay if recipe is not None and epochs else 0.0
+    return [WeightAverage(phase, decay)] if decay else []
 
 
 def _known_accuracy(path: Path) -> dict[str, float] | None:

@@ -103,6 +103,7 @@ class RecoverySettings:
             self,
             ("logits_weight", one, "a weight above 0 here, or of tokens or pooled features"),
         )
+        self.training.refuse("method.tuning.recovery.training", "ema_decay", "repeats")
 
     def calibration(self, sampling: Sampling) -> Sampling:
         """Return the sampling without images that are held out of those of `sampling`.

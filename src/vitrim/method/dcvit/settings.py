@@ -63,6 +63,7 @@ class Trial:
             ),
             ("views", self.views in get_args(Views), "plain or augmented"),
         )
+        self.training.refuse("method.trial.training", "ema_decay", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +89,7 @@ class DCViTTuning:
             ("pooled_weight", is_rate(self.pooled_weight), "a number from 0 on"),
             ("freeze_tail", isinstance(self.freeze_tail, bool), "true or false"),
         )
+        self.training.refuse("method.tuning.training", "ema_decay", "repeats")
 
     @property
     def loss(self) -> FeatureLoss:

@@ -53,6 +53,7 @@ class Residual(LightningModule):
         self, net: nn.Module, teacher: nn.Module, *, rank: int, sampling: Sampling, recipe: Recipe
     ) -> None:
         super().__init__()
+        recipe.refuse("method.residual.training", "repeats")
         self.net = net
         self.recipe = recipe
         self.epochs = recipe.epochs

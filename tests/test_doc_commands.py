@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 import vitrim
 from pages.written import DOCS, ROOT
@@ -22,6 +24,8 @@ PARSERS = {
     "vitrim-import": importer._parser,
 }
 NAME = "vit_tiny_patch16_224"
+CREATE = timm.create_model
+SMALL = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 7}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # Fragments that need more than what is shown are marked ```py.
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -65,6 +69,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def small(name: str, *, pretrained: bool = False, **args: object) -> nn.Module:
+    """Build a network of timm; in place of one with downloaded weights, a small one."""
+    downloaded = pretrained and not name.startswith("local-dir:")
+    return CREATE(name, **(SMALL if downloaded else {"pretrained": pretrained, **args}))
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.stem
 )
@@ -72,7 +82,8 @@ def test_python_code_of_a_document_runs(
     page: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
-    names: dict[str, object] = {}
+    monkeypatch.setattr(timm, "create_model", small)  # for pretrained=True, which downloads
+    names: dict[str, object] = {"images": torch.randn(8, 3, 32, 32)}
     for number, code in enumerate(BLOCK.findall(page.read_text())):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
     assert "vitrim" in names

@@ -12,7 +12,7 @@ from typing import NamedTuple
 MOST_WORDS, WIDEST_CELL = 35, 160
 FORMER = re.compile(
     r"\b(dream(s|ed|t|ing)?|fore(told|tells?|seen|sees?|sight)|befalls?|anew|hangs? on|"
-    r"told|tells?|judge[sd]?|beside|so many|goes on|go on|went on|mendable|"
+    r"told|tells?|judge[sd]?|beside|so many|goes on|went on|mendable|"
     r"carved?|could not be had)\b|, too\b",
     re.IGNORECASE,
 )

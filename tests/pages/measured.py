@@ -30,7 +30,8 @@ hardware and seed. `python -m tests.pages` writes the page from these files, and
 where they differ. `vitrim-report --paper` prints them as well. A dash means not measured.
 
 **Real weights.** ViT-Ti is timm's ViT-Ti/16 (augreg, ImageNet) on 650 ImageNet validation images.
-The dense network has 82.0 % top-1 and 96.2 % top-5 there, labels by wnid. These images are easier
+The dense network has 82.0 % top-1 and 96.2 % top-5 there, labels by wnid (`vitrim model=vit_tiny
+model.checkpoint=VIT_TINY data=imagefolder data.root=IMAGES strength=0`). These images are easier
 than the full validation set, where the checkpoint's published figure is about 75.5. Use these
 numbers for side-by-side comparisons only. One standard error of 650 images is 1.5 points.
 

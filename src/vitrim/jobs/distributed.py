@@ -136,6 +136,14 @@ def broadcast(value: T | None) -> T:
     return cast(T, values[0])
 
 
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of x over all processes, each of which must call this."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
 @contextmanager
 def process_group(trainer: Mapping[str, object]) -> Iterator[None]:
     """Join the processes of a run, started here if nothing else has; alone, do nothing."""

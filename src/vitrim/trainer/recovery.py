@@ -171,14 +171,28 @@ class Network:
         return cast(Outputs, outputs)
 
 
-def relative_error(x: Tensor, target: Tensor) -> Tensor:
+def relative_error(x: Tensor, target: Tensor, *, of_all: bool = False) -> Tensor:
     """Return the mean squared error of `x` relative to the variance of `target`.
+
+    With `of_all` the variance is that of the batches of all processes, so that the mean over these
+    is the error of one batch.
 
     >>> relative_error(torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0])).item()
     1.0
     """
-    variance = target.float().var(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-    return F.mse_loss(x.float(), target.float()) / variance
+    variance = _variance_of_all(target) if of_all else target.float().var(correction=0)
+    least = torch.finfo(torch.float32).tiny
+    return F.mse_loss(x.float(), target.float()) / variance.clamp_min(least)
+
+
+def _variance_of_all(x: Tensor) -> Tensor:
+    """Return the variance of x over the batches of all processes, which have one shape."""
+    if distributed.place()[1] == 1:
+        return x.float().var(correction=0)
+    wide = x.double()
+    sums = distributed.summed(torch.stack([wide.mean(), wide.square().mean()]))
+    mean, square = (sums / distributed.place()[1]).unbind()
+    return (square - mean.square()).clamp_min(0.0).float()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,9 +213,11 @@ class RecoveryLoss:
         how = self.settings
         loss = torch.zeros((), device=found.pooled.device)
         if how.token_weight:
-            loss = loss + how.token_weight * relative_error(found.features, target.features)
+            error = relative_error(found.features, target.features, of_all=True)
+            loss = loss + how.token_weight * error
         if how.pooled_weight:
-            loss = loss + how.pooled_weight * relative_error(found.pooled, target.pooled)
+            error = relative_error(found.pooled, target.pooled, of_all=True)
+            loss = loss + how.pooled_weight * error
         if how.logits_weight:
             loss = loss + how.logits_weight * self.distance(found, target)
         return loss

@@ -1,0 +1,65 @@
+"""Recovery in two processes: the weights are those of one process with batches twice as large."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_recovery import PLAIN, RECIPE, phase
+from torch import Tensor
+
+import vitrim
+from conftest import images, relative_error
+from fresh import together
+from jobs.test_distributed import of_torchrun
+from phase_runner import runner
+from vitrim.jobs.distributed import process_group
+from vitrim.trainer.views import Views
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = "import test_recovery_ddp as tests; tests.recover({folder!r}, 2)"
+
+
+def recover(folder: str, processes: int) -> None:
+    """Recover a small network with 16 images a step; each process saves its weights."""
+    module = phase(views=Views(**PLAIN), training=replace(RECIPE, epochs=1))
+    place = Path(folder)
+    run = runner(place, batch_size=16 // processes)
+    options = {"devices": processes, **({"strategy": "ddp"} if processes > 1 else {})}
+    run = replace(run, trainer=partial(run.trainer, **options))
+    with process_group({"accelerator": "cpu", **options}):
+        run.run_or_load(place / "x", module, name="x")
+    rank = os.environ.get("RANK", "0")
+    torch.save(module.net.state_dict(), place / f"weights{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_recover_as_one_does(tmp_path: Path) -> None:
+    recover(str(tmp_path / "one"), 1)
+    folder = tmp_path / "two"
+    paths = [str(TESTS), str(TESTS / "trainer"), str(Path(vitrim.__file__).parents[1])]
+    env = [
+        {**of_rank, "PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"}
+        for of_rank in of_torchrun(2)
+    ]
+    words = ("-c", SCRIPT.format(folder=str(folder)))
+    done = together([words] * 2, env=env, timeout=500)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    one, first, second = (
+        torch.load(path)
+        for path in (tmp_path / "one/weights0.pt", folder / "weights0.pt", folder / "weights1.pt")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert relative_error(*map(outputs_of, (first, one))) < 1e-4
+    assert relative_error(*map(outputs_of, (phase().net.state_dict(), one))) > 1e-3
+
+
+def outputs_of(weights: dict[str, Tensor]) -> Tensor:
+    """Return logits: biases of keys, whose gradients are zero but for rounding, change none."""
+    net = phase().net
+    net.load_state_dict(weights)
+    with torch.no_grad():
+        logits: Tensor = net.eval()(images(8, dtype=torch.float32, batch=8)[:, :1])
+    return logits

@@ -67,7 +67,9 @@ class Passes:
                 self._features.add(features, torch.ones(len(features), device=features.device))
                 return
             for chunk in torch.split(images, _CHUNK):
-                self._backward(chunk)
+                if self.parts.readers or self.parts.attentions:
+                    self._backward(chunk)
+                self.statistics.images += len(chunk)
         missing = self.kept_images - sum(map(len, self._images))
         if missing > 0:
             self._images.append(images[:missing])
@@ -95,7 +97,6 @@ class Passes:
             self.statistics.add_attention(
                 attention, output_of[attention.qkv], of_maps, [next(gradients) for _ in of_maps]
             )
-        self.statistics.images += len(images)
 
     def _directions(self, logits: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(self.statistics.images))

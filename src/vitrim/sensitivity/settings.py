@@ -25,7 +25,7 @@ class LossRidges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """How predicted losses are scaled by measured ones.
+    """How predicted losses are scaled by measured ones; who has it in its settings checks it.
 
     Args:
         images: on which losses are measured, the first of the calibration images. 0: predictions
@@ -37,11 +37,12 @@ class Scaling:
     images: int
     shares: Sequence[float]
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Raise ConfigError if a number means nothing; `key` is that of this in the config."""
         rising = sorted({*self.shares}) == [*self.shares]
         inside = all(is_positive(share) and share < 1 for share in self.shares)
         require(
-            "method.scaling",
+            key,
             self,
             ("images", self.images == 0 or is_count(self.images), "a whole number from 0 on"),
             ("shares", bool(self.shares) and rising and inside, "rising fractions between 0 and 1"),
@@ -71,3 +72,4 @@ class LossSettings:
             ("temperature", is_positive(self.temperature), "a number above 0"),
             ("gradient_shrinkage", is_fraction, "a number in 0..1"),
         )
+        self.scaling.check("method.losses.scaling")

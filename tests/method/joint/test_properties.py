@@ -6,18 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_joint import N, evidence_of_vit, method, net_of, scored
 from torch import Tensor, nn
 
 from conftest import SIZE, images
-from test_joint import N, evidence_of_vit, method, net_of, scored
+from contract import subject
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.closed_form.moments import MomentsError
+from vitrim.errors import ConfigError
 from vitrim.method.joint.budgets import Budgets
 from vitrim.method.joint.evidence import compensated
 from vitrim.network import structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Keep, Plan, Proposal
+from vitrim.sensitivity.settings import Scaling
 
 
 def planned(
@@ -147,3 +150,41 @@ def test_a_network_in_bfloat16_is_scored_and_compressed() -> None:
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.isfinite(small(images(batch=2).bfloat16())).all()
+
+
+def test_numbers_of_the_scaling_are_refused_by_their_key() -> None:
+    oneshot = subject("oneshot").method
+    for scaling in (Scaling(images=-1, shares=[0.5]), Scaling(images=8, shares=[0.5, 0.2])):
+        with pytest.raises(ConfigError, match=r"^method\.scaling\.(images|shares)="):
+            method(scaling=scaling)
+        with pytest.raises(ConfigError, match=r"^method\.losses\.scaling\.(images|shares)="):
+            replace(oneshot.losses, scaling=scaling)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_losses_are_those_of_the_decision_at_the_temperature(temperature: float) -> None:
+    net, _ = evidence_of_vit()
+    evidence = scored(method("branches", temperature=temperature), net, 8)
+    twin, x = copy.deepcopy(net), images(batch=N).double()[:8]
+    with torch.no_grad():
+        for parameter in twin.get_submodule("blocks.0.attn.proj").parameters():
+            parameter.zero_()
+        p, q = ((each(x) / temperature).log_softmax(1) for each in (net, twin))
+    divergence = float((p.exp() * (p - q)).sum(1).mean())
+    measured = float(evidence.moments["network"]["branches"][0])
+    assert measured == pytest.approx(divergence, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["branches", "int8"])
+def test_edits_without_units_follow_their_own_losses(kind: str) -> None:
+    net = net_of()
+    with torch.no_grad():
+        net.get_parameter("blocks.1.attn.proj.weight").zero_()
+        net.get_parameter("blocks.1.attn.proj.bias").zero_()
+    evidence, cost = scored(method(kind), net), Cost(net, SIZE)
+    metric, keep = ("macs", 0.9) if kind == "branches" else ("size_mb", 0.99)
+    if metric == "size_mb":
+        keep *= cost.total("size_bytes") / 1e6
+    first = planned(net, evidence, Target(metric=metric, keep=keep), kinds=(kind,)).edits[0]  # type: ignore[arg-type]
+    assert getattr(first, "branch", "blocks.1.attn").startswith("blocks.1.attn")
+    assert getattr(first, "linear", "blocks.1.attn.proj").startswith("blocks.1.attn")

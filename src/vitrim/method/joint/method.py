@@ -82,6 +82,7 @@ class Joint:
             ("closing", isinstance(self.closing, bool), "true or false"),
             ("fine_tune", isinstance(self.fine_tune, bool), "true or false"),
         )
+        self.scaling.check("method.scaling")
 
     def check(self, cost: Cost, target: Target) -> None:
         """Raise TargetError if the edits cannot meet the target, or nothing can go."""
@@ -109,7 +110,7 @@ class Joint:
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
         """Remove what is predicted to lose least for what it saves."""
         parts = parts_of(net, self.edits)
-        losses = losses_of(parts, evidence) if evidence.scores else equal_losses(cost, self.edits)
+        losses = losses_of(parts, evidence) if evidence.moments else equal_losses(cost, self.edits)
         budgets = self._budgets(cost, target, losses)
         allocated = self._allocate(budgets, losses)
         notes: dict[str, object] = {"edits": [*self.edits], "predicted_kl": allocated.loss}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.sensitivity.settings import LossRidges
@@ -14,21 +14,14 @@ layers, whole attentions, MLPs and blocks; and digits of weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JointRidges:
-    """The ridges of the least-squares problems, relative to the mean variance of their inputs.
+class JointRidges(LossRidges):
+    """The ridges of losses, `regression` for the sequential regression, `closing` for the last.
 
-    `order` is for ranking units, `fold` for folding removed units into kept ones, `regression` for
-    the sequential regression and `closing` for that of the classifier's input; `metric` is for
-    decompositions. `gradient_shrinkage` is the fraction of the products of gradients by different
-    outputs that is left out.
+    That is the regression of the classifier's input.
     """
 
-    order: float
-    fold: float
     regression: float
     closing: float
-    metric: float
-    gradient_shrinkage: float
 
     def __post_init__(self) -> None:
         rules = [
@@ -47,12 +40,7 @@ class JointRidges:
     @property
     def of_losses(self) -> LossRidges:
         """Those of predicting losses."""
-        return LossRidges(
-            order=self.order,
-            fold=self.fold,
-            metric=self.metric,
-            gradient_shrinkage=self.gradient_shrinkage,
-        )
+        return LossRidges(**{each.name: getattr(self, each.name) for each in fields(LossRidges)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from . import (
     joint,
     listing,
     load,
+    loader,
     lowrank,
     oneshot,
     resume,
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "export": export,
     "resume": resume,
     "listing": listing,
+    "loader": loader,
 }
 
 

@@ -31,6 +31,7 @@ BY_PATHS = Path(__file__).parent / "former"
 """Folders that were written when paths and settings of speed were part of a run's identity."""
 ON_FILES = (
     *QUICK, "data=imagefolder", "data.root=images", "data.batch_size=4", "data.workers=0",
+    "data.augmentation.backend=pil",  # as there was no other one
     "model.num_classes=2", "model.args.in_chans=3",
 )  # fmt: skip
 COMMANDS = {

@@ -221,3 +221,13 @@ def test_one_image_is_refused_before_anything_is_made(command: Command, root: Pa
     assert done.code == 1
     assert "data.samples=1" in done.message
     assert not list(command.out.rglob("recipe.yaml"))
+
+
+def test_plain_images_are_made_once_in_this_process(root: Path) -> None:
+    loaders = opened(root, 4, workers=2).module(SPEC)
+    first, again = (loaders.calibration_dataloader(4, 0) for _ in range(2))
+    assert first.num_workers == again.num_workers == 0
+    assert first.images[0][0] is again.images[0][0]  # type: ignore[attr-defined]
+    every = opened(root, None, workers=2).module(SPEC).calibration_dataloader(4, 0)
+    assert every.num_workers == 1  # a batch of 8
+    assert torch.equal(next(iter(first))[0], next(iter(loaders.augmented_dataloader(4, 0)))[0])

@@ -80,6 +80,7 @@ def test_training_takes_all_that_is_not_test(
     assert seen[1].tolist() == ([0, 1, 0, 1] if name == "flowers102" else [0, 0, 1, 1])
     assert len(seen[0].flatten(1).mean(1).unique()) == 4
     (batch,) = module.train_dataloader()
+    batch = module.on_after_batch_transfer(batch, 0)
     assert batch[0].shape == (4, 3, 16, 16)
     assert torch.cat([labels for _, labels in module.val_dataloader()]).tolist() == [0, 1]
 
@@ -149,7 +150,8 @@ def test_sets_of_images_share_their_settings(name: str) -> None:
         "cub200": {"re_prob": 0.0, "re_mode": "pixel"},
         "indoor67": {"re_prob": 0.0, "re_mode": "pixel"},
     }
-    assert data["augmentation"] == AUGMENTED | erasing.get(name, {"re_prob": 0.0})
+    backend = {"backend": "tensor" if name in FILES else "pil"}
+    assert data["augmentation"] == AUGMENTED | backend | erasing.get(name, {"re_prob": 0.0})
     assert ("bad_images" in data) == (name in FILES)
     if name in FILES:
         assert data["bad_images"] == {"limit": 0.01, "evaluation": "fail"}

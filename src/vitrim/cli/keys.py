@@ -137,7 +137,8 @@ def _of_timm(where: str) -> list[str]:
 
     if where == "data.mixing":
         return [key for key in signature(Mixup).parameters if key != "num_classes"]
-    return [key for key in signature(create_transform).parameters if key not in _NOT_TRAINING]
+    options = signature(create_transform).parameters
+    return ["backend", *(key for key in options if key not in _NOT_TRAINING)]
 
 
 def _of_any_data() -> list[str]:

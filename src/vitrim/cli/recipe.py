@@ -26,8 +26,8 @@ NOT_TRAINER = (
     *("enable_model_summary", "profiler", "detect_anomaly", "inference_mode", "benchmark"),
 )
 """The same of the trainer; how its processes share a batch enters the global batch."""
-LOADING = ("workers", "download")
-"""The same of data."""
+LOADING = ("workers", "download", "loading")
+"""The same of data; but for what of `loading` changes an image."""
 PLACES = ("root", "train", "val", "val_labels")
 """Where images are; left out where what they contain is known."""
 TRAINING_IMAGES = (
@@ -146,9 +146,24 @@ def _identifying_data(recipe: Config, images: Mapping[str, object]) -> Config:
         evaluation = data.pop("bad_images")["evaluation"]
         if evaluation != "fail":  # otherwise evaluated on all, as ever
             data["bad_images"] = {"evaluation": evaluation}
+    data |= _changing_images(recipe["data"])
     if is_count(data.get("batch_size")):
         data["batch_size"] *= processes(recipe["trainer"]) * _accumulated(recipe["trainer"])
     return data | ({"images": images} if images else {})
+
+
+def _changing_images(data: Config) -> Config:
+    """Return what of the decoding and the augmentation differs from that of earlier versions."""
+    loading = data.get("loading") or {}
+    changed: Config = {}
+    if loading.get("decoder", "pil") != "pil":
+        changed["decoder"] = loading["decoder"]
+    if loading.get("channels_last"):
+        changed["channels_last"] = True
+    augmentation = data.get("augmentation")
+    if isinstance(augmentation, dict) and augmentation.get("backend") == "pil":
+        changed["augmentation"] = {k: v for k, v in augmentation.items() if k != "backend"}
+    return changed
 
 
 def _identifying_trainer(trainer: Config, resolved: Config) -> Config:

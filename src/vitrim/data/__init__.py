@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from vitrim.data.dataset import MapDataset
 from vitrim.data.loader import (
+    IN_THIS_PROCESS,
     ResumableBatchSampler,
     ResumableLoader,
     n_held_out,
@@ -30,6 +31,7 @@ from vitrim.data.loader import (
     sequential,
     subset,
 )
+from vitrim.data.loading import Loading
 from vitrim.errors import ConfigError
 
 
@@ -110,9 +112,9 @@ class Loaders(LightningDataModule, ABC):
             rank=place[0],
             world=place[1],
         )
-        workers = all_images.num_workers
-        training = ResumableLoader(subset(images, first), batches, workers=workers)
-        return training, sequential(subset(images, last), batch_size, workers=workers)
+        loading = all_images.loading
+        training = ResumableLoader(subset(images, first), batches, loading=loading)
+        return training, sequential(subset(images, last), batch_size, loading=loading)
 
     def held_out_indices(self, samples: int, seed: int, held_out: float) -> list[int]:
         """Return which training images `split_dataloaders` holds out."""
@@ -137,21 +139,21 @@ class Loaders(LightningDataModule, ABC):
         return batch
 
     def shuffled(
-        self, dataset: MapDataset, batch_size: int, *, workers: int = 0
+        self, dataset: MapDataset, batch_size: int, *, loading: Loading = IN_THIS_PROCESS
     ) -> ResumableLoader:
         """Return full batches of `dataset` without `left_out`, reshuffled every epoch."""
         if self.left_out:
             dataset = subset(dataset, _all_but(len(dataset), self.left_out))
-        return self._loader(dataset, batch_size, workers, shuffle=True)
+        return self._loader(dataset, batch_size, loading, shuffle=True)
 
     def in_order(
-        self, dataset: MapDataset, batch_size: int, *, workers: int = 0
+        self, dataset: MapDataset, batch_size: int, *, loading: Loading = IN_THIS_PROCESS
     ) -> ResumableLoader:
         """Return every item of `dataset` once, in order; the processes share them out."""
-        return self._loader(dataset, batch_size, workers, shuffle=False)
+        return self._loader(dataset, batch_size, loading, shuffle=False)
 
     def _loader(
-        self, dataset: MapDataset, batch_size: int, workers: int, *, shuffle: bool
+        self, dataset: MapDataset, batch_size: int, loading: Loading, *, shuffle: bool
     ) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -166,7 +168,7 @@ class Loaders(LightningDataModule, ABC):
             world=world,
         )
         batches.repeats = self.repeats
-        return ResumableLoader(dataset, batches, workers=workers)
+        return ResumableLoader(dataset, batches, loading=loading)
 
 
 def sample_indices(size: int, samples: int, seed: int) -> Sequence[int]:

@@ -8,6 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from vitrim.data.few_shot import few_shot
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.loading import DEFAULTS, Loading, LoadingSettings
 from vitrim.errors import ConfigError
 
 _SETS = {10: CIFAR10, 100: CIFAR100}
@@ -21,9 +22,10 @@ def cifar(
     samples: int | None,
     samples_seed: int,
     batch_size: int,
-    workers: int,
+    workers: int | str,
     augmentation: Mapping[str, object],
     mixing: Mapping[str, object],
+    loading: LoadingSettings = DEFAULTS,
 ) -> ImageFiles:
     """Return CIFAR-10 or CIFAR-100 below `root`; `download=True` downloads it once.
 
@@ -60,7 +62,7 @@ def cifar(
         val=val,
         classes=tuple(train_classes),
         batch_size=batch_size,
-        workers=workers,
+        loading=Loading(workers=workers, **loading),
         augmentation=augmentation,
         mixing=mixing,
     )

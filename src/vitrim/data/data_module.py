@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from vitrim.data import ImageSpec, Loaders, sample_indices
 from vitrim.data.dataset import MapDataset
 from vitrim.data.loader import ResumableLoader, sequential, subset
+from vitrim.data.loading import Loading
 from vitrim.errors import ConfigError, is_count
 
 _CLASSES = ("num_classes", "n_classes")
@@ -136,14 +137,14 @@ class _ModuleLoaders(Loaders):
         """Return the shuffled training batches without an incomplete last one."""
         loader = self.data.train
         return _like(
-            loader, self.shuffled(_images(loader), _size(loader), workers=_workers(loader))
+            loader, self.shuffled(_images(loader), _size(loader), loading=_loading(loader))
         )
 
     def val_dataloader(self) -> DataLoader[object]:
         """Return every validation image once."""
         loader = self.data.val
         return _like(
-            loader, self.in_order(_images(loader), _size(loader), workers=_workers(loader))
+            loader, self.in_order(_images(loader), _size(loader), loading=_loading(loader))
         )
 
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
@@ -151,7 +152,7 @@ class _ModuleLoaders(Loaders):
         loader = self.data.train
         indices = sample_indices(len(self.calibration_set), samples, seed)
         chosen = subset(self.calibration_set, indices)
-        return sequential(chosen, _size(loader), workers=_workers(loader))
+        return sequential(chosen, _size(loader), loading=_loading(loader))
 
     def on_before_batch_transfer(self, batch: object, dataloader_idx: int) -> object:
         """Seed what is drawn for a training batch, then call the module's own hook."""
@@ -183,8 +184,8 @@ def _size(loader: DataLoader[object]) -> int:
     return cast(int, loader.batch_size)
 
 
-def _workers(loader: DataLoader[object]) -> int:
-    return loader.num_workers
+def _loading(loader: DataLoader[object]) -> Loading:
+    return Loading(workers=loader.num_workers)
 
 
 def _like(loader: DataLoader[object], own: ResumableLoader) -> ResumableLoader:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.utils.data import Dataset
 
-from vitrim.data.dataset import Example, LabelledImages, Transform, transformed
+from vitrim.data.dataset import Example, LabelledImages, MapDataset, Transform, transformed
 from vitrim.errors import ConfigError, is_count
 
 
@@ -34,6 +34,29 @@ class FewShotSubset(Dataset[Example]):
         if index not in self._cache:
             self._cache[index] = self.dataset[self.indices[index]]
         return transformed(self._cache[index], self.transform)
+
+    def forget(self) -> None:
+        """Begin a cache of its own: the images of `dataset` are decoded otherwise."""
+        self._cache = {}
+
+
+class KeptItems(Dataset[object]):
+    """The items of `dataset`, for whose transform nothing is drawn: each is made once, and kept.
+
+    Tensors are handed out as they are kept: who changes one in place changes it for all.
+    """
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
+        self._items: dict[int, object] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> object:
+        if index not in self._items:
+            self._items[index] = self.dataset[index]
+        return self._items[index]
 
 
 def few_shot(

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitrim.data.dataset import Example
 from vitrim.data.listing import Listing, remembered
 from vitrim.data.paths import Labels, Paths
-from vitrim.data.reading import extensions, is_new, read_image
+from vitrim.data.reading import extensions, is_new, read_image, read_pixels
 from vitrim.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,11 @@ class Split:
 class ImageList(Dataset[Example]):
     """Images by path, with their labels; each is decoded when it is asked for.
 
-    With `exif_orientation` images are turned as their EXIF data says.
+    With `exif_orientation` images are turned as their EXIF data says. With `as_pixels` they are
+    tensors (3, H, W) in uint8, and not Pillow's.
     """
+
+    as_pixels = False
 
     def __init__(self, paths: Sequence[str], targets: Labels, *, exif_orientation: bool) -> None:
         if not isinstance(exif_orientation, bool):
@@ -64,9 +68,10 @@ class ImageList(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         return self.loader(self.paths[index]), int(self.targets[index])
 
-    def loader(self, path: str) -> Image.Image:
+    def loader(self, path: str) -> Image.Image | Tensor:
         """Return the image of a file."""
-        return read_image(path, exif_orientation=self._exif_orientation)
+        read = read_pixels if self.as_pixels else read_image
+        return read(path, exif_orientation=self._exif_orientation)
 
 
 def read_split(folder: Path) -> Split:

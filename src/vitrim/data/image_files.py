@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import partial
+from math import prod
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import (
@@ -18,16 +21,26 @@ from timm.data.auto_augment import (
     posterize,
 )
 from timm.data.mixup import mixup_target
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
+from torchvision.transforms.v2 import functional
 
 from vitrim.data import ImageSpec, Loaders, sample_indices
-from vitrim.data.dataset import Example, ImageDataset, LabelledImages, Transform
-from vitrim.data.few_shot import FewShotSubset
-from vitrim.data.loader import plain_then_augmented, sequential
+from vitrim.data.augmentation import Augmentation, Drawn
+from vitrim.data.dataset import Example, ImageDataset, LabelledImages, MapDataset, Transform
+from vitrim.data.few_shot import FewShotSubset, KeptItems
+from vitrim.data.folders import ImageList
+from vitrim.data.loader import IN_THIS_PROCESS, plain_then_augmented, sequential, subset
+from vitrim.data.loading import Loading
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError, is_count
+
+BACKENDS = ("pil", "tensor")
+"""What augments training images: timm on Pillow's images, or `vitrim.data.augmentation`."""
+KEPT_BYTES = 2**30
+"""Plain images of a few-shot set are kept as tensors if they take no more; 1000 take 0.6 GB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +52,9 @@ class ImageFiles:
         val: the validation images, labelled in the same way.
         classes: the name of every output of a network, in order.
         batch_size: images in a batch.
-        workers: loading processes.
-        augmentation: training options of `timm.data.create_transform`.
+        loading: by which processes, and how.
+        augmentation: training options of `timm.data.create_transform`, and the `backend`: "pil",
+            timm's own, or "tensor" (`vitrim.data.augmentation`).
         mixing: options of `timm.data.Mixup`.
         outputs: the output of a network that every label of `train` and `val` stands for; None
             where they are the same.
@@ -52,17 +66,20 @@ class ImageFiles:
     val: ImageDataset
     classes: Sequence[str]
     batch_size: int
-    workers: int
+    loading: Loading
     augmentation: Mapping[str, object]
     mixing: Mapping[str, object]
     outputs: Mapping[int, int] | None = None
     listing: int = 1
 
     def __post_init__(self) -> None:
-        if not is_count(self.batch_size) or not (self.workers == 0 or is_count(self.workers)):
+        if not is_count(self.batch_size):
             raise ConfigError(
-                f"data.batch_size={self.batch_size}, data.workers={self.workers}: "
-                "expected whole numbers, at least 1 image and 0 workers"
+                f"data.batch_size={self.batch_size}: expected a whole number, at least 1 image"
+            )
+        if self.backend not in BACKENDS:
+            raise ConfigError(
+                f"data.augmentation.backend={self.backend}: expected {' or '.join(BACKENDS)}"
             )
         if self.mixes_pairs and self.batch_size % 2:
             raise ConfigError(
@@ -99,6 +116,11 @@ class ImageFiles:
         found = [np.unique(_labels(images)) for images in sets if images is not None]
         labels: list[int] = np.unique(np.concatenate(found)).tolist()
         return labels
+
+    @property
+    def backend(self) -> object:
+        """What augments training images: "pil" or "tensor"."""
+        return self.augmentation.get("backend", "pil")
 
     @property
     def trainable(self) -> bool:
@@ -146,12 +168,25 @@ class _ImageLoaders(Loaders):
             "std": tuple(spec.std),
         }
         plain: Transform = create_transform(**options, crop_pct=spec.crop_pct)
-        self.val_set = _prepared(images.val, plain, images.outputs)
-        self.train_set = self.calibration_set = None
+        as_pixels = images.loading.decoder == "torchvision"
+        if as_pixels:
+            plain = _on_pixels(cast(Compose, plain))
+        self.val_set = _prepared(images.val, plain, images.outputs, as_pixels=as_pixels)
+        self.train_set = self.augmented_set = self.augmentation = None
+        self.calibration_set: MapDataset | None = None
         if images.train is not None:
-            augmented = _training_transform(**options, **images.augmentation)
-            self.train_set = _prepared(images.train, augmented, images.outputs)
-            self.calibration_set = _prepared(images.train, plain, images.outputs)
+            settings = {k: v for k, v in images.augmentation.items() if k != "backend"}
+            augmented = _training_transform(**options, **settings)
+            self.augmented_set = self.train_set = _prepared(images.train, augmented, images.outputs)
+            if images.backend == "tensor":
+                self.augmentation = Augmentation({**options, **settings})
+                self.train_set = _prepared(
+                    images.train, self.augmentation, images.outputs, as_pixels=True
+                )
+            plain_set = _prepared(images.train, plain, images.outputs, as_pixels=as_pixels)
+            few = isinstance(images.train, FewShotSubset)
+            kept = few and 4 * spec.channels * prod(spec.size) * len(plain_set) <= KEPT_BYTES
+            self.calibration_set = KeptItems(plain_set) if kept else plain_set
         self.mix = (
             Mixup(num_classes=images.n_classes, **images.mixing) if images.mixes_pairs else None
         )
@@ -159,39 +194,63 @@ class _ImageLoaders(Loaders):
     def train_dataloader(self) -> DataLoader[object]:
         """Return the shuffled, augmented training batches without an incomplete last one."""
         assert self.train_set is not None
-        return self.shuffled(self.train_set, self.images.batch_size, workers=self.images.workers)
+        return self.shuffled(self.train_set, self.images.batch_size, loading=self.images.loading)
 
     def val_dataloader(self) -> DataLoader[object]:
         """Return every validation image once."""
-        return self.in_order(self.val_set, self.images.batch_size, workers=self.images.workers)
+        return self.in_order(self.val_set, self.images.batch_size, loading=self.images.loading)
 
     def calibration_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
         """Return `samples` training images, or all, prepared like validation images."""
         assert self.calibration_set is not None
         indices = sample_indices(len(self.calibration_set), samples, seed)
-        subset: Subset[Example] = Subset(self.calibration_set, indices)  # type: ignore[arg-type]
-        return sequential(subset, self.images.batch_size, workers=self.images.workers)
+        chosen = subset(self.calibration_set, indices)
+        kept = isinstance(self.calibration_set, KeptItems)
+        loading = IN_THIS_PROCESS if kept else self.images.loading
+        return sequential(chosen, self.images.batch_size, loading=loading)
 
     def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
         """Return these images, after the first epoch augmented as `augmentation` says, unmixed."""
-        assert self.train_set is not None
+        assert self.augmented_set is not None
         assert self.calibration_set is not None
         indices = sample_indices(len(self.calibration_set), samples, seed)
         plain, augmented = (
-            Subset[Example](images, indices)  # type: ignore[arg-type]
-            for images in (self.calibration_set, self.train_set)
+            subset(images, indices) for images in (self.calibration_set, self.augmented_set)
         )
-        batch_size, workers = self.images.batch_size, self.images.workers
-        return plain_then_augmented(plain, augmented, batch_size, seed=seed, workers=workers)
+        batch_size, loading = self.images.batch_size, self.images.loading
+        return plain_then_augmented(plain, augmented, batch_size, seed=seed, loading=loading)
+
+    def transfer_batch_to_device(
+        self, batch: tuple[Tensor | Drawn, Tensor], device: torch.device, dataloader_idx: int
+    ) -> tuple[Tensor | Drawn, Tensor]:
+        """Move images and labels; what was drawn for them is needed on the CPU."""
+        images, labels = batch
+        if isinstance(images, Tensor):
+            moved: tuple[Tensor, Tensor] = super().transfer_batch_to_device(
+                batch, device, dataloader_idx
+            )
+            return moved
+        pixels = images["pixels"].to(device, non_blocking=True)
+        return {**images, "pixels": pixels}, labels.to(device, non_blocking=True)
 
     def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+        self, batch: tuple[Tensor | Drawn, Tensor], dataloader_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """Mix training images in pairs and soften their labels; leave validation unchanged."""
+        """Finish the augmentation; mix training images in pairs and soften their labels.
+
+        Images for validation are left unchanged.
+        """
+        drawn, labels = batch
+        if isinstance(drawn, Tensor):
+            images = drawn
+        else:
+            assert self.augmentation is not None
+            images = self.augmentation.finish(drawn)
+        if self.images.loading.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         trainer = self.trainer
         if trainer is None or not trainer.training:
-            return batch
-        images, labels = batch
+            return images, labels
         if self.mix is not None:
             return cast(tuple[Tensor, Tensor], self.mix(images, labels))
         smoothing = self.images.mixing["label_smoothing"]
@@ -225,12 +284,44 @@ def _labels(dataset: object) -> Sequence[int]:
 
 
 def _prepared(
-    dataset: ImageDataset, transform: Transform, outputs: Mapping[int, int] | None
+    dataset: ImageDataset,
+    transform: Transform,
+    outputs: Mapping[int, int] | None,
+    *,
+    as_pixels: bool = False,
 ) -> LabelledImages:
-    """Return a copy of `dataset` that shares its images."""
-    dataset = copy.copy(dataset)
+    """Return a copy of `dataset` that shares its images; `as_pixels`: decoded by torchvision."""
+    dataset = _as_pixels(dataset) if as_pixels else copy.copy(dataset)
     dataset.transform = transform
     return dataset if outputs is None else _Relabelled(dataset, outputs)
+
+
+def _as_pixels(dataset: Any) -> Any:
+    """Return a copy of `dataset` whose images, if they are files, are read as tensors."""
+    dataset = copy.copy(dataset)
+    match dataset:
+        case ImageList():
+            dataset.as_pixels = True
+        case FewShotSubset() | TolerantDataset() | StrictDataset():
+            dataset.dataset = _as_pixels(dataset.dataset)
+            if isinstance(dataset, FewShotSubset):
+                dataset.forget()
+    return dataset
+
+
+def _on_pixels(transform: Compose) -> Transform:
+    """Return timm's transform for evaluation, for images in uint8 on which it works as well."""
+    steps = [
+        partial(functional.to_dtype, dtype=torch.float32, scale=True)
+        if isinstance(step, MaybeToTensor)
+        else step
+        for step in transform.transforms
+    ]
+    return cast(Transform, Compose([_pixels, *steps]))
+
+
+def _pixels(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else cast(Tensor, functional.pil_to_tensor(image))
 
 
 def _training_transform(**options: object) -> Transform:

@@ -17,6 +17,7 @@ from vitrim.data.few_shot import FewShotSubset, few_shot
 from vitrim.data.folders import ImageList, Split, first, read_split
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.label_files import read_labels
+from vitrim.data.loading import DEFAULTS, Loading, LoadingSettings
 from vitrim.data.paths import Paths
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.data.reading import extensions
@@ -33,12 +34,13 @@ def image_folder(
     samples: int | None,
     samples_seed: int,
     batch_size: int,
-    workers: int,
+    workers: int | str,
     bad_images: BadImageSettings,
     augmentation: Mapping[str, object],
     mixing: Mapping[str, object],
     val_labels: str | None = None,
     exif_orientation: bool = False,
+    loading: LoadingSettings = DEFAULTS,
 ) -> ImageFiles:
     """Return the images below `root`; the names of the class folders determine the labels.
 
@@ -52,12 +54,13 @@ def image_folder(
         samples: size of a class-balanced subset of the training images; None: all.
         samples_seed: of that draw.
         batch_size: images in a batch.
-        workers: loading processes.
+        workers: loading processes, or "auto".
         bad_images: `limit` of TolerantDataset and `evaluation` of StrictDataset.
         augmentation: training options of timm.data.create_transform.
         mixing: options of timm.data.Mixup.
         val_labels: a file with the labels of validation images that lie in one folder.
         exif_orientation: whether images are turned as their EXIF data says.
+        loading: settings of Loading.
 
     Raises:
         ConfigError: a folder is missing, empty or unreadable, a class does not exist or has no
@@ -78,7 +81,7 @@ def image_folder(
         val=_strict(lists[val], bad_images),
         classes=tuple(index),
         batch_size=batch_size,
-        workers=workers,
+        loading=Loading(workers=workers, **loading),
         augmentation=augmentation,
         mixing=mixing,
         listing=_listing([*splits.values()], folders),

@@ -15,6 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vitrim.data.dataset import MapDataset
+from vitrim.data.loading import Loading
+
+IN_THIS_PROCESS = Loading(workers=0)
 
 
 def seed_all(*parts: int) -> None:
@@ -130,15 +133,15 @@ class ResumableLoader(DataLoader[object]):
         dataset: MapDataset,
         batches: ResumableBatchSampler,
         *,
-        workers: int = 0,
+        loading: Loading = IN_THIS_PROCESS,
         augmented: MapDataset | None = None,
     ) -> None:
         super().__init__(
             SeededDataset(dataset, batches.seed, augmented),
             batch_sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            **loading.options(len(batches)),  # type: ignore[arg-type]
         )
+        self.loading = loading
         self.batches = batches
         self.images = dataset
         self._n_yielded = 0
@@ -164,14 +167,21 @@ class ResumableLoader(DataLoader[object]):
         return sequential(self.images, self.batches.batch_size)
 
 
-def sequential(dataset: MapDataset, batch_size: int, *, workers: int = 0) -> ResumableLoader:
+def sequential(
+    dataset: MapDataset, batch_size: int, *, loading: Loading = IN_THIS_PROCESS
+) -> ResumableLoader:
     """Return every item of `dataset` in order, all of them in every process."""
     batches = ResumableBatchSampler(len(dataset), batch_size=batch_size, seed=0, shuffle=False)
-    return ResumableLoader(dataset, batches, workers=workers)
+    return ResumableLoader(dataset, batches, loading=loading)
 
 
 def plain_then_augmented(
-    plain: MapDataset, augmented: MapDataset, batch_size: int, *, seed: int, workers: int = 0
+    plain: MapDataset,
+    augmented: MapDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    loading: Loading = IN_THIS_PROCESS,
 ) -> ResumableLoader:
     """Return every item in every epoch and process: plain and in order, then augmented, reshuffled.
 
@@ -183,12 +193,12 @@ def plain_then_augmented(
         augmented: the same items in all later epochs.
         batch_size: of all batches but the last of an epoch.
         seed: of order and augmentation.
-        workers: loading processes.
+        loading: by which processes.
     """
     batches = ResumableBatchSampler(
         len(plain), batch_size=batch_size, seed=seed, shuffle=False, reshuffle=True
     )
-    return ResumableLoader(plain, batches, workers=workers, augmented=augmented)
+    return ResumableLoader(plain, batches, loading=loading, augmented=augmented)
 
 
 def n_held_out(images: int, share: float) -> int:

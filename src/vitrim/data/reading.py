@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode
 
 _KNOWN = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What version 0.1.0 read."""
@@ -75,3 +78,45 @@ def _scaled(pixels: np.ndarray, largest: int) -> Image.Image:
     """Return grey pixels from 0 to `largest`, (H, W), as RGB."""
     grey = np.rint(pixels.astype(np.float64) * (255 / largest)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+
+def read_pixels(path: str, *, exif_orientation: bool = False) -> Tensor:
+    """Return the image in a file as RGB, (3, H, W) in uint8.
+
+    Grey and RGB JPEG files are decoded by torchvision, whose colours may differ by a level; all
+    others as `read_image` does.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    content = Path(path).read_bytes()
+    if _is_plain_jpeg(content):
+        try:
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            # what torchvision.io.decode_jpeg calls, which warns of torchcodec from 0.29 on
+            decode = torch.ops.image.decode_jpeg
+            pixels: Tensor = decode(encoded, ImageReadMode.RGB.value, exif_orientation)
+            return pixels
+        except (RuntimeError, AttributeError):
+            pass  # Pillow says what is wrong with it
+    image = read_image(path, exif_orientation=exif_orientation)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether a file is a JPEG of 1 or 3 channels, and of a size that Pillow does not refuse."""
+    place = 2
+    if content[:2] != b"\xff\xd8":
+        return False
+    while place + 10 <= len(content) and content[place] == 0xFF:
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = int.from_bytes(content[place + 5 : place + 7])
+            width = int.from_bytes(content[place + 7 : place + 9])
+            limit = Image.MAX_IMAGE_PIXELS or height * width
+            return content[place + 9] in (1, 3) and 0 < height * width <= limit
+        if marker == 0xFF:  # a byte that fills
+            place += 1
+            continue
+        place += 2 + length
+    return False

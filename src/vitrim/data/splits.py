@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from vitrim.data.dataset import Example, ImageDataset, MapDataset, Transform, transformed
 from vitrim.data.few_shot import few_shot
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.loading import Loading
 from vitrim.errors import ConfigError
 
 _UNMIXED: Mapping[str, object] = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
@@ -76,7 +77,7 @@ def image_splits(source: HasSplits) -> ImageFiles:
         val=val,
         classes=classes,
         batch_size=source.batch_size,
-        workers=getattr(source, "workers", 0),
+        loading=Loading(workers=getattr(source, "workers", 0)),
         augmentation=getattr(source, "augmentation", {}),
         mixing={**_UNMIXED, **getattr(source, "mixing", {})},
     )

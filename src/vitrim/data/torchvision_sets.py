@@ -10,6 +10,7 @@ from vitrim.data.dataset import ImageDataset
 from vitrim.data.few_shot import few_shot
 from vitrim.data.folders import ImageList
 from vitrim.data.image_files import ImageFiles
+from vitrim.data.loading import DEFAULTS, Loading, LoadingSettings
 from vitrim.data.paths import Paths, labels_of
 from vitrim.data.quarantine import BadImageSettings, StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError
@@ -47,11 +48,12 @@ def torchvision_set(
     samples: int | None,
     samples_seed: int,
     batch_size: int,
-    workers: int,
+    workers: int | str,
     bad_images: BadImageSettings,
     augmentation: Mapping[str, object],
     mixing: Mapping[str, object],
     exif_orientation: bool = False,
+    loading: LoadingSettings = DEFAULTS,
 ) -> ImageFiles:
     """Return the set `name` below `root`; `download=True` downloads it once.
 
@@ -85,7 +87,7 @@ def torchvision_set(
         ),
         classes=tuple(classes),
         batch_size=batch_size,
-        workers=workers,
+        loading=Loading(workers=workers, **loading),
         augmentation=augmentation,
         mixing=mixing,
     )

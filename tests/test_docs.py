@@ -42,6 +42,7 @@ def test_the_changelog_names_every_renamed_key() -> None:
 def test_files_that_a_document_names_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = set(re.findall(r"`((?:src|conf|tests|results|docs|\.ci)/[\w./-]*)`", text))
+    named = {path for path in named if "NAME" not in path}  # a word in capitals is yours
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from conftest import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
@@ -20,6 +21,7 @@ from loading import logits_elsewhere
 from vitrim import Plan, combine, cut, load, save
 from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, write, write_manifest
 from vitrim.network import UnsupportedArchitecture
+from vitrim.network.proof import fixed_logits
 from vitrim.plan import PlanError, dumps, loads
 
 FILES = [PLAN, WEIGHTS, MANIFEST]
@@ -454,3 +456,48 @@ def test_the_manifest_names_the_content_of_both_files(folder: Path) -> None:
     assert files.keys() == {PLAN, WEIGHTS}
     assert all(len(entry["sha256"]) == 64 for entry in files.values())
     assert loads((folder / PLAN).read_text()) == KEPT
+
+
+class Doubled(VisionTransformer):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def with_activation(net: nn.Module) -> None:
+    net.blocks[1].mlp.act = nn.ReLU()
+
+
+def with_epsilon(net: nn.Module) -> None:
+    net.blocks[0].norm2.eps = 1e-5
+
+
+def with_forward(net: nn.Module) -> None:
+    net.__class__ = Doubled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_activation, r"differ by .*; blocks\.1\.mlp\.act is a ReLU, in timm's network GELU"),
+        (with_epsilon, r"epsilon of blocks\.0\.norm2 is 1e-05, timm's network has 1e-06"),
+        (with_forward, "differ by .*; the network is a Doubled, in timm's network VisionTr"),
+    ],
+)
+def test_a_network_that_computes_something_else_is_not_saved(
+    change: Callable[[nn.Module], None], message: str, tmp_path: Path
+) -> None:
+    net = small_net(dtype=torch.float32)
+    change(net)
+    with pytest.raises(StoreError, match=message):
+        save(tmp_path, net, Plan(model=MODEL, edits=()))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_manifest_has_logits_and_may_lack_them(tmp_path: Path) -> None:
+    net = small_net(dtype=torch.float32).train()
+    save(tmp_path, net, Plan(model=MODEL, edits=()))
+    assert net.training
+    logits = json.loads((tmp_path / "manifest.json").read_text())["logits"]
+    assert logits == fixed_logits(load(tmp_path)[0], (3, 32, 32)).tolist()
+    write_manifest(tmp_path, ("plan.json", "model.safetensors"), params=1)
+    load(tmp_path)

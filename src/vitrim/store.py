@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitrim.files import PLAN, WEIGHTS, StoreError, read_text, verify, write, write_manifest
 from vitrim.network import non_persistent_buffers
+from vitrim.network.proof import difference, input_shape
 from vitrim.network.skeleton import skeleton
 from vitrim.network.surgery import cut_
 from vitrim.plan import MAX_BYTES, Plan, check_json, dumps, loads
@@ -27,6 +28,7 @@ ARCHITECTURE = "vitrim_compact"
 _MAX_HEADER = 2**20  # bytes of a safetensors header; ViT-g has 60,000
 _LENGTH = 8  # bytes that state the length of the header
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_LOGITS = 8  # that the manifest has
 _MAX_REASON = 256  # characters of a message of safetensors
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ALIGNMENT = 64  # bytes; matrix kernels use other code for data that is not aligned
@@ -35,10 +37,12 @@ _ALIGNMENT = 64  # bytes; matrix kernels use other code for data that is not ali
 def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
     """Write `net`, the result of `plan` on its dense network, into `folder` and return the folder.
 
-    Each file is replaced atomically, the manifest last.
+    Each file is replaced atomically, the manifest last. What `load` would return is built first,
+    and must have the same logits for a fixed image; the manifest has the first of them.
 
     Raises:
-        StoreError: the tensors of `net` are not those that the plan leads to.
+        StoreError: the tensors of `net` are not those that the plan leads to, or it computes
+            something else from them: with another activation, epsilon or forward of its own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,11 +51,30 @@ def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
     text = dumps(plan)
     loads(text)  # a plan that cannot be read back must not be written
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    _check_fit(skeleton(plan), state, where="the network to save")
+    twin = skeleton(plan)
+    _check_fit(twin, state, where="the network to save")
+    logits = _proved(net, assign(twin, state, plan))
     write(folder / PLAN, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(state, path, {"format": "pt"}))
-    write_manifest(folder, (PLAN, WEIGHTS), params=sum(p.numel() for p in net.parameters()))
+    params = sum(p.numel() for p in net.parameters())
+    write_manifest(folder, (PLAN, WEIGHTS), params=params, logits=logits)
     return folder
+
+
+def _proved(net: nn.Module, twin: nn.Module) -> list[float]:
+    """Return logits of `net` for a fixed image, which those of `twin` are compared with.
+
+    Raises:
+        StoreError: they differ.
+    """
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    problem, logits = difference(net, twin.to(device), input_shape(twin))
+    if problem:
+        raise StoreError(
+            f"the network to save is not the one that vitrim.load would return: {problem}; "
+            "torch.export.save(torch.export.export(net, (images,)), FILE) keeps any network"
+        )
+    return [float(logit) for logit in logits[:_LOGITS] if bool(logit.isfinite())]
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Plan]:

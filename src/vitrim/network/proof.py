@@ -69,8 +69,11 @@ def difference(net: nn.Module, twin: nn.Module, shape: tuple[int, int, int]) -> 
     expected, found = fixed_logits(net, shape), fixed_logits(twin, shape)
     if expected.shape != found.shape:
         return f"it has {found.numel()} outputs in place of {expected.numel()}", expected
-    largest = float((expected.double() - found.double()).abs().max()) if len(found) else 0.0
-    limit = _LIMITS.get(expected.dtype, 1e-5) * max(1.0, float(expected.abs().max()))
+    if torch.equal(expected.nan_to_num(), found.nan_to_num()):
+        largest = limit = 0.0
+    else:
+        largest = float((expected.double() - found.double()).abs().max())
+        limit = _LIMITS.get(expected.dtype, 1e-5) * max(1.0, float(expected.abs().max()))
     reason = _reason(net, twin)
     if largest <= limit and not reason.startswith("epsilon"):
         return "", expected

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitrim.api.compress import Compressed as Compressed
     from vitrim.api.compress import compress as compress
+    from vitrim.api.scores import plan_for as plan_for
+    from vitrim.api.scores import score as score
+    from vitrim.api.scores import sites as sites
+    from vitrim.api.scores import trim as trim
     from vitrim.deploy.hub import from_pretrained as from_pretrained
     from vitrim.deploy.hub import push_to_hub as push_to_hub
     from vitrim.measure import count as count
@@ -39,6 +43,7 @@ __version__ = "0.1.0"
 _HOME = {
     "compress": "vitrim.api.compress",
     "Compressed": "vitrim.api.compress",
+    **dict.fromkeys(("sites", "score", "trim", "plan_for"), "vitrim.api.scores"),
     "run": "vitrim.pipeline",
     "Job": "vitrim.pipeline",
     "Identity": "vitrim.pipeline",

@@ -1,5 +1,6 @@
 """A network at hand and some images in, the compact network out."""
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -8,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
+from command import QUICK, Command
 from conftest import randomise
+from vitrim.data import ImageSpec
+from vitrim.data.digits import Digits
 from vitrim.errors import VitrimError
 
 ARGS = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 7}
@@ -108,6 +113,35 @@ def test_bf16_inside_a_wrapper_is_given_back_as_bf16() -> None:
     assert {p.dtype for p in found.net.parameters()} == {torch.bfloat16}
     with pytest.raises(VitrimError, match="backbone='backbone'"):
         vitrim.compress(wrapper, IMAGES, **FAST)
+
+
+def test_a_shuffled_loader_of_digits_gives_the_commands_result(command: Command) -> None:
+    words = [word for word in QUICK if "limit_train_batches" not in word]
+    done = command("method=oneshot", "target.macs=0.789", *words)
+    assert done.code == 0, done.message
+    report = json.loads(done.report.read_text())
+    by_command, plan = vitrim.load(done.report.parent)
+
+    (dense,) = done.report.parents[2].glob("phases/dense-*/state.safetensors")
+    net = timm.create_model(plan.model["name"], **plan.model["args"])
+    state = safetensors.torch.load_file(dense)
+    net.load_state_dict(
+        {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
+    )
+    spec = ImageSpec(
+        channels=1, size=(8, 8), mean=(0.5,), std=(0.5,), interpolation="bicubic", crop_pct=1.0
+    )
+    digits = Digits(batch_size=64, held_out=0.2, shift=0.0, rotation=0.0, label_smoothing=0.0)
+    data = digits.module(spec)
+    loader = DataLoader(data.train_set, batch_size=32, shuffle=True)
+    found = vitrim.compress(
+        net, loader, validation=data.val_set, **{**FAST, "macs": 0.789, "batch_size": 64}
+    )
+    for key in ("top1", "top5", "macs", "params"):
+        assert found.report["compact"][key] == report["compact"][key]
+    assert found.plan.edits == plan.edits
+    state = by_command.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in found.net.state_dict().items())
 
 
 @pytest.mark.parametrize("args", [{"num_classes": 0}, {"in_chans": 1, "img_size": [32, 64]}])

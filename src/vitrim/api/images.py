@@ -259,21 +259,28 @@ class OwnData:
                 finite.
         """
         chosen = sample_indices(len(self.images), self.needed, self.seed)
-        found = {tuple(self.images[index][0].shape) for index in chosen}
+        check_images(self.images, chosen, shape, any_size=any_size)
         if self.validation is not None:
-            found.add(tuple(self.validation[0][0].shape))
-        for one in sorted(found):
-            _check_shape(one, shape, any_size=any_size)
-        if len(found) > 1:
-            raise ConfigError(f"images of several shapes: {', '.join(map(str, sorted(found)))}")
+            check_images(self.validation, range(1), shape, any_size=any_size)
 
 
-def _check_shape(found: tuple[int, ...], shape: tuple[int, int, int], *, any_size: bool) -> None:
-    if found[0] != shape[0] or not (any_size or found[1:] == shape[1:]):
-        raise ConfigError(
-            f"images of {found} (channels, height, width): the network expects "
-            f"{shape if not any_size else f'{shape[0]} channels'}"
-        )
+def check_images(
+    images: HeldImages, chosen: Iterable[int], shape: tuple[int, int, int], *, any_size: bool
+) -> None:
+    """Read the chosen images, and refuse those that a network cannot process.
+
+    Raises:
+        ConfigError: one is of another shape than `shape`, (channels, height, width), or not finite.
+    """
+    found = sorted({tuple(images[index][0].shape) for index in chosen})
+    for one in found:
+        if one[0] != shape[0] or not (any_size or one[1:] == shape[1:]):
+            wanted = f"{shape[0]} channels" if any_size else str(shape)
+            raise ConfigError(
+                f"images of {one} (channels, height, width): the network expects {wanted}"
+            )
+    if len(found) > 1:
+        raise ConfigError(f"images of several shapes: {', '.join(map(str, found))}")
 
 
 class _OwnLoaders(Loaders):

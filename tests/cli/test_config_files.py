@@ -192,7 +192,6 @@ CASES: dict[str, tuple[Made, str]] = {
     "brackets on the command line": (word("model.args=" + "[" * 500), "vitrim: "),
     "Hydra's folder by the command line": (word("hydra.run.dir=CANARY"), "out=DIR"),
     "Hydra's subfolder by the command line": (word("hydra.output_subdir=CANARY"), "recipe.yaml"),
-    "another current folder": (word("hydra.job.chdir=true"), "hydra.job.chdir"),
     "the runs' folder": (experiment("out: CANARY"), "out=DIR on the command line"),
     "the runs' folder above": (experiment("out: ../../x"), "out=../../x"),
     "the runs' folder at home": (experiment("out: ~/x"), "out=~/x"),
@@ -310,7 +309,7 @@ CASES: dict[str, tuple[Made, str]] = {
         "hydra.launcher.submitit_folder",
     ),
     "parameters of a sweep": (experiment(PARAMS, "-m", "experiment=evil"), "hydra.sweeper.params"),
-    "a sweep": (experiment("hydra: {mode: MULTIRUN}"), "hydra.mode"),
+    "a mode of its own": (experiment("hydra: {mode: SOME}"), "hydra.mode"),
     "a place of files": (
         files(
             {"mine.yaml": "defaults: [run]\nhydra: {searchpath: ['pkg://evil']}"},

@@ -161,7 +161,7 @@ hydra:
 """
 
 
-def test_a_sweep_in_a_yaml_is_refused_and_jobs_of_a_sweep_are_single_runs(
+def test_a_yaml_may_be_a_sweep_whose_jobs_are_single_runs(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -173,10 +173,12 @@ def test_a_sweep_in_a_yaml_is_refused_and_jobs_of_a_sweep_are_single_runs(
         return ""
 
     monkeypatch.setattr(app.sweep, "run_job", run_job)
-    refused = command("--config-dir", str(tmp_path / "conf"), "experiment=sweeping")
-    assert refused.code == 1
-    assert "hydra.mode=MULTIRUN: a file must not set" in refused.message
-    assert not jobs
+    words = ("--config-dir", str(tmp_path / "conf"), "experiment=sweeping", "latency.repeats=1")
+    assert command(*words).code == 0
+    assert len(jobs) == 2
+    alone = command(*jobs.pop())
+    assert alone.code == 0, alone.message
+    assert len(jobs) == 1  # it started none of its own, whatever its yaml says
     words = ("-m", "latency.repeats=1", "data=none")
     for asked in (words, ("hydra.mode=MULTIRUN", *words[1:])):
         jobs.clear()

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from traceback import walk_tb
@@ -22,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitrim import __version__
-from vitrim.cli import checks, guard, launcher
+from vitrim.cli import checks, experiments, guard, launcher, results
 from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
 from vitrim.cli.config_files import CONF
@@ -36,11 +38,15 @@ if TYPE_CHECKING:
     from vitrim.pipeline import Identity, Job
 
 _log = logging.getLogger(__name__)
+LOG = "vitrim.log"
+"""File in a run's folder with what was logged."""
 _UNFORESEEN = (
     *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError),
     *(AssertionError, MemoryError),
 )
 """What values of a wrong kind raise in Lightning, timm and torch, where no check names them."""
+experiments.install()
+results.install()
 guard.install()  # at import: SLURM's jobs import this module and compose before they call `_job`
 register_resolvers()
 
@@ -64,15 +70,55 @@ def run(cfg: DictConfig) -> Path:
         elif first:
             check_resumable(folder, dict(identity.recipe), contents)
             text = OmegaConf.to_yaml(cfg, resolve=True)
-            with status.recorded(folder), bad_images.recorded(job.data, folder):
+            with (
+                status.recorded(folder),
+                bad_images.recorded(job.data, folder),
+                _logged(folder),
+                _in(folder),
+            ):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
                 compress(job, identity, folder)
         else:
-            compress(job, identity, folder)
+            with _in(folder):
+                compress(job, identity, folder)
     if first:
         sys.stdout.write(f"{report}\n")
         sys.stdout.flush()
     return report
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """Append what is logged to a file in the run's folder as well, and the error that ends it."""
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(handler)
+    own = logging.getLogger("vitrim.run")  # for the file alone
+    own.propagate, own.handlers = False, [handler]
+    own.setLevel(logging.INFO)
+    own.info("vitrim %s: %s", __version__, " ".join(HydraConfig.get().overrides.task))
+    try:
+        yield
+        own.info("finished")
+    except BaseException:
+        own.exception("ended by an error")
+        raise
+    finally:
+        own.handlers = []
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _in(folder: Path) -> Iterator[None]:
+    """Work in the run's folder if hydra.job.chdir is true, otherwise in that of the command."""
+    before = Path.cwd()
+    if HydraConfig.get().job.chdir:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _set_up(cfg: DictConfig) -> tuple[Job, Contents, Identity, Path]:
@@ -98,8 +144,10 @@ def _set_up(cfg: DictConfig) -> tuple[Job, Contents, Identity, Path]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")
-def _job(cfg: DictConfig) -> str | launcher.Work:
+def _job(cfg: DictConfig) -> str | float | launcher.Work:
     hydra_cfg = HydraConfig.get()
+    os.chdir(hydra_cfg.runtime.cwd)  # paths are those of the command; hydra.job.chdir acts later
+    returned = partial(results.result_of, key=cfg.optimized_metric)
     submitted = "submitit" in hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and not submitted:
         sweep.refuse_nested()
@@ -108,12 +156,13 @@ def _job(cfg: DictConfig) -> str | launcher.Work:
         out = Path(cfg.out).absolute()
         work = partial(sweep.run_job, _job_arguments(), out=out, minutes=cfg.sweep.minutes)
         if hydra_cfg.launcher._target_ == launcher.BASIC:
-            return lambda place: work(place=place)
-        return work()
+            return lambda place: returned(work(place=place))
+        return returned(work())
     if submitted:
-        return str(slurm.run_in_job(partial(run, cfg), wait_minutes=cfg.sweep.wait_minutes))
+        report = slurm.run_in_job(partial(run, cfg), wait_minutes=cfg.sweep.wait_minutes)
+        return returned(report)
     try:
-        return str(run(cfg))
+        return returned(run(cfg))
     except _user_errors() as error:
         _end(error)  # here, because Hydra would print all arguments before the message
 

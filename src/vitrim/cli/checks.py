@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vitrim.cli.config_files import CONF
+from vitrim.cli.results import check_metric
 from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate, shown
 from vitrim.files import MANIFEST, WEIGHTS, sha256
 
@@ -95,7 +96,7 @@ def check_keys(cfg: Config) -> list[str]:
         wrong.append(f"sweep.jobs={shown(jobs)}: expected null or a whole number from 1 on")
     if wait is not None and not is_positive(wait):
         wrong.append(f"sweep.wait_minutes={shown(wait)}: expected null or a number above 0")
-    return [*wrong, *_check_quantize(cfg)]
+    return [*wrong, *check_metric(cfg), *_check_quantize(cfg)]
 
 
 def one_process(trainer: Mapping[str, Any]) -> None:

@@ -124,11 +124,17 @@ def take_over(cfg: DictConfig) -> None:
 
 
 def expand_home(cfg: DictConfig) -> None:
-    """Replace `~` by the home folder in every path of a configuration."""
+    """Replace `~` by the home folder in every path of a configuration.
+
+    With hydra.job.chdir=true paths become absolute, since the run works in its folder.
+    """
+    moves = HydraConfig.initialized() and bool(HydraConfig.get().job.chdir)
     for key in PATHS:
         value = OmegaConf.select(cfg, key)
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(cfg, key, at_home(value))
+        elif isinstance(value, str) and moves:
+            OmegaConf.update(cfg, key, str(Path(value).absolute()))
 
 
 def _target(cfg: DictConfig, method: object) -> Target:
@@ -309,7 +315,7 @@ def _reason(error: Exception, group: str) -> str:
 
 def explain(error: Exception, arguments: Sequence[str], config: str = "run") -> str:
     """Return the message of an error in composing or running, with the way out."""
-    text = str(error)
+    text = str(error).replace("\t", "  ")
     if isinstance(error, RecursionError):
         return "the configuration is nested too deeply"
     special = _special_characters(error)

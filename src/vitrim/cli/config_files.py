@@ -48,6 +48,9 @@ LAUNCHER = (
 )
 """Settings of a launcher that are no commands and no folders."""
 _PLUGINS = ("launcher", "sweeper")
+_PARAMETER = re.compile(r"[A-Za-z_][\w./-]*")
+_NOT_SWEPT = ("hydra", "plugins", "out", "sweep", "data.download")
+"""What the keys begin with over which a file must not sweep."""
 _WORD = re.compile(r"[^\s$`\\'\"]*")
 
 
@@ -128,7 +131,9 @@ def check_content(file: Path, content: dict[str, object]) -> None:
         ConfigError: naming the key, its value and what is allowed.
     """
     hydra = content.get("hydra")
-    if isinstance(hydra, dict):  # for a clearer message
+    if isinstance(hydra, dict):
+        rest = _without_sweep(file, hydra)
+        content = {**{key: v for key, v in content.items() if key != "hydra"}, **rest}
         check_hydra({key: value for key, value in hydra.items() if key not in _PLUGINS})
     for key, value in leaves(content):
         where = f"{key}={_short(value)}"
@@ -153,6 +158,33 @@ def check_content(file: Path, content: dict[str, object]) -> None:
                 raise ConfigError(f"{file}: {where}: {error}") from None
             if any(name.lstrip(".").split(".")[0] == "hydra" for name in keys):
                 raise ConfigError(f"{file}: {where}: settings of Hydra are not read by a file")
+
+
+def _without_sweep(file: Path, hydra: dict[str, object]) -> dict[str, object]:
+    """Return a content of settings of Hydra, without those of a sweep that a file may have.
+
+    They are `hydra.mode` and `hydra.sweeper.params`, whose values become words of the command line
+    of a job: they must not be what a file may not set.
+    """
+    rest = {key: value for key, value in hydra.items() if key != "mode"}
+    mode, sweeper = hydra.get("mode", "RUN"), hydra.get("sweeper")
+    if mode not in ("RUN", "MULTIRUN"):
+        raise ConfigError(f"{file}: hydra.mode={_short(mode)}: expected RUN or MULTIRUN")
+    if not isinstance(sweeper, dict) or "params" not in sweeper:
+        return {"hydra": rest} if rest else {}
+    params = sweeper["params"] or {}
+    if not isinstance(params, dict):
+        raise ConfigError(
+            f"{file}: hydra.sweeper.params={_short(params)}: expected keys and values"
+        )
+    for key, value in params.items():
+        where = f"{file}: hydra.sweeper.params.{key}={_short(value)}"
+        if not _PARAMETER.fullmatch(str(key)) or str(key).startswith(_NOT_SWEPT):
+            raise ConfigError(f"{where}: a file must not sweep over this key")
+        if not isinstance(value, str | int | float) or "${" in str(value):
+            raise ConfigError(f"{where}: expected values separated by commas, as in 0,1,2")
+    rest["sweeper"] = {key: value for key, value in sweeper.items() if key != "params"}
+    return {"hydra": rest} if (rest := {k: v for k, v in rest.items() if v != {}}) else {}
 
 
 def _check_setting(file: Path, key: str, value: object) -> None:

@@ -37,6 +37,11 @@ FUNCTIONS = (
 CLASSES: Mapping[str, tuple[str, ...] | None] = {
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
+    "lightning.pytorch.callbacks": (
+        "DeviceStatsMonitor",
+        "LearningRateMonitor",
+        "RichModelSummary",
+    ),
     "lightning.pytorch.plugins": None,
     "lightning.pytorch.plugins.environments": None,
     "lightning.pytorch.strategies": None,
@@ -59,6 +64,8 @@ NO_OUTPUT = "eval"
 Loaded = ConfigResult | None
 """What Hydra reads from a file, if there is one."""
 _WAY_IN = "; plugins=[PACKAGE] on the command line allows classes of a package of your own"
+_LIGHTNING = ("LightningDataModule", "Callback")
+"""Classes of Lightning from which a class of a trusted package may derive."""
 _OWN = ("model", "method", "data")
 """Groups whose objects may come from a trusted package."""
 _trusted: list[str] = []
@@ -77,7 +84,7 @@ def trust(package: str) -> None:
 def trust_named(packages: Sequence[str]) -> None:
     """Let `_target_` name classes of exactly these packages, beside those that are trusted.
 
-    They may be dataclasses and LightningDataModules.
+    They may be dataclasses, LightningDataModules and Callbacks.
     """
     _named[:] = [f"{package}." for package in packages]
 
@@ -184,9 +191,10 @@ def _with_checked_result(load: Callable[..., DictConfig]) -> Callable[..., DictC
 
 
 def _without_composing(get_mode: Callable[..., RunMode | None]) -> Callable[..., RunMode | None]:
-    """Return Hydra's way to the mode of a command, which composes only where a word may set it.
+    """Return Hydra's way to the mode of a command, which composes only where it may be set.
 
-    No file can (`config_files.check_content`), and Hydra would compose every run twice.
+    A word may set it, and a file of others. None of vitrim's own does, and Hydra would compose
+    every run twice.
     """
 
     @wraps(get_mode)
@@ -199,9 +207,19 @@ def _without_composing(get_mode: Callable[..., RunMode | None]) -> Callable[...,
         ]
         if setting == ["hydra.mode=RUN"]:  # of a job of a sweep
             return RunMode.RUN
-        return get_mode(hydra, config_name, overrides) if setting else None
+        places = [str(entry.path) for entry in hydra.config_loader.get_search_path().get_path()]
+        others = any(key.startswith("hydra.searchpath") for key in keys) or any(
+            not path.startswith(("pkg://", "structured://")) and not _is_conf(path)
+            for path in places
+        )
+        return get_mode(hydra, config_name, overrides) if setting or others else None
 
     return known
+
+
+def _is_conf(place: str) -> bool:
+    """Whether a place of configurations is vitrim's own conf/."""
+    return config_files.is_own(Path(place.removeprefix("file://")))
 
 
 def _check_word(word: str) -> None:
@@ -266,12 +284,9 @@ def _is_allowed(target: object) -> bool:
 
 
 def _is_data(value: object) -> bool:
-    """Whether a class is a dataclass, or a LightningDataModule."""
-    if is_dataclass(value):
-        return True
-    from vitrim.data.own import is_data_module
-
-    return isclass(value) and is_data_module(value)
+    """Whether a class is a dataclass, a LightningDataModule or a Callback."""
+    bases = value.__mro__ if isclass(value) else ()
+    return is_dataclass(value) or any(base.__name__ in _LIGHTNING for base in bases)
 
 
 def _why_not(target: object) -> str:
@@ -291,4 +306,4 @@ def _why_not(target: object) -> str:
     home = value.__module__ if isclass(value) else module
     if home != module:
         return f"expected {home}.{name}, where it is defined"
-    return "expected a dataclass or a LightningDataModule"
+    return f"expected a dataclass or a {' or '.join(_LIGHTNING)}"

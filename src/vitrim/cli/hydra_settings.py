@@ -10,6 +10,8 @@ from vitrim.errors import ConfigError, shown
 
 PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
+SAMPLER = "hydra.sweeper.sampler"
+"""Where a sweeper of Optuna has the class of its sampler, one of Optuna's own."""
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 LOG_FILES = "${hydra.runtime.output_dir}/"
 FOLDERS: Mapping[str, str | None] = {
@@ -38,6 +40,7 @@ def check_hydra(node: Mapping[str, Any]) -> None:
             _check_plugin(node[plugin], f"hydra.{plugin}")
     for key, value in node.items():
         _refuse_calls(value, f"hydra.{key}", plugin=key in ("launcher", "sweeper"))
+    _check_search_space(_part(node, "sweeper"))
     for key in ("job_logging", "hydra_logging"):
         _check_logging(node.get(key), f"hydra.{key}")
     _check_runtime(node)
@@ -57,8 +60,6 @@ def _check_job(job: Mapping[str, Any]) -> None:
         raise ConfigError(f"hydra.job.env_set={names}: must be empty; set variables in the shell")
     if not re.fullmatch(r"\?\?\?|[\w-][\w.-]*", str(job.get("name", "vitrim"))):
         raise ConfigError(f"hydra.job.name={job['name']}: expected letters, digits and dashes")
-    if job.get("chdir"):
-        raise ConfigError(f"hydra.job.chdir={job['chdir']}: must be false: paths would change")
 
 
 def check_output(node: Mapping[str, Any]) -> None:
@@ -100,6 +101,15 @@ def _check_runtime(node: Mapping[str, Any]) -> None:
         raise ConfigError(f"hydra.verbose={verbose}: expected true, false or names of loggers")
 
 
+def _check_search_space(sweeper: Mapping[str, Any]) -> None:
+    """Refuse what a sweeper would import by its name."""
+    if sweeper.get("custom_search_space") is not None:
+        raise ConfigError(
+            f"hydra.sweeper.custom_search_space={sweeper['custom_search_space']}: must be null, a "
+            "function would be called: choose values by hydra.sweeper.params"
+        )
+
+
 def _check_plugin(node: object, where: str) -> None:
     target = node.get("_target_") if isinstance(node, dict) else node
     if not str(target).startswith(PLUGINS):
@@ -114,7 +124,8 @@ def _refuse_calls(node: object, where: str, *, plugin: bool = False) -> None:
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        if key == "()" or (key == "_target_" and not plugin):
+        samples = where == SAMPLER and re.fullmatch(r"optuna\.samplers\.\w+Sampler", str(value))
+        if key == "()" or (key == "_target_" and not (plugin or samples)):
             raise ConfigError(f"{where}.{key}={value}: callables are not allowed here")
         _refuse_calls(value, f"{where}.{key}")
 

@@ -19,6 +19,7 @@ from vitrim.cli.recipe import (
     of_evaluation,
     of_series,
     of_start,
+    without_addresses,
 )
 from vitrim.files import digest
 from vitrim.versions import versions
@@ -42,6 +43,8 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
     of_plugins = _plugins(resolved, job)
     for group, packages in of_plugins.items():
         recipe[group]["plugins"] = packages
+    if "trainer" in of_plugins:  # those of Lightning only watch
+        recipe["trainer"]["callbacks"] = without_addresses(resolved["trainer"]["callbacks"])
     recipe["choices"] = {group: choices[group] for group in ("data", "method")}
     if isinstance(job.method, Revised) and job.method.revision > 1:
         recipe["revision"] = job.method.revision
@@ -103,7 +106,8 @@ def _plugins(resolved: Config, job: Job) -> dict[str, list[str]]:
     import timm
 
     packages = guard.named()
-    used = {group: plugins.used_by(resolved[group], packages) for group in GROUPS}
+    groups = GROUPS if job.data is not None else ("model", "method")
+    used = {group: plugins.used_by(resolved[group], packages) for group in groups}
     name = str(getattr(job.model, "name", "")).split(".")[0]
     if timm.is_model(name):
         home = f"{timm.model_entrypoint(name).__module__}."

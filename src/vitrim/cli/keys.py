@@ -18,6 +18,7 @@ TRAINER = (
     *("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"),
     *("num_sanity_val_steps", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("deterministic", "benchmark", "inference_mode", "detect_anomaly", "sync_batchnorm"),
+    "callbacks",
 )
 """Arguments of lightning.Trainer that a run takes."""
 _EPOCHS = "each phase has its epochs: model.training.epochs, and the epochs below method"
@@ -31,14 +32,13 @@ INSTEAD: Mapping[str, str] = {
     "trainer.overfit_batches": "set data.samples for a part of the training images",
     "trainer.gradient_clip_val": _CLIP,
     "trainer.gradient_clip_algorithm": _CLIP,
-    "trainer.callbacks": "a run has its own callbacks; from Python, vitrim.Prune is one of them",
     "trainer.plugins": "a run has its own: hydra/launcher=slurm or torchrun start processes",
     "trainer.logger": "set tracking",
     "trainer.enable_progress_bar": "set progress",
     "trainer.enable_checkpointing": _CHECKPOINTS,
     "trainer.default_root_dir": "set out",
     "trainer.use_distributed_sampler": "the processes share out the images by themselves",
-    "callbacks": "a run has its own callbacks; from Python, vitrim.Prune is one of them",
+    "callbacks": "set trainer.callbacks, a list",
     "logger": "set tracking",
     "model.args.img_size": "set model.image_size",
     "model.args.num_classes": "set model.num_classes",

@@ -18,12 +18,16 @@ LATENCY_TARGETS = ("latency", "latency_ms")
 """Targets that depend on where they were measured."""
 ADDED_TARGETS = (*LATENCY_TARGETS, "size_mb")
 """Targets that later versions added; recipes have them only where they are set."""
-NOT_RECIPE = ("out", "tracking", "progress", "latency", "checkpoint", "sweep", "plugins")
+NOT_RECIPE = (
+    *("out", "tracking", "progress", "latency", "checkpoint", "sweep", "plugins"),
+    "optimized_metric",
+)
 """Keys that change where and how a run works, not its result."""
 NOT_TRAINER = (
     *("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches"),
     *("log_every_n_steps", "check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps"),
     *("enable_model_summary", "profiler", "detect_anomaly", "inference_mode", "benchmark"),
+    "callbacks",
 )
 """The same of the trainer; how its processes share a batch enters the global batch."""
 LOADING = ("workers", "download", "loading")

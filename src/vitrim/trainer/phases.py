@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -253,11 +254,13 @@ class PhaseRunner:
 
     def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
         settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
+        bars = [RichProgressBar(leave=False)] if self.progress else []
+        own = copy.deepcopy(settings.get("callbacks") or [])  # each phase has its own
         if settings.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
             options["strategy"] = "ddp_find_unused_parameters_true"
         return self.trainer(
             default_root_dir=self.folder,
-            callbacks=[*([RichProgressBar(leave=False)] if self.progress else []), *callbacks],
+            callbacks=[*bars, *callbacks, *own],
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share

@@ -25,7 +25,7 @@ from vitrim.sensitivity.losses import (
 from vitrim.sensitivity.parts import parts_of_sites
 from vitrim.sensitivity.passes import Passes
 from vitrim.sensitivity.predict import layer_effects, rising, scaled, weight_of
-from vitrim.sensitivity.probes import Probe
+from vitrim.sensitivity.probes import Probe, rounded
 from vitrim.sensitivity.settings import LossSettings
 from vitrim.trainer.calibrate import Sampling
 
@@ -114,7 +114,7 @@ class OrderedLosses:
             for name, order in orders.items()
         }
         probes = [
-            probe
+            rounded(self.net, probe)
             for site in self.parts.sites
             for probe in self._probes(site, orders[site.name], steps[site.name], moments)
         ]

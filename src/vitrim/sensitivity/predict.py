@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from vitrim.sensitivity.losses import (
     value_rotation,
 )
 from vitrim.sensitivity.parts import Parts
-from vitrim.sensitivity.probes import Probe
+from vitrim.sensitivity.probes import Probe, rounded
 from vitrim.sensitivity.settings import LossRidges, Scaling
 from vitrim.sensitivity.statistics import Statistics
 
@@ -167,11 +168,12 @@ def probes_of(
     """Return everything that is measured."""
     if not scaling.images:
         return []
-    return [
-        *_unit_probes(net, parts, statistics, prediction, scaling.shares, ridges),
-        *_rank_probes(net, statistics, prediction, parts.layers, ridges),
-        *(_branch_probes(net, parts.described) if parts.drops else ()),
-    ]
+    probes = chain(
+        _unit_probes(net, parts, statistics, prediction, scaling.shares, ridges),
+        _rank_probes(net, statistics, prediction, parts.layers, ridges),
+        _branch_probes(net, parts.described) if parts.drops else (),
+    )
+    return [rounded(net, probe) for probe in probes]
 
 
 def _unit_probes(

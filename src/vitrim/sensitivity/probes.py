@@ -33,6 +33,12 @@ class Probe(NamedTuple):
     predicted: float
 
 
+def rounded(net: nn.Module, probe: Probe) -> Probe:
+    """Return a probe whose values have the types of the parameters: those of all are in memory."""
+    values = {name: value.to(net.get_parameter(name)) for name, value in probe.values.items()}
+    return probe._replace(values=values)
+
+
 def kl_divergence(temperature: float) -> Divergence:
     """Return the KL divergence (nats) from the dense network's decision, mean over images."""
 

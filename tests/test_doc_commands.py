@@ -27,6 +27,8 @@ NAME = "vit_tiny_patch16_224"
 CREATE = timm.create_model
 SMALL = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 7}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+ELSEWHERE = ("own_network",)
+"""Pages whose code runs in a test of their own: tests/api/test_own_network.py."""
 # Fragments that need more than what is shown are marked ```py.
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -76,7 +78,9 @@ def small(name: str, *, pretrained: bool = False, **args: object) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES if page.stem not in ELSEWHERE and BLOCK.search(page.read_text())],
+    ids=lambda page: page.stem,
 )
 def test_python_code_of_a_document_runs(
     page: Path, run: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,13 +15,14 @@ from torch import nn
 import vitrim
 from pages.written import DOCS, ROOT
 from test_experiments import CONF, documented
-from vitrim.cli import bench, export, importer, report
+from vitrim.cli import bench, export, importer, prepare, report
 
 PARSERS = {
     "vitrim-report": report._parser,
     "vitrim-bench": bench._parser,
     "vitrim-export": export._parser,
     "vitrim-import": importer._parser,
+    "vitrim-prepare": prepare._parser,
 }
 NAME = "vit_tiny_patch16_224"
 CREATE = timm.create_model

@@ -124,12 +124,16 @@ def test_an_array_of_jobs_of_two_processes_survives_a_kill(slurm: Slurm) -> None
     quiet, killed = slurm.folder / "two", slurm.folder / "killed"
     done = subprocess.run([VITRIM, *words, f"out={quiet}"], env=slurm.env, check=False)
     assert done.returncode == 0
-    named = (*words, "hydra.launcher.name=killed", f"out={killed}")
+    named = (*words, "hydra.launcher.name=two", f"out={killed}")
     with subprocess.Popen([VITRIM, *named], env=slurm.env) as launcher:
-        wait("a checkpoint", lambda: any(killed.glob("phases/dense-*/checkpoints/*/manifest.json")))
+        wait(
+            "a checkpoint",
+            lambda: any(killed.glob("phases/dense-*/checkpoints/*/manifest.json")),
+            seconds=900,
+        )
         number = _of_the_lock(killed)
         os.kill(_rank(number, "1"), signal.SIGKILL)
-        wait("a restart", lambda: _restarted(slurm, "killed"), seconds=240)
+        wait("a restart", lambda: _restarted(slurm, "two"), seconds=240)
         assert launcher.wait(timeout=500) == 0
     folders = [
         {path.parent.name: path.parent for path in out.glob("vit*/*/report.json")}

@@ -45,8 +45,12 @@ def new_optimizer(
     momentum: float | None,
     layer_decay: float | None,
     extra: Sequence[Mapping[str, object]],
+    clips: bool,
 ) -> Optimizer:
-    """Return an optimiser of the trainable parameters of `net`, and of the groups in `extra`."""
+    """Return an optimiser of the trainable parameters of `net`, and of the groups in `extra`.
+
+    AdamW is fused on a GPU, unless gradients are clipped: Lightning does not clip for it.
+    """
     if layer_decay is None:
         own = param_groups_weight_decay(net, weight_decay)
     else:
@@ -55,7 +59,8 @@ def new_optimizer(
     groups = [dict(group) for group in (*own, *extra)]
     groups = [group for group in groups if len(cast(Sequence[object], group["params"]))]
     if name == "adamw":
-        return AdamW(groups, lr=lr)
+        on_gpu = any(parameter.is_cuda for parameter in net.parameters())
+        return AdamW(groups, lr=lr, fused=True if on_gpu and not clips else None)
     if name == "sgd":
         return SGD(groups, lr=lr, momentum=0.9 if momentum is None else momentum)
     options = {} if momentum is None else {"momentum": momentum}

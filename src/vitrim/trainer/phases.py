@@ -16,7 +16,6 @@ from typing import cast
 
 import safetensors.torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -37,6 +36,7 @@ from vitrim.trainer.phase import (
     SplitImages,
     check_phase,
 )
+from vitrim.trainer.progress import Bar, Speed
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
@@ -49,6 +49,7 @@ _EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
     (".*no `validation_step`.*", Warning),  # scorers have none
     (".*configure_optimizers` returned `None`.*", Warning),  # nor optimisers
     (".*find_unused_parameters=True was specified.*", Warning),
+    (".*smaller than the logging interval.*", Warning),  # steps are counted over epochs
     (".*LeafSpec.*", FutureWarning),  # lightning 2.6 on torch 2.14
     (".*`srun` command is available.*", Warning),  # a run may be outside SLURM
 )
@@ -126,6 +127,7 @@ class PhaseRunner:
                 self._fit(name, phase, epochs=0, callbacks=callbacks, checkpoints=None)
                 return
             checkpoints = folder / "checkpoints"
+            _log.info("%s: %d epochs", name, phase.epochs)
             self._fit(
                 name, phase, epochs=phase.epochs, callbacks=callbacks, checkpoints=checkpoints
             )
@@ -155,7 +157,10 @@ class PhaseRunner:
         )
         loader = self._loader(phase, phase.calibration_images)
         with quiet_lightning():
+            speed = Speed(self.tracker)
             trainer = self._trainer(
+                *self._bars(name, speed),
+                *([speed] if epochs else []),
                 resume,
                 *_average(phase, epochs),
                 *callbacks,
@@ -249,18 +254,20 @@ class PhaseRunner:
         signals.raise_if_stopped()
         resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes, resumes_at="never")
         with quiet_lightning():
-            trainer = self._trainer(resume, logger=False)
+            trainer = self._trainer(*self._bars("", None), resume, logger=False)
             return validate(net, trainer, self.data, n_classes=n_classes)
+
+    def _bars(self, phase: str, speed: Speed | None) -> list[Callback]:
+        return [Bar(phase, speed)] if self.progress else []
 
     def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
         settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
-        bars = [RichProgressBar(leave=False)] if self.progress else []
         own = copy.deepcopy(settings.get("callbacks") or [])  # each phase has its own
         if settings.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
             options["strategy"] = "ddp_find_unused_parameters_true"
         return self.trainer(
             default_root_dir=self.folder,
-            callbacks=[*bars, *callbacks, *own],
+            callbacks=[*callbacks, *own],
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share

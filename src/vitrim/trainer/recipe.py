@@ -200,6 +200,7 @@ def optimizer_and_schedule(
         momentum=recipe.momentum,
         layer_decay=recipe.layer_decay,
         extra=extra,
+        clips=recipe.clip_norm > 0,
     )
     per_epoch = steps / max(recipe.epochs, 1)
     schedule = new_schedule(

@@ -32,6 +32,9 @@ from vitrim.trainer.phase import ResumePoint
 _log = logging.getLogger(__name__)
 STATE = "state.ckpt"
 GENERATIONS = 2
+LOOK_EVERY, AGREE_EVERY = 50, 10
+"""Batches between two looks at whether a loss diverged, which wait for the device; and between two
+messages among processes about requests to stop."""
 
 
 class DivergedError(VitrimError):
@@ -141,6 +144,13 @@ def _split(trainer: Trainer) -> dict[str, int | str]:
     }
 
 
+def _any(*facts: bool) -> list[bool]:
+    """Return which facts are true in any process; the message does not wait for devices."""
+    shared = torch.tensor(facts, dtype=torch.int32)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return [bool(fact) for fact in shared.tolist()]
+
+
 def _listed(split: Mapping[str, int | str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in split.items())
 
@@ -169,6 +179,7 @@ class Resume(Checkpoint):
         self._due = self._stopping = False
         self._position: dict[str, int] | None = None
         self._split: dict[str, int | str] = {}
+        self._diverged: Tensor | None = None  # epoch and batch, below 0: all losses were finite
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals back from Lightning, and let the loader resume as well.
@@ -214,13 +225,20 @@ class Resume(Checkpoint):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save where it is due; at an epoch's last batch only after what ends the epoch."""
-        diverged, stopping, due = self._agreed(trainer, outputs)
+        """Save where it is due; at an epoch's last batch only after what ends the epoch.
+
+        Raises:
+            DivergedError: a loss was not finite; noticed before anything is saved, and after
+                `LOOK_EVERY` batches at the latest.
+        """
+        self._note(trainer, outputs, batch_idx)
+        diverged, stopping, due = self._agreed(trainer)
         if diverged:
+            at = -1 if self._diverged is None else int(self._diverged)
+            where = f"in epoch {at >> 32}, batch {at % 2**32}" if at >= 0 else "in another process"
             raise DivergedError(
-                f"{type(pl_module).__name__}: the loss is not finite in epoch "
-                f"{trainer.current_epoch}, batch {batch_idx}: lower the learning rate, clip "
-                "(clip_norm), or look at the images; the last checkpoint is from before"
+                f"{type(pl_module).__name__}: the loss is not finite {where}: lower the learning "
+                "rate, clip (clip_norm), or look at the images; the last checkpoint is from before"
             )
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not is_last:
@@ -248,21 +266,33 @@ class Resume(Checkpoint):
         if not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             signals.raise_if_stopped()
 
-    def _agreed(self, trainer: Trainer, outputs: STEP_OUTPUT) -> tuple[bool, bool, bool]:
-        """Return what any process has noticed: a loss that diverged, a signal, time to save."""
+    def _note(self, trainer: Trainer, outputs: STEP_OUTPUT, batch_idx: int) -> None:
+        """Note on the device, without waiting for it, where a loss was not finite first."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):
+            return
+        if self._diverged is None:
+            self._diverged = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        now = trainer.current_epoch << 32 | batch_idx
+        is_first = ~loss.detach().isfinite().all() & (self._diverged < 0)
+        self._diverged = torch.where(is_first, now, self._diverged)
+
+    def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
+        """Return what any process has noticed: a loss that diverged, a signal, time to save."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
         late = time.monotonic() - self._last >= 60 * self.minutes
-        facts = (
-            isinstance(loss, Tensor) and not bool(loss.isfinite().all()),
-            signals.received() is not None,
-            late and trainer.is_global_zero,
-        )
-        if trainer.world_size == 1:
-            return facts
-        shared = torch.tensor(facts, dtype=torch.int32, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        diverged, stopping, due = shared.tolist()
-        return bool(diverged), bool(stopping), bool(due)
+        stopping, due = signals.received() is not None, late and trainer.is_global_zero
+        if trainer.world_size > 1:
+            if progress.total.ready % AGREE_EVERY and not progress.is_last_batch:
+                return False, False, False
+            stopping, due = _any(stopping, due)
+        look = stopping or due or progress.is_last_batch or not progress.total.ready % LOOK_EVERY
+        if not look:
+            return False, False, False
+        diverged = self._diverged is not None and int(self._diverged) >= 0
+        if trainer.world_size > 1:
+            (diverged,) = _any(diverged)
+        return diverged, stopping, due
 
     def _save(self, trainer: Trainer) -> None:
         """Save a generation and remove all but the newest; warn of a full disk and continue."""

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from lightning.pytorch.loggers.logger import Logger
@@ -34,6 +35,8 @@ class Tracker(Logger):
     """
 
     phase: str = ""
+    extra: Mapping[str, float] = MappingProxyType({})
+    """What is added to the metrics of the next step that is logged."""
 
     def __init__(
         self, folder: Path, tracking: str, *, group: str, config: Mapping[str, object]
@@ -68,6 +71,7 @@ class Tracker(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line of metrics, then send them to the service."""
+        metrics, self.extra = {**metrics, **self.extra}, {}
         named = {f"{self.phase}/{name}": value for name, value in metrics.items()}
         if step is not None:
             step += self._first_step()

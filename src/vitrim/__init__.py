@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vitrim.api.callback import Prune as Prune
     from vitrim.api.compress import Compressed as Compressed
     from vitrim.api.compress import compress as compress
     from vitrim.api.scores import plan_for as plan_for
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from vitrim.plan import Keep as Keep
     from vitrim.plan import LowRank as LowRank
     from vitrim.plan import Plan as Plan
-    from vitrim.prune import Prune as Prune
     from vitrim.store import load as load
     from vitrim.store import save as save
 
@@ -57,7 +57,7 @@ _HOME = {
     "from_hf": "vitrim.model.huggingface",
     "from_pretrained": "vitrim.deploy.hub",
     "push_to_hub": "vitrim.deploy.hub",
-    "Prune": "vitrim.prune",
+    "Prune": "vitrim.api.callback",
     "Plan": "vitrim.plan",
     "Keep": "vitrim.plan",
     "LowRank": "vitrim.plan",

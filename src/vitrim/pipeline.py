@@ -35,7 +35,7 @@ from vitrim.model.source import Timm
 from vitrim.model.weights import describe_weights
 from vitrim.network.surgery import combine, cut
 from vitrim.plan import Evidence, Plan, Proposal
-from vitrim.prune import Prune
+from vitrim.prune import Slicing
 from vitrim.report.record import Accuracy, record
 from vitrim.store import save
 from vitrim.trainer.classify import Classify
@@ -246,7 +246,7 @@ def _compressed(
         recovery = _recovery(job, runner, net, dense, Evidence()) if job.retrains else ()
         return CutNetwork(net, start.plan, Proposal(edits=()), recovery)
     own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
-    prune = Prune(job.method, own_cost, job.target, name=identity.method)
+    prune = Slicing(job.method, own_cost, job.target, name=identity.method)
     scorer = scorer_of(job.method, copy.deepcopy(start.net), own_cost, job.target)
     _score(scorer, prune, runner, identity)
     plan = replace(prune.plan, provenance={"strength": identity.strength, **prune.proposal.notes})
@@ -258,7 +258,7 @@ def _compressed(
     return CutNetwork(prune.compact, plan, prune.proposal, recovery)
 
 
-def _score(scorer: Scorer, prune: Prune, runner: PhaseRunner | None, identity: Identity) -> None:
+def _score(scorer: Scorer, prune: Slicing, runner: PhaseRunner | None, identity: Identity) -> None:
     """Train the scorer, once for all strengths; the callback plans and cuts."""
     check_scorer(scorer)
     if runner is None:

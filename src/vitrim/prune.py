@@ -19,7 +19,7 @@ from vitrim.trainer.phase import Scorer, check_scorer
 _log = logging.getLogger(__name__)
 
 
-class Prune(Callback):
+class Slicing(Callback):
     """Physically slice the scored network at the end of the fit.
 
     The result is a new network for a new Trainer: no optimiser, DDP bucket or averaged copy ever
@@ -57,8 +57,11 @@ class Prune(Callback):
 
     def apply(self, scorer: Scorer) -> None:
         """Set `evidence`, `proposal`, `plan` and `compact` from a finished scorer."""
-        net = scorer.net
-        self.evidence = scorer.evidence()
+        self.slice(scorer.net, scorer.evidence())
+
+    def slice(self, net: nn.Module, evidence: Evidence) -> None:
+        """Set `evidence`, `proposal`, `plan` and `compact` from what was learned about `net`."""
+        self.evidence = evidence
         self.proposal = self.method.plan(net, self.evidence, self.cost, self.target)
         self.plan = Plan(
             model={},
@@ -74,6 +77,11 @@ class Prune(Callback):
             with torch.no_grad():
                 for name, value in values.items():
                     self.compact.get_parameter(name).copy_(value)
+
+    def keep_all(self, net: nn.Module) -> None:
+        """Set `plan` and `compact` to a copy of `net` of which nothing is removed."""
+        self.plan = Plan(model={}, edits=(), method=self.name)
+        self.compact = cut(net, self.plan)
 
     def _log_room(self) -> None:
         """Log how far below the target the plan ends (`vitrim.budget.trim` says how far it may)."""

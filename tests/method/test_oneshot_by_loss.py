@@ -17,7 +17,7 @@ from vitrim.errors import ConfigError
 from vitrim.method.oneshot import OneShot
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan
-from vitrim.prune import Prune
+from vitrim.prune import Slicing
 from vitrim.sensitivity.ordered import order_of
 from vitrim.sensitivity.settings import Scaling
 from vitrim.trainer.calibrate import Calibrate, Sampling
@@ -105,7 +105,7 @@ def test_networks_of_many_families_are_cut_within_the_budget(name: str) -> None:
     args = {**swin, "window_size": 4, "depth": None} if "swin" in name else {"patch_size": 8}
     net = small_net(name, **args)
     oneshot, cost = method(sites=["mlp"]), Cost(net, SIZE)
-    prune = Prune(oneshot, cost, Target(metric="params", keep=0.9))
+    prune = Slicing(oneshot, cost, Target(metric="params", keep=0.9))
     scorer = oneshot.scorer(net)
     _observe(scorer, 8)
     prune.apply(scorer)

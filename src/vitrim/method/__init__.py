@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Metric, Target
 from vitrim.errors import ConfigError
+from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.trainer.phase import Phase, Scorer
 
@@ -77,6 +78,25 @@ class Revised(Protocol):
     @property
     def revision(self) -> int:
         """1 as long as the result is what it always was; runs are identified by other numbers."""
+        ...
+
+
+@runtime_checkable
+class TrainsGates(Method, Protocol):
+    """A method whose scores are gates, trained together with the weights under an L1 penalty."""
+
+    @property
+    def l1(self) -> float:
+        """The factor of the sum of all |gates| in the loss."""
+        ...
+
+    @property
+    def gate_lr(self) -> float:
+        """The peak learning rate of the gates."""
+        ...
+
+    def gates(self, described: Structure) -> Mapping[str, str]:
+        """Return the weights whose columns have gates: parameter name -> site name."""
         ...
 
 

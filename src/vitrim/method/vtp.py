@@ -88,6 +88,10 @@ class VTP:
         equal = {site: torch.ones(sites[site].size) for site in gates_of(cost.structure).values()}
         self._trim(cost, equal, target)
 
+    def gates(self, described: Structure) -> dict[str, str]:
+        """Return the weights whose columns have gates: parameter name -> site name."""
+        return gates_of(described)
+
     def scorer(self, net: nn.Module) -> GateTraining:
         """Return step 1: training with gates and L1."""
         return GateTraining(net, recipe=self.gating, l1=self.l1, gate_lr=self.gate_lr)

@@ -18,7 +18,7 @@ from vitrim.network import stepwise, structure
 from vitrim.network.masking import masked
 from vitrim.network.surgery import cut
 from vitrim.plan import Keep, Plan
-from vitrim.prune import Prune
+from vitrim.prune import Slicing
 
 N = 24
 FEATURES = {**VIT, "num_classes": 0}
@@ -53,7 +53,7 @@ def divergence(dense: nn.Module, compact: nn.Module, x: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(1).mean())
 
 
-def reconstructed(prune: Prune, net: nn.Module, x: Tensor, **changes: object) -> nn.Module:
+def reconstructed(prune: Slicing, net: nn.Module, x: Tensor, **changes: object) -> nn.Module:
     for phase in method(**changes).recovery(prune.compact, net, prune.evidence, 7):
         assert isinstance(phase, Reconstruct)
         for batch in torch.split(x, 8):
@@ -64,7 +64,7 @@ def reconstructed(prune: Prune, net: nn.Module, x: Tensor, **changes: object) ->
 
 def pruned(net: nn.Module, size: int, keep: float) -> Prune:
     joint = method()
-    prune = Prune(joint, Cost(net, size), Target(metric="macs", keep=keep))
+    prune = Slicing(joint, Cost(net, size), Target(metric="macs", keep=keep))
     scorer = joint.scorer(net)
     for epoch in range(scorer.epochs):
         for batch in torch.split(images(size, batch=N), 8):

@@ -252,10 +252,10 @@ def test_what_has_no_effect_is_refused(settings: dict[str, Any], message: str) -
 
 
 DDP = """
-import sys
+import os, sys
 sys.path[:0] = [{api!r}, {tests!r}]
-import torch
 from lightning import Trainer
+from torch.utils.data import DataLoader, DistributedSampler
 from test_callback import KEYS, Own, loader
 import vitrim
 
@@ -264,8 +264,11 @@ module = Own(sgd=True)
 trainer = Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, callbacks=[prune],
     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    use_distributed_sampler=False,  # Lightning's would shuffle
 )
-trainer.fit(module, loader(2))
+data, rank = loader().dataset, int(os.environ.get("LOCAL_RANK", 0))
+sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
+trainer.fit(module, DataLoader(data, batch_size=2, sampler=sampler))
 if trainer.is_global_zero:
     vitrim.save({out!r}, prune.compact, prune.plan)
 """

@@ -16,12 +16,15 @@ from vitrim.cli.app import main
 QUICK = (
     "model.training.epochs=1",
     "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
     "trainer.log_every_n_steps=1",
     "latency.repeats=1",
     "tracking=none",
     "progress=false",
 )
 """Overrides for a run that shows that it works, not how well."""
+EVERY_IMAGE = "trainer.limit_val_batches=1.0"
+"""After QUICK: evaluate on all images."""
 
 
 def swin(depths: str) -> tuple[str, ...]:

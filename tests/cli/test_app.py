@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import vitrim
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from fresh import Popen
 from refusals import TINY, assert_refused
 from vitrim.cli.app import main
@@ -153,7 +153,7 @@ def test_a_pinned_checkpoint_must_be_the_one(command: Command) -> None:
 
 
 def test_one_run_from_command_line_to_a_network_that_loads(command: Command) -> None:
-    done = command(*TINY, "strength=3")
+    done = command(*TINY, EVERY_IMAGE, "strength=3")
     assert done.code == 0
     assert done.output.splitlines()[-1] == str(done.report)
     report = json.loads(done.report.read_text())

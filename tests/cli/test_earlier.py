@@ -8,7 +8,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from command import QUICK, Command, Done
+from command import EVERY_IMAGE, QUICK, Command, Done
 from identities import write_images
 from vitrim.cli import earlier
 from vitrim.cli.compose import CONF
@@ -30,14 +30,15 @@ FORMER = {
 BY_PATHS = Path(__file__).parent / "former"
 """Folders that were written when paths and settings of speed were part of a run's identity."""
 ON_FILES = (
-    *QUICK, "data=imagefolder", "data.root=images", "data.batch_size=4", "data.workers=0",
-    "data.augmentation.backend=pil",  # as there was no other one
+    *QUICK, EVERY_IMAGE, "data=imagefolder", "data.root=images", "data.batch_size=4",
+    "data.workers=0", "data.augmentation.backend=pil",  # as there was no other one
     "model.num_classes=2", "model.args.in_chans=3",
 )  # fmt: skip
 COMMANDS = {
     "none-oneshot": ("data=none", "method=oneshot", "strength=2", "latency.repeats=1"),
     "digits-vtp": (
-        *QUICK, "method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1", "strength=2",
+        *QUICK, EVERY_IMAGE, "method=vtp", "method.gating.epochs=1", "method.fine_tuning.epochs=1",
+        "strength=2",
     ),
     "imagefolder-fskd": (*ON_FILES, "method=fskd", "data.samples=4", "strength=2"),
     "imagefolder-oneshot": (

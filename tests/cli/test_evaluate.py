@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from vitrim.cli.evaluate import main
 
 
 @pytest.fixture
 def run(command: Command) -> Path:
-    done = command("strength=1", "method=oneshot", "method.sampling.images=64", *QUICK)
+    words = ("strength=1", "method=oneshot", "method.sampling.images=64", *QUICK)
+    done = command(*words, EVERY_IMAGE)
     assert done.code == 0, done.message
     return done.report.parent
 
@@ -98,7 +99,9 @@ def test_labels_are_the_runs_classes_by_name(
     own, some, others, numbers, flat = (tmp_path / name for name in ("own", "b", "c", "d", "e"))
     coloured(own / "train", 12, **COLOURS)
     coloured(own / "val", 2, **COLOURS)
-    training = (*QUICK, "trainer.limit_train_batches=1.0", "model.training.epochs=12")
+    training = (
+        *QUICK, EVERY_IMAGE, "trainer.limit_train_batches=1.0", "model.training.epochs=12",
+    )  # fmt: skip
     done = command(*OWN, *training, "strength=0", f"data.root={own}")
     assert done.code == 0, done.message
     run, report = done.report.parent, json.loads(done.report.read_text())

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from conftest import images_in
 from vitrim.data.bad_images import reasons_by_split, recorded
 from vitrim.data.defects import BadImages
@@ -277,13 +277,14 @@ def test_a_run_lists_and_counts_what_it_met(command: Command, root: Path) -> Non
     bad = spoil(root / "train" / "a" / "1.jpg", "truncated")
     words = ("model.num_classes=2", "model.image_size=16", "model.args.in_chans=3")
     folders = ("data=imagefolder", f"data.root={root}", "data.batch_size=4", "data.workers=0")
-    done = command(*QUICK, *words, *folders, "strength=0", "data.bad_images.limit=1")
+    quick = (*QUICK, EVERY_IMAGE, "strength=0", "data.bad_images.limit=1")
+    done = command(*quick, *words, *folders)
     assert done.code == 0, done.message
     assert json.loads(done.report.read_text())["bad_images"] == {"training": 1}
     listed = json.loads((done.report.parent / "quarantine.json").read_text())
     assert list(listed["training"]) == [str(bad)]
     spoil(root / "val" / "b" / "2.jpg", "empty")
-    done = command(*QUICK, *words, *folders, "strength=0", "seed=1", "data.bad_images.limit=1")
+    done = command(*quick, *words, *folders, "seed=1")
     assert done.code == 1
     assert "1 of the 8 images to evaluate on" in done.message
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from conftest import MODEL, images, plan_of, relative_error, small_net
 from refusals import TINY, assert_refused
 from vitrim import Int8, Keep, LowRank, Plan, cut, load
@@ -295,7 +295,7 @@ def test_a_run_reports_and_saves_the_int8_networks(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrim.deploy.quantize.is_exact", lambda: True)
-    run = command(*TINY, "strength=3", f"quantize=[{','.join(SCHEMES)}]")
+    run = command(*TINY, EVERY_IMAGE, "strength=3", f"quantize=[{','.join(SCHEMES)}]")
     assert run.code == 0, run.message
     folder, report = run.report.parent, json.loads(run.report.read_text())
     net, plan = load(folder)

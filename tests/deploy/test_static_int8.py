@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from conftest import MODEL, SIZE, images, relative_error, small_net
 from vitrim import Plan, cut, save
 from vitrim.cli.export import main
@@ -106,7 +106,7 @@ def test_a_run_is_calibrated_on_its_training_images(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(static_int8, "quantized_graph", lambda saved, graph, items: graph)
-    done = command("strength=0", "method=oneshot", *QUICK)
+    done = command("strength=0", "method=oneshot", *QUICK, EVERY_IMAGE)
     run = done.report.parent
     words = [str(run), "--format", "onnx", "--precision", "int8_static"]
     main([*words, "--calibration-images", "20", "data=digits", "progress=false"])

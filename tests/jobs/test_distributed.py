@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 import vitrim
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from fresh import python, together
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
@@ -73,7 +73,7 @@ def accuracy_of(folder: Path) -> float:
 
 def test_two_processes_of_one_command_count_every_image_once(tmp_path: Path) -> None:
     report = ran(
-        "-m", "vitrim", *QUICK, *TWO, "method.gating.epochs=1",
+        "-m", "vitrim", *QUICK, EVERY_IMAGE, *TWO, "method.gating.epochs=1",
         "method.fine_tuning.epochs=1", f"out={tmp_path}",
     )  # fmt: skip
     content = json.loads(report.read_text())
@@ -310,6 +310,7 @@ def cmdline(pid: int) -> bytes:
 def test_a_network_that_is_shared_out_among_gpus_is_saved_whole(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    report = ran("-m", "vitrim", *QUICK, "trainer=fsdp", "strength=3", f"out={tmp_path}")
+    words = (*QUICK, EVERY_IMAGE, "trainer=fsdp", "strength=3")
+    report = ran("-m", "vitrim", *words, f"out={tmp_path}")
     content = json.loads(report.read_text())
     assert content["compact"]["top1"] == pytest.approx(accuracy_of(report.parent), abs=1e-4)

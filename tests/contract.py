@@ -28,6 +28,8 @@ if PACKAGE:
 NAMES = sorted(
     path.stem for path in (_FOLDER / "method").rglob("*.yaml") if path.parent.name != "base"
 )
+IMAGES = 256
+"""Images of a sample for statistics: four batches of the digits."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Subject:
     name: str
     method: Method
     short: tuple[str, ...]
-    """Overrides that make every phase one epoch or one iteration long."""
+    """Overrides that make every phase one epoch or one iteration long, or of few images."""
 
     @property
     def arguments(self) -> list[str]:
@@ -56,15 +58,17 @@ def subject(name: str) -> Subject:
         cfg = compose("run", overrides=overrides)
     values = OmegaConf.to_container(cfg.method, resolve=True)
     method = instantiate(values, _convert_="all")
-    return Subject(name, method, tuple(f"{key}=1" for key in _lengths(cfg.method, "method")))
+    return Subject(name, method, tuple(_shortened(cfg.method, "method")))
 
 
-def _lengths(node: DictConfig, where: str) -> Iterator[str]:
-    """Iterate over the keys below `node` that say how long something takes."""
+def _shortened(node: DictConfig, where: str) -> Iterator[str]:
+    """Iterate over the words that set what says below `node` how long something takes."""
     for name, value in node.items():
         if OmegaConf.is_interpolation(node, name):
             continue  # of another group, which has its own overrides
         if OmegaConf.is_dict(value):
-            yield from _lengths(value, f"{where}.{name}")
+            yield from _shortened(value, f"{where}.{name}")
         elif name in ("epochs", "iterations"):
-            yield f"{where}.{name}"
+            yield f"{where}.{name}=1"
+        elif where.endswith(".sampling") and name == "images":
+            yield f"{where}.{name}={IMAGES}"

@@ -184,8 +184,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     command: Command, subject: Subject, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = 1 + NAMES.index(subject.name) % 4  # another batch for every method
-    batch = "data.batch_size=256"
-    words = (batch, "strength=3", *more)
+    words = ("strength=3", *more)
     whole = run(command, subject, *words).report
     (scored,) = (command.out / "phases").glob("score-*")
     assert (scored / "manifest.json").is_file()

@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 
 N ?= 200
 
-.PHONY: demo test slurm lint bench faults docs dist clean
+.PHONY: demo test tests slurm lint bench faults docs dist clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,11 @@ demo: $(READY)
 	$(BIN)/vitrim --multirun experiment=demo strength=0,1,2,3,4,5
 	$(BIN)/vitrim-report outputs
 
-test: $(READY) lint
+# Lint beside the tests: on its own it leaves a core idle.
+test: $(READY)
+	$(MAKE) --jobs=2 --no-print-directory lint tests
+
+tests: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu and not slurm'
 
 # Run sweeps on a real SLURM of one node (Debian: apt-get install slurm-wlm munge).

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import vitrim
-from command import QUICK, Command
+from command import EVERY_IMAGE, QUICK, Command
 from fresh import Popen
 from vitrim.cli import guard, plugins
 
@@ -234,7 +234,8 @@ def test_jobs_of_a_sweep_get_the_plugins(
 
 
 def test_a_data_module_of_ones_own(command: Command, package: Package) -> None:
-    words = (*package.words, *QUICK, "method=oneshot", "data=blobs", "model.num_classes=2")
+    quick = (*package.words, *QUICK, EVERY_IMAGE)
+    words = (*quick, "method=oneshot", "data=blobs", "model.num_classes=2")
     done = command(*words, "method.sampling.images=16", "model.training.epochs=8")
     assert done.code == 0, done.message
     report = json.loads(done.report.read_text())
@@ -264,7 +265,7 @@ def test_a_data_module_that_does_not_fit(
 
 def test_a_data_set_of_hugging_face(command: Command, package: Package) -> None:
     pytest.importorskip("datasets")
-    words = (*package.words, *QUICK, "method=oneshot", "data=squares")
+    words = (*package.words, *QUICK, EVERY_IMAGE, "method=oneshot", "data=squares")
     net = ("model=timm", f"model.name={package.name}_vit", "model.num_classes=2")
     done = command(*words, *net, "method.sampling.images=8", "model.training.epochs=1")
     assert done.code == 0, done.message

@@ -13,7 +13,8 @@ import vitrim
 from command import QUICK, Command
 from vitrim.plan import Keep, LowRank
 
-LOW_RANK = ("method=mixed_rank", "target.params=0.6", *QUICK)
+FEW = (*QUICK, "method.sampling.images=128")
+LOW_RANK = ("method=mixed_rank", "target.params=0.6", *FEW)
 
 
 Finished = Callable[..., Path]
@@ -21,7 +22,7 @@ Finished = Callable[..., Path]
 
 @pytest.fixture
 def sliced(finished: Finished) -> Path:
-    return finished("method=oneshot", "target.params=0.8", *QUICK)
+    return finished("method=oneshot", "target.params=0.8", *FEW)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_sliced_network_is_factorised_within_a_joint_budget(
 
 @pytest.mark.parametrize("trained", [0, 1])
 def test_dense_compression_goes_on_from_itself(command: Command, trained: int) -> None:
-    words = ("method=dcvit", *QUICK, "method.tuning.training.epochs=1")
+    words = ("method=dcvit", *FEW, "method.tuning.training.epochs=1")
     first = command(*words, "target.blocks=0.9", "method.allowed_blocks=[blocks.1]")
     trials = f"method.trial.training.epochs={trained}"
     done = command(*words, "target.macs=0.6", trials, f"from_run={first.report.parent}")

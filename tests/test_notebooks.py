@@ -12,11 +12,14 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from nbclient import NotebookClient
 
-from command import QUICK
+from command import EVERY_IMAGE, QUICK
 from vitrim.cli.app import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SHORT = ("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs=1", *QUICK)
+SHORT = (
+    *("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
+    *(*QUICK, EVERY_IMAGE),
+)
 
 
 @pytest.fixture(scope="module")

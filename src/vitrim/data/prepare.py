@@ -104,16 +104,18 @@ def _images(source: Path, out: Path) -> Paths:
     places = source.resolve(), out.resolve()
     if places[0] == places[1] or places[0] in places[1].parents or places[1] in places[0].parents:
         raise ConfigError(f"{out} and {source}: expected folders that do not lie in each other")
-    names = (
-        os.path.relpath(f"{root}{os.sep}{name}", source)
-        for root, folders, files in os.walk(source, followlinks=True)
-        for name in (folders.sort() or sorted(files))  # type: ignore[func-returns-value]
-        if is_image(name) and not name.startswith(".")
-    )
-    paths = Paths.of(names)
+    paths = Paths.of(_names(source))
     if not paths:
         raise ConfigError(f"{source}: contains no image")
     return paths
+
+
+def _names(source: Path) -> Iterator[str]:
+    for root, folders, files in os.walk(source, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            if is_image(name) and not name.startswith("."):
+                yield os.path.relpath(f"{root}{os.sep}{name}", source)
 
 
 def _begin(source: Path, out: Path, resizing: Resizing) -> None:

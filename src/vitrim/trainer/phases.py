@@ -159,7 +159,7 @@ class PhaseRunner:
         with quiet_lightning():
             speed = Speed(self.tracker)
             trainer = self._trainer(
-                *self._bars(name, speed),
+                *([Bar(name, speed)] if self.progress else []),
                 *([speed] if epochs else []),
                 resume,
                 *_average(phase, epochs),
@@ -254,11 +254,10 @@ class PhaseRunner:
         signals.raise_if_stopped()
         resume = Resume(None, seed=self.seed, minutes=self.checkpoint_minutes, resumes_at="never")
         with quiet_lightning():
-            trainer = self._trainer(*self._bars("", None), resume, logger=False)
+            trainer = self._trainer(
+                *([Bar("", None)] if self.progress else []), resume, logger=False
+            )
             return validate(net, trainer, self.data, n_classes=n_classes)
-
-    def _bars(self, phase: str, speed: Speed | None) -> list[Callback]:
-        return [Bar(phase, speed)] if self.progress else []
 
     def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
         settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}

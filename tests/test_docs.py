@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 import vitrim
+from vitrim.cli.compose import CONF
 from vitrim.cli.renamed import RENAMED
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +73,20 @@ def _exists(name: str) -> bool:
     except ImportError:
         return hasattr(import_module(parent), last)
     return True
+
+
+def test_the_sweep_of_an_agent_composes() -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    block = next(
+        b for b in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S) if "agent" not in b
+    )
+    swept = yaml.safe_load(block)
+    values = {key: one.get("value", one.get("min")) for key, one in swept["parameters"].items()}
+    values = {
+        key: swept["parameters"][key]["values"][0] if v is None else v for key, v in values.items()
+    }
+    words = [f"{key}={value}" for key, value in values.items()]  # as ${args_no_hyphens} writes them
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[swept["command"][2], *words])
+    assert (cfg.tracking, cfg.target.macs) == ("online", 0.6)
+    assert swept["metric"]["name"] in ("top1", "macs")  # what a run logs at its end

@@ -41,7 +41,7 @@ from vitrim.store import save
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.phase import Phase, Scorer, check_scorer
 from vitrim.trainer.phases import PhaseRunner
-from vitrim.trainer.tracking import Tracker
+from vitrim.trainer.tracking import Tracker, Wandb
 
 IDENTITY = Plan(model={}, edits=())
 
@@ -84,6 +84,7 @@ class Job:
         checkpoint_minutes: between two checkpoints within a phase.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
         evaluates: whether the networks are evaluated on labelled images.
+        wandb: where W&B keeps the run.
     """
 
     model: Timm
@@ -102,6 +103,7 @@ class Job:
     checkpoint_minutes: float
     batchnorm_images: int
     evaluates: bool = True
+    wandb: Wandb = field(default_factory=Wandb)
 
     @property
     def retrains(self) -> bool:
@@ -194,7 +196,9 @@ def _runner(job: Job, identity: Identity, folder: Path) -> PhaseRunner | None:
     return PhaseRunner(
         trainer=job.trainer,
         data=job.data.module(job.model.spec()),
-        tracker=Tracker(folder, tracking, group=identity.series, config=identity.recipe),
+        tracker=Tracker(
+            folder, tracking, group=identity.series, config=identity.recipe, wandb=job.wandb
+        ),
         folder=folder,
         shared=writable(job.out / PHASES),
         seed=job.seed,

@@ -4,11 +4,14 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
 
-from vitrim.trainer.tracking import Tracker
+from vitrim.errors import ConfigError
+from vitrim.jobs.status import STATUS_COPY
+from vitrim.trainer.tracking import Tracker, Wandb, run_id
 
 SUMMARY = {"strength": 3.0, "compact": {"top1": 97.0, "macs": 10}}
 
@@ -98,3 +101,50 @@ def test_wandb_offline_leaves_a_run_with_the_curves_point(tmp_path: Path) -> Non
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert runs[0].stat().st_size > 0
+
+
+def written(folder: Path) -> bytes:
+    """Return what W&B's offline runs in a folder contain; texts are there as they are."""
+    return b"".join(path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_run_of_wandb_is_where_conf_and_its_variables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"PROJECT": "unused", "RUN_GROUP": "cells"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    chosen = Wandb(project="pruned", job_type="compress", notes="a first try", tags=["tagged"])
+    (tmp_path / "plan.json").write_text("{}")
+    ids = set()
+    for _ in range(2):  # as after a stop
+        tracker = Tracker(tmp_path, "offline", group="series", config={}, wandb=chosen)
+        tracker.phase = "dense"
+        tracker.log_metrics({"loss": 1.5}, step=0)
+        tracker.close(SUMMARY)
+        ids |= {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-*")}
+    assert len(ids) == 1
+    content = written(tmp_path)
+    for word in ("pruned", "cells", "compress", "a first try", "tagged", "dense/step"):
+        assert word.encode() in content, word
+    assert b"unused" not in content
+    assert b"plan.json" in content
+    assert b"model.safetensors" not in content
+
+
+def test_an_agent_of_wandb_chooses_the_id_except_for_jobs_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = run_id(tmp_path)
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    assert run_id(tmp_path) == "abc"
+    monkeypatch.setenv(STATUS_COPY, str(tmp_path / "status.json"))
+    assert run_id(tmp_path) == own
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tags": "a"}, "wandb.tags=a: expected a list"), ({"project": 3}, "wandb.project=3")],
+)
+def test_settings_of_wandb_that_are_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Wandb(**changes)

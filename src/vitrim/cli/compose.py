@@ -157,6 +157,7 @@ def _target(cfg: DictConfig, method: object) -> Target:
 def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
     """Return the job of built groups and their target; the network to start from is loaded."""
     from vitrim.pipeline import Job, LatencySettings
+    from vitrim.trainer.tracking import Wandb
 
     model, method, target = built["model"], built["method"], built["target"]
     out = Path(cfg.out).absolute()
@@ -178,6 +179,7 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
         quantize=cast(list[str], OmegaConf.to_container(cfg.quantize)),
         seed=cfg.seed,
         tracking=cfg.tracking,
+        wandb=Wandb(**cast(Config, OmegaConf.to_container(cfg.wandb, resolve=True))),
         progress=cfg.progress,
         checkpoint_minutes=cfg.checkpoint.minutes,
         batchnorm_images=cfg.batchnorm_images,

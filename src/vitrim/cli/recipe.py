@@ -20,7 +20,7 @@ ADDED_TARGETS = (*LATENCY_TARGETS, "size_mb")
 """Targets that later versions added; recipes have them only where they are set."""
 NOT_RECIPE = (
     *("out", "tracking", "progress", "latency", "checkpoint", "sweep", "plugins"),
-    "optimized_metric",
+    *("optimized_metric", "wandb"),
 )
 """Keys that change where and how a run works, not its result."""
 NOT_TRAINER = (

@@ -56,7 +56,7 @@ _FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.log_every_n_steps", "trainer.check_val_every_n_epoch"),
     *("trainer.enable_model_summary", "trainer.num_sanity_val_steps"),
-    *("latency", "checkpoint", "sweep", "out", "tracking", "progress", "optimized_metric"),
+    *("latency", "checkpoint", "sweep", "out", "tracking", "progress", "optimized_metric", "wandb"),
 )
 """Keys of a command line that do not change the recipe, or that are compared on their own."""
 _WITH_CHILDREN = ("target", "latency", "checkpoint", "sweep")

@@ -7,14 +7,22 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from vitrim.errors import require
+from vitrim.files import digest
+from vitrim.jobs.status import STATUS_COPY
+
+if TYPE_CHECKING:
+    import wandb
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +33,46 @@ _LIMITS: Mapping[str, Any] = {
 }
 """Seconds that an unreachable W&B may cost; older releases know only the first of them."""
 
+_VARIABLES = {"project": "WANDB_PROJECT", "group": "WANDB_RUN_GROUP"}
 Sink = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wandb:
+    """Where W&B keeps a run; what is None or empty is as W&B's variables say.
+
+    Args:
+        project: vitrim where neither this nor WANDB_PROJECT is set.
+        entity: user or team.
+        group: the series of the run where neither this nor WANDB_RUN_GROUP is set.
+        job_type: in W&B's tables.
+        notes: text of the run.
+        tags: words of the run.
+        weights: whether the compact network's weights are part of the run's artifact.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
+    tags: Sequence[str] = ()
+    weights: bool = False
+
+    def __post_init__(self) -> None:
+        texts = ("project", "entity", "group", "job_type", "notes")
+        words = isinstance(self.tags, list | tuple) and all(isinstance(t, str) for t in self.tags)
+        require(
+            "wandb",
+            self,
+            *((key, _is_text(getattr(self, key)), "null or text") for key in texts),
+            ("tags", words, "a list of words, as in [a,b]"),
+            ("weights", isinstance(self.weights, bool), "true or false"),
+        )
+
+
+def _is_text(value: object) -> bool:
+    return value is None or (isinstance(value, str) and bool(value.strip()))
 
 
 class Tracker(Logger):
@@ -39,9 +86,16 @@ class Tracker(Logger):
     """What is added to the metrics of the next step that is logged."""
 
     def __init__(
-        self, folder: Path, tracking: str, *, group: str, config: Mapping[str, object]
+        self,
+        folder: Path,
+        tracking: str,
+        *,
+        group: str,
+        config: Mapping[str, object],
+        wandb: Wandb | None = None,
     ) -> None:
         super().__init__()
+        self._wandb = wandb or Wandb()
         self._file = folder / "metrics.jsonl"
         self._torn = False
         self._first_steps: dict[str, int] = {}
@@ -131,29 +185,57 @@ class Tracker(Logger):
     ) -> None:
         import wandb
 
+        chosen = self._wandb
+        named = {key: os.environ.get(name) for key, name in _VARIABLES.items()}
         limits = {k: v for k, v in _LIMITS.items() if k in wandb.Settings.model_fields}
         with _without_terminal():
             run = wandb.init(
-                project="vitrim",
+                project=chosen.project or named["project"] or "vitrim",
+                entity=chosen.entity,
                 dir=folder,
                 mode=mode,  # type: ignore[arg-type]
-                group=group,
-                name=folder.name,
+                group=chosen.group or named["group"] or group,
+                job_type=chosen.job_type,
+                notes=chosen.notes,
+                tags=chosen.tags or None,
+                name=os.environ.get("WANDB_NAME") or folder.name,
+                id=run_id(folder),
+                resume="allow",
                 config=dict(config),
                 settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, **limits),
             )
-        run.define_metric("trainer/step")
-        run.define_metric("*", step_metric="trainer/step")
+        phases: set[str] = set()
         run.define_metric("top1", step_metric="strength")
         run.define_metric("macs", step_metric="strength")
 
         def finish(summary: Mapping[str, object]) -> None:
             run.log({key: value for key, value in _point(summary).items() if value is not None})
             run.summary.update(dict(summary))
+            run.log_artifact(self._artifact(folder, summary))
             run.finish()
 
-        self._sink = lambda metrics, step: run.log({**metrics, "trainer/step": step})
-        self._finish = finish
+        def sink(metrics: Mapping[str, float], step: int) -> None:
+            axis = f"{self.phase}/step"
+            if self.phase not in phases:  # curves of each phase have an axis of their own
+                phases.add(self.phase)
+                run.define_metric(axis)
+                run.define_metric(f"{self.phase}/*", step_metric=axis)
+            run.log({**metrics, axis: step - self._first_step()})
+
+        self._sink, self._finish = sink, finish
+
+    def _artifact(self, folder: Path, report: Mapping[str, object]) -> wandb.Artifact:
+        """Return the plan, the report and the pictures of a run, and its weights if asked for."""
+        import wandb
+
+        names = ["plan.json", *(path.name for path in sorted(folder.glob("*.png")))]
+        names += ["model.safetensors", "manifest.json"] if self._wandb.weights else []
+        artifact = wandb.Artifact(f"run-{run_id(folder)}", type="run")
+        for name in filter(lambda name: (folder / name).is_file(), names):
+            artifact.add_file(str(folder / name))
+        with artifact.new_file("report.json") as file:
+            file.write(json.dumps(report, indent=1, sort_keys=True))
+        return artifact
 
     def _start_tensorboard(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -171,6 +253,15 @@ class Tracker(Logger):
             writer.close()
 
         self._sink, self._finish = sink, finish
+
+
+def run_id(folder: Path) -> str:
+    """Return the id of a folder's run: that of an agent of W&B, or one that the folder decides.
+
+    A job of a sweep by vitrim has an id of its own, whatever its parent's environment says.
+    """
+    given = os.environ.get("WANDB_RUN_ID")
+    return given if given and STATUS_COPY not in os.environ else digest(str(folder.absolute()))
 
 
 @contextmanager

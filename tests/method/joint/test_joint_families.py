@@ -62,7 +62,7 @@ def reconstructed(prune: Slicing, net: nn.Module, x: Tensor, **changes: object) 
     return prune.compact
 
 
-def pruned(net: nn.Module, size: int, keep: float) -> Prune:
+def pruned(net: nn.Module, size: int, keep: float) -> Slicing:
     joint = method()
     prune = Slicing(joint, Cost(net, size), Target(metric="macs", keep=keep))
     scorer = joint.scorer(net)

@@ -24,7 +24,7 @@ from vitrim.jobs.distributed import check_processes, check_workers
     [
         (
             [
-                "+trainer.max_epochs=3", "+trainer.gradient_clip_val=1", "+trainer.callbacks=[]",
+                "+trainer.max_epochs=3", "+trainer.gradient_clip_val=1",
                 "+trainer.logger=false", "+trainer.enable_checkpointing=false",
                 "+trainer.max_steps=5", "+trainer.max_time=1", "+trainer.fast_dev_run=true",
                 "+trainer.overfit_batches=2", "+trainer.limit_test_batches=2",
@@ -34,12 +34,12 @@ from vitrim.jobs.distributed import check_processes, check_workers
             [
                 "unknown key trainer.max_epochs: each phase has its epochs: model.training.epochs",
                 "trainer.gradient_clip_val: each phase has its clip_norm",
-                "trainer.callbacks: a run has its own", "trainer.logger: set tracking",
+                "trainer.logger: set tracking",
                 "trainer.enable_checkpointing: set checkpoint.minutes",
                 "trainer.max_steps: ", "trainer.max_time: set sweep.minutes",
                 "trainer.fast_dev_run: ", "trainer.overfit_batches: set data.samples",
                 "unknown key trainer.limit_test_batches: expected one of accelerator",
-                "unknown key callbacks: a run has its own", "unknown key logger: set tracking",
+                "unknown key callbacks: set trainer.callbacks", "unknown key logger: set tracking",
                 "unknown key nonsense: expected one of strength",
                 "unknown key latency.device2: expected one of batch",
                 "unknown key checkpoint.steps: expected one of minutes",

@@ -51,13 +51,15 @@ class Moments(nn.Module):
         """Add `rows` of shape (groups, n, channels), row i with weight `weights[i]`.
 
         Raises:
-            MomentsError: an activation is not finite; the message names the layer.
+            MomentsError: an activation of the first batch is not finite; the message names the
+                layer. Later batches are checked by `finish`: a read here waits for the device.
         """
         with full_precision(rows):
             self._add(rows.float(), weights.float())
 
     def _add(self, rows: Tensor, weights: Tensor) -> None:
         root = weights.sqrt()[:, None]
+        is_first = self._shift is None
         if self._shift is None:
             self._shift = (rows * root.square()).sum(-2) / root.square().sum()
             groups, channels = self._shift.shape[:-1], self._shift.shape[-1]
@@ -68,11 +70,8 @@ class Moments(nn.Module):
         for start in range(0, centred.shape[-1], _BLOCK):  # the upper triangle; it is symmetric
             block = slice(start, start + _BLOCK)
             self._squares[..., block, start:] += centred[..., block].mT @ centred[..., start:]
-        if not bool(torch.isfinite(self._squares.diagonal(dim1=-2, dim2=-1)).all()):
-            raise MomentsError(
-                f"{self.name}: its activations are not finite (or overflow float32) on a "
-                "calibration batch; check the images and the weights"
-            )
+        if is_first:
+            self._check()
         self._sum += (centred * root).sum(-2, dtype=torch.float64)
         self.weight = self.weight + weights.sum(dtype=torch.float64)
 
@@ -80,7 +79,7 @@ class Moments(nn.Module):
         """Compute `mean` and `cov` from the added rows; safe to call twice.
 
         Raises:
-            MomentsError: no rows were added.
+            MomentsError: no rows were added, or an activation is not finite.
         """
         if self._shift is None:
             if not self.cov.numel():
@@ -88,6 +87,7 @@ class Moments(nn.Module):
                     f"{self.name}: no activations, because there were no calibration images"
                 )
             return
+        self._check()
         step = self._sum / self.weight
         outer = step.unsqueeze(-1) * step.unsqueeze(-2)
         upper = self._squares.div_(self.weight).triu_()
@@ -97,6 +97,13 @@ class Moments(nn.Module):
         self.weight = self.weight.cpu()
         self._shift = None
         del self._sum, self._squares  # twice as large as all moments together
+
+    def _check(self) -> None:
+        if not bool(torch.isfinite(self._squares.diagonal(dim1=-2, dim2=-1)).all()):
+            raise MomentsError(
+                f"{self.name}: its activations are not finite (or overflow float32) on a "
+                "calibration batch; check the images and the weights"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""

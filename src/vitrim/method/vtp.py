@@ -172,7 +172,7 @@ class GateTraining(LightningModule):
         images, targets = batch
         loss = F.cross_entropy(self(images), targets)
         penalty = torch.cat([gate.abs() for gate in self.gates]).sum()
-        self.log_dict({"loss": loss, "gates": penalty}, prog_bar=True)
+        self.log_dict({"loss": loss, "gates": penalty})
         return loss + self.l1 * penalty
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

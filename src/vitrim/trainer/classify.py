@@ -39,7 +39,7 @@ class Classify(LightningModule):
         """Return the loss of one batch: images (B, C, H, W) and targets."""
         images, targets = batch
         loss = F.cross_entropy(self.net(images), targets)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def on_validation_start(self) -> None:

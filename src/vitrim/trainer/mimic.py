@@ -103,7 +103,7 @@ class Mimic(LightningModule):
             with torch.no_grad():
                 wanted = teacher.forward_head(target)  # type: ignore[operator]
             loss = loss + self.logits_weight * soft_loss(logits, wanted, self.temperature)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -138,7 +138,7 @@ class Distill(LightningModule):
         with torch.no_grad():
             target = teacher(images)
         loss = soft_loss(self.net(images), target, self.temperature)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,6 +1,7 @@
 """What a phase shows while it trains: the progress bar, and how fast images go through.
 
-Metrics on the device are read once in `READ_EVERY` batches: a read waits for the device.
+Metrics on the device are read once in `READ_EVERY` batches: a read waits for the device. So phases
+log the losses of steps without `prog_bar=True`, for which Lightning reads them in every step.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ class Bar(RichProgressBar):
             self._read_at = batches
             items = super().get_metrics(trainer, pl_module)
             items.pop("v_num", None)
-            self._shown = items
+            on_device = trainer.callback_metrics if trainer.training else {}
+            self._shown = {**items, **{name: f"{x.item():.3g}" for name, x in on_device.items()}}
         found = {} if self._speed is None else self._speed.found
         names = {"images_per_s": "images/s", "waiting": "waiting", "lr": "lr"}
         speed = {names[name]: f"{x:.3g}" for name, x in found.items() if name in names}

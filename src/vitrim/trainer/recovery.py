@@ -317,7 +317,7 @@ class Recovery(LightningModule):
         with torch.no_grad():
             target = self._teacher(images)
         loss = self.loss.of(self._student(images), target)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:

@@ -137,7 +137,7 @@ class Trials(LightningModule):
             self._targets.keep(images)
             self._judging_set.add(images)
         loss = self._trial.step(images, self._targets.of(images, batch_index), self.manual_backward)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
 
     def on_train_epoch_start(self) -> None:
         """Begin the next trial, or continue the one that was interrupted."""

@@ -110,7 +110,7 @@ class Residual(LightningModule):
             for name, twin in self._twins.items()
         ]
         loss = torch.stack(losses).sum()
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def _loss(self, name: str, twin: _DenseTwin, dense: Tensor, compact: Tensor) -> Tensor:

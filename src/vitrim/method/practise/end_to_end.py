@@ -171,7 +171,7 @@ class EndToEnd(LightningModule):
         images = batch[0]
         if self._iteration < self.training_recipe.iterations:
             loss = self._train(images)
-            self.log("loss", loss, prog_bar=True)
+            self.log("loss", loss)
             return loss
         if self.current_epoch == self.epochs - 1:
             self._measure(images)

@@ -53,7 +53,7 @@ def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     twin = skeleton(plan)
     _check_fit(twin, state, where="the network to save")
-    logits = _proved(net, assign(twin, state, plan))
+    logits = _proved(net, assign(twin, state, plan), plan)
     write(folder / PLAN, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(state, path, {"format": "pt"}))
     params = sum(p.numel() for p in net.parameters())
@@ -61,14 +61,15 @@ def save(folder: str | Path, net: nn.Module, plan: Plan) -> Path:
     return folder
 
 
-def _proved(net: nn.Module, twin: nn.Module) -> list[float]:
+def _proved(net: nn.Module, twin: nn.Module, plan: Plan) -> list[float]:
     """Return logits of `net` for a fixed image, which those of `twin` are compared with.
 
     Raises:
         StoreError: they differ.
     """
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    problem, logits = difference(net, twin.to(device), input_shape(twin))
+    shape = input_shape(twin, plan.model["args"].get("img_size"))
+    problem, logits = difference(net, twin.to(device), shape)
     if problem:
         raise StoreError(
             f"the network to save is not the one that vitrim.load would return: {problem}; "

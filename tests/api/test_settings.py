@@ -54,7 +54,7 @@ def test_keywords_change_numbers_as_words_of_the_command_do() -> None:
         ("transfer", {}, "expected one of"),
         ("vtp", {"gating": {"epoch": 3}}, "unknown key gating.epoch of method='vtp'; did you mean"),
         ("vtp", {"_target_": "os.system"}, "unknown key _target_"),
-        ("vtp", {"gating": 3}, "gating=3: expected a mapping with keys of epochs"),
+        ("vtp", {"gating": 3}, "gating=3: expected a mapping with keys of optimizer"),
         ("vtp", {"l1": object()}, "expected a number"),
         ("oneshot", {"sampling.images": 0}, "method.sampling.images=0"),
     ],

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 
@@ -71,11 +71,11 @@ def install() -> None:
         setattr(Hydra, "multirun", _printing(Hydra.multirun))  # noqa: B010
 
 
-def _printing(multirun: Callable[..., Any]) -> Callable[..., Any]:
+def _printing(multirun: Callable[..., object]) -> Callable[..., object]:
     @wraps(multirun)
-    def printed(hydra: Hydra, *args: Any, **kwargs: Any) -> Any:
+    def printed(hydra: Hydra, *args: object, **kwargs: object) -> object:
         returned = multirun(hydra, *args, **kwargs)
-        if submits(kwargs.get("overrides", args[-1] if args else ())):
+        if submits(cast(list[str], kwargs.get("overrides", args[-1] if args else ()))):
             batches = returned if isinstance(returned, list) else []
             for job in (job for batch in batches for job in batch):
                 sys.stdout.write(f"{job.return_value}\n")

@@ -48,18 +48,17 @@ def image_folder(
         root: the data set's folder.
         train: the training folder below it; without it, the set is for evaluation only.
         val: the validation folder below it.
-        classes: None takes every folder; a list of names takes these; a number draws that many, as
-            for ImageNet-100. `vitrim.data.class_names` says which labels they have.
-        class_seed: of that draw.
+        classes: names, or a number that is drawn; None: all. See `vitrim.data.class_names`.
         samples: size of a class-balanced subset of the training images; None: all.
-        samples_seed: of that draw.
+        class_seed: of the draw of classes.
+        samples_seed: of the draw of images.
         batch_size: images in a batch.
-        workers: loading processes, or "auto".
         bad_images: `limit` of TolerantDataset and `evaluation` of StrictDataset.
         augmentation: training options of timm.data.create_transform.
         mixing: options of timm.data.Mixup.
         val_labels: a file with the labels of validation images that lie in one folder.
         exif_orientation: whether images are turned as their EXIF data says.
+        workers: loading processes, or "auto".
         loading: settings of Loading.
 
     Raises:
@@ -67,8 +66,7 @@ def image_folder(
             image, or only some of the folders are named after wnids.
         BadImages: too many training images, or one to evaluate on, are named after other classes.
     """
-    folder = Path(str(root))
-    train, val = _split_names(folder, train, val)
+    folder, train, val = _split_names(Path(str(root)), train, val)
     splits = _open_splits(folder, train, val, val_labels)
     folders = ordered(name for split in splits.values() for name in split.images)
     index, _ = label_index(folders, classes, class_seed)
@@ -94,14 +92,14 @@ def _listing(splits: Sequence[Split], folders: Sequence[str]) -> int:
     return 2 if reordered or any(split.differs for split in splits) else 1
 
 
-def _split_names(root: Path, train: object, val: object) -> tuple[str, str]:
-    """Return the names of the training and the validation folder; refuse a root that is none."""
+def _split_names(root: Path, train: object, val: object) -> tuple[Path, str, str]:
+    """Return `root`, which must be a folder, and the names of the two folders below it."""
     if not root.is_dir():
         raise ConfigError(
             f"data.root={root}: no such folder; expected {root}/{val}/<class>/<image>"
         )
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    return split_name("train", train, folders), split_name("val", val, folders)
+    return root, split_name("train", train, folders), split_name("val", val, folders)
 
 
 def _open_splits(root: Path, train: str, val: str, val_labels: str | None) -> dict[str, Split]:

@@ -25,6 +25,9 @@ _ROUNDS = 4
 _BASIC = ("num_classes", "in_chans", "img_size")
 """Arguments of most networks of timm."""
 _NAME_EPS = "vit_norm_eps"
+_Net = Any
+"""A network of any class of timm, or a part of one, whose attributes are tried."""
+_Probe = Callable[[_Net], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +186,8 @@ def _twin(net: nn.Module, model: Mapping[str, object]) -> tuple[nn.Module | None
     parameter = next(net.parameters())
     device = parameter.device
     try:
-        problem, _ = difference(net, twin.to(device), input_shape(twin))
+        shape = input_shape(twin, cast(Mapping[str, object], model["args"]).get("img_size"))
+        problem, _ = difference(net, twin.to(device), shape)
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
         return None, f"it cannot process its own images: {' '.join(str(error).split())[:200]}"
     return (None, problem) if problem else (twin.to("cpu"), "")
@@ -205,7 +209,7 @@ def _way_out(net: nn.Module) -> str:
     )
 
 
-def _first_block(net: Any) -> Any:
+def _first_block(net: _Net) -> _Net:
     """Return the first block of a ViT, or of the first stage of a Swin; None where unknown."""
     stages = getattr(net, "layers", None) or getattr(net, "stages", None)
     blocks = getattr(stages[0], "blocks", None) if stages else getattr(net, "blocks", None)
@@ -217,13 +221,13 @@ def _eps(net: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _stem(net: Any) -> int | None:
+def _stem(net: _Net) -> int | None:
     stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     return None if stem is None else stem.in_channels
 
 
-def _of_patches(name: str) -> Callable[[Any], object]:
-    def value(net: Any) -> object:
+def _of_patches(name: str) -> _Probe:
+    def value(net: _Net) -> object:
         found = getattr(getattr(net, "patch_embed", None), name, None)
         if isinstance(found, tuple) and len({*found}) == 1:
             return found[0]
@@ -232,13 +236,13 @@ def _of_patches(name: str) -> Callable[[Any], object]:
     return value
 
 
-def _width(net: Any) -> int | None:
+def _width(net: _Net) -> int | None:
     projection = getattr(getattr(net, "patch_embed", None), "proj", None)
     return projection.out_channels if isinstance(projection, nn.Conv2d) else None
 
 
-def _stages(count: Callable[[Any], object]) -> Callable[[Any], object]:
-    def value(net: Any) -> object:
+def _stages(count: _Probe) -> _Probe:
+    def value(net: _Net) -> object:
         stages = getattr(net, "layers", None)
         if not stages or not all(hasattr(stage, "blocks") for stage in stages):
             return None
@@ -247,11 +251,11 @@ def _stages(count: Callable[[Any], object]) -> Callable[[Any], object]:
     return value
 
 
-def _heads(net: Any) -> object:
+def _heads(net: _Net) -> object:
     return getattr(getattr(_first_block(net), "attn", None), "num_heads", None)
 
 
-def _mlp_ratio(net: Any) -> float | None:
+def _mlp_ratio(net: _Net) -> float | None:
     layer = getattr(getattr(_first_block(net), "mlp", None), "fc1", None)
     if not isinstance(layer, nn.Linear):
         return None
@@ -260,7 +264,7 @@ def _mlp_ratio(net: Any) -> float | None:
     return ratio if exact else (layer.out_features + 0.5) / layer.in_features
 
 
-def _activation(net: Any) -> str | None:
+def _activation(net: _Net) -> str | None:
     """Return timm's name of the activation of the MLPs."""
     layer = getattr(getattr(_first_block(net), "mlp", None), "act", None)
     if isinstance(layer, nn.GELU):
@@ -271,27 +275,27 @@ def _activation(net: Any) -> str | None:
     return names.get(type(layer).__name__) or type(layer).__name__.lower()
 
 
-def _has_bias(net: Any) -> bool | None:
+def _has_bias(net: _Net) -> bool | None:
     qkv = getattr(getattr(_first_block(net), "attn", None), "qkv", None)
     return qkv.bias is not None if isinstance(qkv, nn.Linear) else None
 
 
-def _scale(net: Any) -> float | None:
+def _scale(net: _Net) -> float | None:
     """Return 1.0 if layers are scaled; its value does not matter, since weights follow."""
     block = _first_block(net)
     scaled = isinstance(getattr(getattr(block, "ls1", None), "gamma", None), Tensor)
     return 1.0 if scaled else None
 
 
-def _is_vit(net: Any) -> bool:
+def _is_vit(net: _Net) -> bool:
     return hasattr(net, "blocks") and hasattr(net, "has_class_token")
 
 
-def _of_vit(name: str, value: Callable[[Any], object]) -> tuple[str, Callable[[Any], object]]:
+def _of_vit(name: str, value: _Probe) -> tuple[str, _Probe]:
     return name, lambda net: value(net) if _is_vit(net) else None
 
 
-_PROBES: tuple[tuple[str, Callable[[Any], object]], ...] = (
+_PROBES: tuple[tuple[str, _Probe], ...] = (
     ("num_classes", lambda net: getattr(net, "num_classes", None)),
     ("in_chans", _stem),
     ("img_size", _of_patches("img_size")),
@@ -330,11 +334,11 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _fc_norm(net: Any) -> bool:
+def _fc_norm(net: _Net) -> bool:
     return not isinstance(net.fc_norm, nn.Identity)
 
 
-def _is_flat(net: Any) -> bool:
+def _is_flat(net: _Net) -> bool:
     """Whether all blocks are in one list, with equal attentions."""
     blocks = getattr(net, "blocks", None)
     return isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(blocks[0], "attn")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,16 +12,22 @@ _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.
 """Largest difference of two logits, relative to the largest logit or to 1, by dtype of the net."""
 
 
-def input_shape(net: nn.Module) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images that a network of timm was built for."""
+def input_shape(net: nn.Module, img_size: object = None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a network of timm was built for.
+
+    Args:
+        net: the network.
+        img_size: the argument it was built with; None: what its patches or its weights say.
+    """
     config = getattr(net, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
     stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or (height, width)
-    return (channels if stem is None else stem.in_channels), *_pair(size)
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or img_size
+    known = size if isinstance(size, int | tuple | list) else (height, width)
+    return (channels if stem is None else stem.in_channels), *_pair(known)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

@@ -211,7 +211,7 @@ class Tracker(Logger):
         def finish(summary: Mapping[str, object]) -> None:
             run.log({key: value for key, value in _point(summary).items() if value is not None})
             run.summary.update(dict(summary))
-            run.log_artifact(self._artifact(folder, summary))
+            run.log_artifact(_artifact(folder, summary, weights=chosen.weights))
             run.finish()
 
         def sink(metrics: Mapping[str, float], step: int) -> None:
@@ -223,19 +223,6 @@ class Tracker(Logger):
             run.log({**metrics, axis: step - self._first_step()})
 
         self._sink, self._finish = sink, finish
-
-    def _artifact(self, folder: Path, report: Mapping[str, object]) -> wandb.Artifact:
-        """Return the plan, the report and the pictures of a run, and its weights if asked for."""
-        import wandb
-
-        names = ["plan.json", *(path.name for path in sorted(folder.glob("*.png")))]
-        names += ["model.safetensors", "manifest.json"] if self._wandb.weights else []
-        artifact = wandb.Artifact(f"run-{run_id(folder)}", type="run")
-        for name in filter(lambda name: (folder / name).is_file(), names):
-            artifact.add_file(str(folder / name))
-        with artifact.new_file("report.json") as file:
-            file.write(json.dumps(report, indent=1, sort_keys=True))
-        return artifact
 
     def _start_tensorboard(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -280,3 +267,17 @@ def _point(summary: Mapping[str, object]) -> dict[str, float | None]:
     compact = cast(Mapping[str, float | None], summary["compact"])
     strength = cast(float | None, summary["strength"])
     return {"strength": strength, "top1": compact["top1"], "macs": compact["macs"]}
+
+
+def _artifact(folder: Path, report: Mapping[str, object], *, weights: bool) -> wandb.Artifact:
+    """Return the plan, the report and the pictures of a run, and its weights if asked for."""
+    import wandb
+
+    names = ["plan.json", *(path.name for path in sorted(folder.glob("*.png")))]
+    names += ["model.safetensors", "manifest.json"] if weights else []
+    artifact = wandb.Artifact(f"run-{run_id(folder)}", type="run")
+    for name in filter(lambda name: (folder / name).is_file(), names):
+        artifact.add_file(str(folder / name))
+    with artifact.new_file("report.json") as file:
+        file.write(json.dumps(report, indent=1, sort_keys=True))
+    return artifact

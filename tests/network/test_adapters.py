@@ -46,9 +46,13 @@ def test_adapters_are_trained_saved_loaded_and_merged(
     family: str, chosen: str, tmp_path: Path
 ) -> None:
     targets = adapter_targets(compact(family), *LAYERS.get(family, ()))
+    if not targets:
+        pytest.skip("its only Linear is the classifier")
     net = adapted(family, chosen if chosen == "all-linear" and family in FAST else targets)
     logits = net(x(family))
-    assert relative_error(logits, compact(family)(x(family))) > 1e-3
+    with torch.no_grad():
+        plain = compact(family)(x(family))
+    assert relative_error(logits, plain) > 1e-3
     logits.square().sum().backward()
     adapters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert len(adapters) >= 2 * len(targets)
@@ -56,7 +60,8 @@ def test_adapters_are_trained_saved_loaded_and_merged(
 
     net.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(compact(family)), tmp_path)
-    assert torch.equal(loaded.eval()(x(family)), logits)
+    with torch.no_grad():
+        assert relative_error(loaded.eval()(x(family)), logits) < 1e-5
 
     merged = net.merge_and_unload()
     assert relative_error(merged(x(family)), logits) < 1e-5

@@ -203,7 +203,7 @@ def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
         "saved": ("exit 75", 1),
         "signalled": ("kill -USR2 $$", 1),
         "terminated": ("kill -TERM $$", 1),
-        "killed": ("kill -KILL $$", 1),
+        "killed": ("kill -KILL $$", 3),
         "finished": ("exit 0", 0),
         "failed": ("exit 1", 0),
         "cancelled": (f'trap "exit 143" TERM; touch {tmp_path}/started; sleep 60 & wait', 0),

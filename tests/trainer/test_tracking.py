@@ -121,7 +121,8 @@ def test_a_run_of_wandb_is_where_conf_and_its_variables_say(
         tracker.phase = "dense"
         tracker.log_metrics({"loss": 1.5}, step=0)
         tracker.close(SUMMARY)
-        ids |= {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-*")}
+        folders = (tmp_path / "wandb").glob("offline-run-*")  # -TIME-ID, and -1 in the same second
+        ids |= {path.name.split("-")[3] for path in folders}
     assert len(ids) == 1
     content = written(tmp_path)
     for word in ("pruned", "cells", "compress", "a first try", "tagged", "dense/step"):

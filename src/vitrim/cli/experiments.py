@@ -11,15 +11,15 @@ from functools import wraps
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.object_type import ObjectType
 
+from vitrim.cli.guard import wrap
+
 GROUP = "experiment"
 Options = Callable[..., list[str]]
 
 
 def install() -> None:
     """Let Hydra find the experiments in folders, wherever it lists those of the group."""
-    if not hasattr(ConfigRepository.get_group_options, "__wrapped__"):
-        listing = _with_those_in_folders(ConfigRepository.get_group_options)
-        setattr(ConfigRepository, "get_group_options", listing)  # noqa: B010
+    wrap(ConfigRepository, "get_group_options", _with_those_in_folders)
 
 
 def _with_those_in_folders(options: Options) -> Options:

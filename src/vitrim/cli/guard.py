@@ -106,14 +106,15 @@ def install() -> None:
         if "_load_configuration" in vars(ConfigLoaderImpl)
         else "load_configuration"
     )
-    _wrap(ConfigRepository, "initialize_sources", _with_checked_sources)
-    _wrap(ConfigRepository, "load_config", _with_checked_file)
-    _wrap(ConfigLoaderImpl, "_load_single_config", _with_checked_content)
-    _wrap(ConfigLoaderImpl, name, _with_checked_result)
-    _wrap(Hydra, "get_mode", _without_composing)
+    wrap(ConfigRepository, "initialize_sources", _with_checked_sources)
+    wrap(ConfigRepository, "load_config", _with_checked_file)
+    wrap(ConfigLoaderImpl, "_load_single_config", _with_checked_content)
+    wrap(ConfigLoaderImpl, name, _with_checked_result)
+    wrap(Hydra, "get_mode", _without_composing)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], object]) -> None:
+def wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], object]) -> None:
+    """Replace a method of Hydra's by what `wrapper` makes of it, once in a process."""
     method = getattr(owner, name)
     if not hasattr(method, "__wrapped__"):
         setattr(owner, name, wrapper(method))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 
+from vitrim.cli.guard import wrap
 from vitrim.deploy.runfolder import read_report
 from vitrim.errors import ConfigError, shown
 
@@ -67,8 +68,7 @@ def result_of(report: str | Path, key: str | None) -> str | float:
 
 def install() -> None:
     """Let the command print the reports of jobs that ran elsewhere: submitit's print to a log."""
-    if not hasattr(Hydra.multirun, "__wrapped__"):
-        setattr(Hydra, "multirun", _printing(Hydra.multirun))  # noqa: B010
+    wrap(Hydra, "multirun", _printing)
 
 
 def _printing(multirun: Callable[..., object]) -> Callable[..., object]:

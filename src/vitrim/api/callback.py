@@ -18,7 +18,7 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import METRICS, Target, resolve_target
 from vitrim.errors import ConfigError
 from vitrim.method import Method, TrainsGates
-from vitrim.model.identify import Identified, cuttable, identify, unwrapped
+from vitrim.model.identify import Identified, at_path, cuttable, identify, unwrapped
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Plan
 from vitrim.prune import Slicing
@@ -135,16 +135,9 @@ class Prune(Callback):
 
     def _network_in(self, pl_module: LightningModule) -> nn.Module:
         """Return the network to compress in a LightningModule."""
-        paths = cuttable(pl_module)
         if self.module is not None:
-            try:
-                return unwrapped(pl_module.get_submodule(self.module))
-            except AttributeError:
-                found = ", ".join(paths) or "none of its modules"
-                raise ConfigError(
-                    f"module={self.module!r}: {type(pl_module).__name__} has no such module; can "
-                    f"be compressed: {found}"
-                ) from None
+            return unwrapped(at_path(pl_module, self.module, "module"))
+        paths = cuttable(pl_module)
         if len(paths) == 1:
             return pl_module.get_submodule(paths[0])
         name = type(pl_module).__name__

@@ -83,11 +83,11 @@ def unwrapped(net: nn.Module) -> nn.Module:
     return net
 
 
-def at_path(net: nn.Module, path: str | None) -> nn.Module:
+def at_path(net: nn.Module, path: str | None, key: str = "backbone") -> nn.Module:
     """Return the network at module path `path` of `net`; None: `net` itself.
 
     Raises:
-        ConfigError: there is no such module.
+        ConfigError: there is no such module; `key` is the argument that named it.
     """
     if path is None:
         return net
@@ -96,8 +96,7 @@ def at_path(net: nn.Module, path: str | None) -> nn.Module:
     except AttributeError:
         names = ", ".join(cuttable(unwrapped(net))) or "none of its modules"
         raise ConfigError(
-            f"backbone={path!r}: {type(net).__name__} has no such module; can be compressed: "
-            f"{names}"
+            f"{key}={path!r}: {type(net).__name__} has no such module; can be compressed: {names}"
         ) from None
 
 

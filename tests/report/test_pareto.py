@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from reports import NO_WANDB, failure, save
 from vitrim.cli.report import main
 from vitrim.deploy.runfolder import read_run
-from vitrim.report import pareto
+from vitrim.paper.agreement import WEIGHTS
+from vitrim.report import compare, pareto
+from vitrim.report.layout import PRINTED, SCREEN, Layout, render, rendered
 from vitrim.report.pareto import Cost, comparisons, costs_of, front, marks, on_front
 from vitrim.report.summary import Row, summarise
 from vitrim.report.tables import int8_table, results_table
@@ -155,8 +158,10 @@ def test_a_figure_for_every_dense_network(tmp_path: Path, monkeypatch: pytest.Mo
         finished(tmp_path / "4", method="d", top1=90.0, model="$x^$", mb=None),
     )
     pictures = pareto.figures(rows)
-    assert list(pictures) == list(pareto.captions(rows)) == ["pareto.png", "pareto-2.png"]
-    assert all(png.startswith(b"\x89PNG") for png in pictures.values())
+    assert list(pictures) == list(pareto.captions(rows)) == ["pareto", "pareto-2"]
+    files = rendered(pictures, SCREEN)
+    assert list(files) == ["pareto.png", "pareto-2.png"]
+    assert all(png.startswith(b"\x89PNG") for png in files.values())
     labels = [[axes.get_xlabel().split("\n")[0] for axes in figure.axes] for figure in seen]
     others = ["MACs per image (M)", "parameters (M)", "latency (ms)"]
     full = [*others[:2], "saved network (MB)", others[2]]
@@ -165,6 +170,57 @@ def test_a_figure_for_every_dense_network(tmp_path: Path, monkeypatch: pytest.Mo
         for axes in figure.axes:
             (step,) = (line for line in axes.get_lines() if line.get_drawstyle() == "steps-post")
             assert step.get_xdata()[-1] == max(step.get_xdata())
+
+
+def repeats(folder: Path, strength: float = 5.0, *, images: int = 50_000) -> Path:
+    """Save a run with the setting of a published row, on so many images."""
+    flops = {3.0: 27_508_995_072, 5.0: 22_000_000_000}[strength]
+    finished(folder, method="aiminify", model="deit_base", strength=strength, top1=70.0 + strength)
+    report = json.loads((folder / "report.json").read_text())
+    weights = {"name": WEIGHTS["deit_base"], "source": "timm", "sha256": "ab" * 32}
+    report["choices"] |= {"data": "imagefolder", "experiment": "aiminify/deit_base"}
+    report["compact"] |= {"params": 67_218_363, "flops": flops, "macs": flops // 2}
+    report |= {"weights": weights, "evaluated_images": images}
+    report["dataset"] = {"name": "imagefolder", "classes": 1000, "content": "0123456789abcdef"}
+    report["overrides"] = ["experiment=aiminify/deit_base", f"strength={strength:g}"]
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def is_open(line: Line2D) -> bool:
+    return line.get_markerfacecolor() == "none"
+
+
+@pytest.mark.parametrize("layout", [SCREEN, *PRINTED.values()], ids=["screen", *PRINTED])
+def test_every_point_is_inside_its_frame(tmp_path: Path, layout: Layout) -> None:
+    rows = rows_of(
+        *(finished(tmp_path / f"a{i}", seed=i, top1=40.0 + 50 * i, macs=200_000) for i in (0, 1)),
+        finished(tmp_path / "b", method="b", top1=97.0, macs=9_000_000, mb=40.0, ms=90.0),
+    )
+    (figure,) = pareto.figures(rows, layout).values()
+    render(figure, layout.formats[0])
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+        bars = [bar for container in axes.containers for bar in container.lines[2]]
+        ends = [end for bar in bars for segment in bar.get_segments() for end in segment]
+        points = [*ends, *(point for line in axes.get_lines() for point in line.get_xydata())]
+        known = [(x, y) for x, y in points if x == x and y == y]
+        assert len(known) > 3
+        assert all(left < x < right and low < y < high for x, y in known)
+
+
+def test_published_points_are_drawn_where_the_setting_is_that_of_the_row(tmp_path: Path) -> None:
+    rows = rows_of(repeats(tmp_path / "1"), repeats(tmp_path / "2", strength=3.0))
+    other = rows_of(repeats(tmp_path / "3", images=100), repeats(tmp_path / "4", 3.0, images=100))
+    assert compare.published_points(other) == []
+    points = compare.published_points(rows)
+    assert [point.top1 for point in points] == [76.23, 74.83]
+    (figure,) = pareto.figures(rows).values()
+    drawn = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if is_open(line)]
+    assert drawn == [76.23, 74.83]
+    (figure,) = pareto.figures(other).values()
+    assert not [line for axes in figure.axes for line in axes.get_lines() if is_open(line)]
 
 
 def test_the_command_shows_fronts_in_every_format(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vitrim.deploy.runfolder import DIAGNOSTICS, read_run
 from vitrim.method.mixed_rank.metric import rank_curves
 from vitrim.network.decompose import decompose
 from vitrim.plan import MAX_BYTES, Plan, PlanError, dumps, loads
+from vitrim.report.layout import SCREEN, render, rendered
 from vitrim.report.rank_figures import (
     Line,
     energy_charts,
@@ -176,7 +177,7 @@ def test_pngs_have_room_for_as_many_series(
     folders = [with_curves(tmp_path / str(i), series=f"s{i}", seed=i) for i in range(n_series)]
     runs = [read_run(folder) for folder in folders]
     pictures = figures(runs, summarise(runs))
-    assert {name: size_of(png) for name, png in pictures.items()} == {
+    assert {name: size_of(png) for name, png in rendered(pictures, SCREEN).items()} == {
         "energy.png": (2100, height),
         "error.png": (2100, height),
     }
@@ -184,7 +185,7 @@ def test_pngs_have_room_for_as_many_series(
 
 def test_a_place_without_a_chart_stays_empty(tmp_path: Path) -> None:
     runs = [read_run(with_curves(tmp_path / str(i), series=f"s{i}")) for i in range(3)]
-    with Image.open(io.BytesIO(figures(runs, summarise(runs))["error.png"])) as image:
+    with Image.open(io.BytesIO(render(figures(runs, summarise(runs))["error"]))) as image:
         corner = image.convert("RGB").crop((1100, 1000, 2100, 1860))
         assert corner.getcolors() == [(1000 * 860, (255, 255, 255))]
 

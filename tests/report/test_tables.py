@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from reports import NO_WANDB, document, failure, save
@@ -19,8 +18,10 @@ from vitrim.deploy.runfolder import Run, read_run
 from vitrim.plan import Plan, dumps
 from vitrim.report.compare import comparison
 from vitrim.report.figure import draw, labelled, panels
+from vitrim.report.layout import PRINTED, SCREEN, Layout, render
 from vitrim.report.summary import Row, Spread, per_seed, spread_of, summarise
-from vitrim.report.tables import int8_table, numbers
+from vitrim.report.tables import int8_table
+from vitrim.report.tracked import numbers
 
 
 def rows_of(*choices: dict[str, Any], tmp_path: Path) -> list[Row]:
@@ -274,12 +275,13 @@ def test_runs_by_target_appear_only_against_macs(tmp_path: Path) -> None:
 def test_a_figure_of_targets_only(tmp_path: Path, accuracy: float | None) -> None:
     same = {"strength": None, "top1": accuracy, "cut": None, "dense": None}
     targets = [{**same, "target": {"metric": "macs", "keep": keep}} for keep in (0.6, 0.3)]
-    assert draw(rows_of(*targets, tmp_path=tmp_path)).startswith(b"\x89PNG")
+    assert render(draw(rows_of(*targets, tmp_path=tmp_path))).startswith(b"\x89PNG")
 
 
 def test_rows_without_accuracy_are_no_part_of_a_figure_of_accuracies(tmp_path: Path) -> None:
     rows = rows_of({}, {"method": "aiminify", "top1": None}, tmp_path=tmp_path)
-    assert draw(rows) == draw([row for row in rows if row.mean("compact.top1") is not None])
+    drawn = [row for row in rows if row.mean("compact.top1") is not None]
+    assert render(draw(rows)) == render(draw(drawn))
 
 
 def test_labels_tell_series_apart(tmp_path: Path) -> None:
@@ -294,19 +296,13 @@ def test_labels_tell_series_apart(tmp_path: Path) -> None:
     assert list(labelled([rows[0], large])) == ["mixed_rank, vit_digits", "mixed_rank, vit_b"]
 
 
+@pytest.mark.parametrize("layout", [SCREEN, *PRINTED.values()], ids=["screen", *PRINTED])
 @pytest.mark.parametrize("cut", [None, 10.0, 85.0])
-def test_no_point_leaves_the_frame(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float | None
-) -> None:
-    seen: list[Figure] = []
-    save_figure = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (seen.append(self), save_figure(self, *a, **k))
-    )
+def test_no_point_leaves_the_frame(tmp_path: Path, layout: Layout, cut: float | None) -> None:
     seeds = [{"seed": i, "top1": top1, "cut": cut} for i, top1 in enumerate((90.0, 80.0))]
     strong = {"strength": 5.0, "top1": 60.0, "cut": cut and cut / 2, "macs": 1_000_000}
-    draw(rows_of(*seeds, strong, tmp_path=tmp_path))
-    (figure,) = seen
+    figure = draw(rows_of(*seeds, strong, tmp_path=tmp_path), layout=layout)
+    render(figure, layout.formats[0])
     assert len(figure.axes) == (2 if cut is None else 4)
     for axes in figure.axes:
         (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
@@ -417,7 +413,7 @@ def test_what_is_malformed_is_omitted_by_name(
 def test_names_are_no_mathematics(tmp_path: Path) -> None:
     names = ("$\\frac{$", "$x^$ & <b>")
     rows = rows_of(*({"method": name} for name in names), tmp_path=tmp_path)
-    assert draw(rows).startswith(b"\x89PNG")
+    assert render(draw(rows)).startswith(b"\x89PNG")
 
 
 def test_a_failing_wandb_does_not_hurt(
@@ -432,7 +428,7 @@ def test_a_failing_wandb_does_not_hurt(
         raise RuntimeError("no disk left")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with caplog.at_level(logging.WARNING, logger="vitrim.report.tables"):
+    with caplog.at_level(logging.WARNING, logger="vitrim.report.tracked"):
         main([str(sweep)])
     assert [record.getMessage() for record in caplog.records] == ["W&B: no disk left"]
     assert "seed=1" in capsys.readouterr().out.splitlines()[-1]

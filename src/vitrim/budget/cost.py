@@ -19,6 +19,7 @@ from vitrim.network.structure import (
     Layer,
     Part,
     Structure,
+    block_order,
     blocks_of,
     factorisable_rows,
     members,
@@ -250,6 +251,21 @@ class Cost:
             dropped_of(self.structure, plan),
             {edit.linear for edit in plan.int8s()},
         )
+
+    def macs_of_blocks(self, plan: Plan) -> dict[str, int]:
+        """Return the MACs that a plan leaves in every block, in network order.
+
+        What lies outside blocks is in none: patch embedding, pooling and classifier.
+        """
+        survivors, ranks = resolve(self.structure, plan), ranks_of(self.structure, plan)
+        dropped = dropped_of(self.structure, plan)
+        branches = {branch.name: branch.block for branch in self.structure.branches}
+        macs = dict.fromkeys(block_order(self.structure), 0)
+        for term in self._terms:
+            block = branches.get(term.branch, term.branch)
+            if block in macs and term.branch not in dropped:
+                macs[block] += term.macs * _weights(term, survivors, ranks)
+        return macs
 
     @property
     def linears(self) -> Collection[str]:

@@ -14,9 +14,11 @@ from vitrim.files import escape
 from vitrim.jobs.status import unfinished_lines
 from vitrim.report import loss_figure, trial_figure
 from vitrim.report.keep import keep
+from vitrim.report.layout import PRINTED
 from vitrim.report.rank_figures import read_curves
 from vitrim.report.summary import budget_of, order, summarise
-from vitrim.report.tables import OUTPUTS, log_wandb, show, show_papers, write
+from vitrim.report.tables import OUTPUTS, show, show_papers, write
+from vitrim.report.tracked import log_wandb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = (options.out or options.roots[0]) / "report"
         notes = unfinished_lines(unfinished, options.roots)
         kept = [] if options.keep is None else [keep(options.keep, runs)]
-        paths = [*write(folder, runs, rows, unfinished, page=options.html, notes=notes), *kept]
+        chosen = {"page": options.html, "printed": options.print, "notes": notes}
+        paths = [*write(folder, runs, rows, unfinished, **chosen), *kept]
     except (VitrimError, OSError) as error:
         print(f"vitrim-report: {escape.terminal(error)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -101,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         help="write DIR/report/ (default: below the first folder of runs); --to is the former name",
     )
     add("--html", action="store_true", help="also write report.html: one page, with heat maps")
+    add(
+        "--print",
+        choices=tuple(PRINTED),
+        help="also write every figure as PDF and SVG in the width of a paper's text or column, "
+        "and the tables in LaTeX",
+    )
     add("--keep", metavar="NAME", help="also write results/NAME.json: the rows, with provenance")
     add("--wandb", choices=modes, default="offline", help="also log a W&B run (default: offline)")
     return parser

@@ -1,4 +1,4 @@
-"""The two writers of tables: for a terminal, by rich, and as Markdown; both escape every cell.
+"""The writers of tables: for a terminal, by rich, as Markdown and LaTeX; all escape every cell.
 
 A table is a sequence of lines of texts, the headings first.
 """
@@ -49,3 +49,17 @@ def markdown_table(lines: Lines, *, left: int) -> list[str]:
     align = [":---" if i < left else "---:" for i in range(len(lines[0]))]
     cells = [[escape.cell(cell) for cell in line] for line in lines]
     return [f"| {' | '.join(line)} |" for line in (cells[0], align, *cells[1:])]
+
+
+def latex_table(lines: Lines, *, left: int) -> list[str]:
+    r"""Return lines of LaTeX: a tabular of the package booktabs.
+
+    >>> latex_table([["method", "top-1"], ["a_b", "90.00"]], left=1)[2:5]
+    ['method & top-1 \\\\', '\\midrule', 'a\\_b & 90.00 \\\\']
+    """
+    if not lines:
+        return []
+    columns = "".join("l" if i < left else "r" for i in range(len(lines[0])))
+    head, *rest = (" & ".join(map(escape.latex, line)) + r" \\" for line in lines)
+    body = [r"\toprule", head, r"\midrule", *rest, r"\bottomrule"]
+    return [rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]

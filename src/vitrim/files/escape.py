@@ -10,7 +10,7 @@ escape sequence, `\x1b` for example.
     html       a text for a template that escapes    cell       a text in a table of Markdown
     csv        a value in a CSV file                 code       code within Markdown
     figure     a text in a figure of matplotlib      word       a word of a command to be copied
-    yaml       a value in YAML front matter
+    yaml       a value in YAML front matter    latex     a text in LaTeX
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ _MARKDOWN = re.compile(
 _LINE_START = re.compile(r"([#>+=-]|\d+(?=[.)]))")
 _FORMULA = re.compile(r"\s*['\"]*\s*[=+\-@|%\uff0b\uff0d\uff1d\uff20]")
 _SAFE_WORD = re.compile(r"[\w@%+=:,./\[\]-]+", re.ASCII)
+_LATEX = {
+    **{c: f"\\{c}" for c in "#$%&_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
+    **{"->": r"$\to$", '"': "''", "--": "-{}-", "`": r"\textasciigrave{}", "'": "'{}", "[": "{[}"},
+}
+_OF_LATEX = re.compile("->|--|[" + re.escape("".join(c for c in _LATEX if len(c) == 1)) + "]")
+_NUMBER = re.compile(r"[+-]\d[\d.,]*")
 _MAX_LABEL, _MAX_TITLE, _LABEL_END = 100, 240, 40
 
 
@@ -134,6 +142,19 @@ def figure(text: object, *, width: int = 0) -> str:
         line = f" {line}"
     lines = textwrap.wrap(line, width) if width else [line]
     return "\n".join(lines).replace("$", r"\$")
+
+
+def latex(text: object) -> str:
+    r"""Return a text in LaTeX: no command, no ligature, and nothing but ASCII.
+
+    >>> latex("vit_b \\input{x} 90.00 ± 0.50"), latex("-2.00"), latex("4 -> 2")
+    ('vit\\_b \\textbackslash{}input\\{x\\} 90.00 $\\pm$ 0.50', '$-2.00$', '4 $\\to$ 2')
+    """
+    line = terminal(text)
+    if _NUMBER.fullmatch(line):
+        return f"${line}$"
+    escaped = _OF_LATEX.sub(lambda match: _LATEX[match[0]], line)
+    return "".join(c if c.isascii() else "?" for c in escaped)
 
 
 def word(text: object) -> str:

@@ -37,6 +37,8 @@ NOTE = (
     "differ between papers, so compare it before the accuracies. Only runs with the weights, data "
     "set, number of evaluated images and recipe of a row are compared with it."
 )
+_SAME_COUNT = 0.01
+"""Relative difference of FLOPs that are counted alike."""
 
 
 class Repeated(NamedTuple):
@@ -78,6 +80,35 @@ def counted_flops(record: Record, paper: Published) -> int | None:
     if counted is None and key != "dcvit":  # of a report that has no other count
         counted = record.get("compact.flops_blog", record["compact.flops"])
     return counted if isinstance(counted, int) else None
+
+
+class PublishedPoint(NamedTuple):
+    """The published accuracy in percent of a row's setting, and its `params` and `macs` if known.
+
+    MACs are left out where the paper counts otherwise than we do.
+    """
+
+    row: Row
+    top1: float
+    costs: dict[str, float]
+
+
+def published_points(rows: Sequence[Row]) -> list[PublishedPoint]:
+    """Return the published points of the rows that have their weights, data, images and recipe."""
+    found = []
+    for row, paper in repeated(rows).pairs:
+        if paper.top1 is None or row.mean("compact.top1") is None:
+            continue
+        costs = {} if paper.params is None else {"params": float(paper.params)}
+        counted = counted_flops(row.record, paper)
+        if paper.flops is not None and _is_close(counted, row.record["compact.flops"]):
+            costs["macs"] = paper.flops / 2
+        found.append(PublishedPoint(row, paper.top1, costs))
+    return found
+
+
+def _is_close(counted: int | None, true: int) -> bool:
+    return counted is not None and abs(counted - true) <= _SAME_COUNT * true
 
 
 def difference(ours: float, theirs: float | None, step: float) -> float | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitrim.files import escape
+from vitrim.report.layout import SCREEN, Layout, with_legend
 from vitrim.report.summary import NAMES, Row, macs_unit, sections
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 Look = dict[str, Any]
 """Keyword arguments of matplotlib for one line."""
+_Shared = Literal["none", "row", "col"]
 
 _COLOURS = (
     "#0072B2",
@@ -33,10 +33,6 @@ _COLOURS = (
 _MARKERS = "osD^vPX*"
 _BY_TARGET: Look = {"markerfacecolor": "white", "linestyle": ":"}
 _DENSE: Look = {"color": "0.5", "linestyle": "--", "linewidth": 1.0}
-STYLE = {
-    **{"font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
-}
 ACCURACY = ("compact.top1", "top-1 accuracy (%)")
 _BEFORE_RECOVERY = ("cut.top1", "top-1 before recovery (%)")
 
@@ -87,8 +83,8 @@ def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
-    """Return the figure as a PNG: a line per series, error bars of one standard deviation.
+def draw(rows: Sequence[Row], chosen: Sequence[Panel] = (), layout: Layout = SCREEN) -> Figure:
+    """Return the figure: a line per series, error bars of one standard deviation.
 
     Its panels are those `chosen`, or those that suit the rows: where some have an accuracy, the
     others are omitted. Accuracies before recovery are in panels of their own below, with their own
@@ -102,14 +98,20 @@ def draw(rows: Sequence[Row], chosen: Sequence[Panel] = ()) -> bytes:
         chosen = panels(rows)
     accuracy = chosen[0].y == ACCURACY[0]
     shown = [*chosen, *(_before_recovery(chosen, rows) if accuracy else [])]
-    n_rows = len(shown) // len(chosen)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.0, 1.2 + 2.2 * n_rows), layout="constrained")
-        share_y: Literal["row", "none"] = "row" if accuracy else "none"
-        grid = figure.subplots(n_rows, len(chosen), squeeze=False, sharex="col", sharey=share_y)
+    n_columns = min(layout.columns, len(chosen))
+    n_rows = -(-len(shown) // n_columns)
+    one_below_another = n_columns < len(chosen)
+    with style.context(["default", layout.style]):
+        size = (layout.width, 1.2 + 2.2 * n_rows)
+        figure = Figure(figsize=size, layout="constrained")
+        share_x: _Shared = "none" if one_below_another else "col"
+        share_y: _Shared = "row" if accuracy else "none"
+        grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=share_x, sharey=share_y)
         for axes, panel in zip(grid.flat, shown, strict=True):
             _draw_panel(axes, panel, rows)
-        return png(figure, _legend(rows, accuracy=accuracy))
+            if accuracy and not one_below_another:
+                axes.label_outer()
+        return with_legend(figure, _legend(rows, accuracy=accuracy), layout)
 
 
 def _before_recovery(chosen: Sequence[Panel], rows: Sequence[Row]) -> list[Panel]:
@@ -118,19 +120,6 @@ def _before_recovery(chosen: Sequence[Panel], rows: Sequence[Row]) -> list[Panel
     if all(row.mean(y) is None for row in rows):
         return []
     return [panel._replace(y=y, y_label=label) for panel in chosen]
-
-
-def png(figure: Figure, handles: Sequence[Line2D], title: str = "") -> bytes:
-    """Return the figure as a PNG; its legend, if there are handles, is above it under a title."""
-    content = io.BytesIO()
-    if handles:
-        columns = _columns([str(handle.get_label()) for handle in handles])
-        look: Look = {"loc": "outside upper center", "ncols": columns, "title": title or None}
-        figure.legend(handles=handles, **look)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in any script
-        figure.savefig(content, format="png", dpi=300, metadata={"Software": None})
-    return content.getvalue()
 
 
 def frame(axes: Axes, x_label: str, y_label: str) -> None:
@@ -156,7 +145,6 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
                 look |= {"capsize": 2, "elinewidth": 0.8, "clip_on": False}
                 axes.errorbar(points.x, points.y, points.std, **look)
     if panel.y in (ACCURACY[0], _BEFORE_RECOVERY[0]):
-        axes.label_outer()
         for level in dense_levels(rows):
             axes.axhline(level, **_DENSE, zorder=1.4)
 
@@ -205,8 +193,3 @@ def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
     if accuracy and dense_levels(rows):
         handles.append(Line2D([], [], label="dense", **_DENSE))
     return handles
-
-
-def _columns(labels: Sequence[str]) -> int:
-    widths = [len(label) + 9 for label in labels]  # nine characters for the line of each label
-    return len(labels) if sum(widths) <= 105 else max(1, 105 // max(widths))

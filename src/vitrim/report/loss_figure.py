@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
 from vitrim.files import escape
+from vitrim.report.layout import SCREEN, Layout, title_width
 from vitrim.report.summary import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from vitrim.report.figure import Look
 
@@ -209,12 +211,12 @@ def _charts(runs: Sequence[Run]) -> list[RunLosses]:
     return [losses for losses in measured_losses(runs) if any(map(_is_drawn, losses.edits))]
 
 
-def figure(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Return losses.png: predicted against measured loss; empty without edits of both."""
+def figure(runs: Sequence[Run], layout: Layout = SCREEN) -> dict[str, Figure]:
+    """Return losses: predicted against measured loss; empty without edits of both."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    from vitrim.report.figure import STYLE, frame, line_look, png
+    from vitrim.report.figure import frame, line_look
 
     charts = _charts(runs)
     shown = charts[:MAX_CHARTS]
@@ -222,20 +224,22 @@ def figure(runs: Sequence[Run]) -> dict[str, bytes]:
         return {}
     kinds = [*dict.fromkeys(edit.kind for losses in shown for edit in losses.edits)]
     looks = {kind: line_look(i) | {"linestyle": "", "alpha": 0.8} for i, kind in enumerate(kinds)}
-    columns = min(2, len(shown))
+    columns = min(layout.columns, len(shown))
     height = -(-len(shown) // columns)
-    with style.context(["default", STYLE]):
-        picture = Figure(figsize=(0.4 + 4.0 * columns, 0.3 + 4.4 * height), layout="constrained")
+    side = min(4.0, layout.width / layout.columns + 0.5)
+    with style.context(["default", layout.style]):
+        size = (min(0.4 + side * columns, layout.width + 1.4), 0.3 + 1.1 * side * height)
+        picture = Figure(figsize=size, layout="constrained")
         grid = [*picture.subplots(height, columns, squeeze=False).flat]
         for axes, losses in zip(grid, shown, strict=False):
             frame(axes, "predicted loss (nats)", "measured loss (nats)")
-            axes.set_title(escape.figure(_title(losses), width=50), fontsize=8)
+            axes.set_title(escape.figure(_title(losses), width=title_width(layout, columns)))
             _draw(axes, losses.edits, looks)
         for axes in grid[len(shown) :]:
             axes.remove()
         if len(charts) > len(shown):
             picture.supxlabel(f"{len(charts) - len(shown)} more not drawn", fontsize=8)
-        return {"losses.png": png(picture, [])}
+        return {"losses": picture}
 
 
 def _is_drawn(edit: MeasuredEdit) -> bool:

@@ -21,17 +21,10 @@ from vitrim.files import escape
 from vitrim.jobs.status import status_of
 from vitrim.paper import Published, published
 from vitrim.report import compare, loss_figure
+from vitrim.report.block_figure import block_numbers
 from vitrim.report.heatmap import Heatmap, heatmap
 from vitrim.report.summary import budget_of, fixed, summarise
 
-ALTS = {
-    "curve.png": "Accuracy by strength and by MACs",
-    "losses.png": "Predicted and measured losses of single edits",
-    "energy.png": "Energy kept by the share of the full rank",
-    "ranks.png": "Accuracy by kept parameters",
-    "error.png": "Output error by rank",
-    "scores.png": "Scores of trials and the accuracy that each block costs",
-}
 _FILES = ("report.json", "plan.json", "recipe.yaml", "bench.json")
 
 
@@ -80,7 +73,7 @@ def html(
 ) -> str:
     """Return the page that will be saved in `folder`.
 
-    `pictures` are PNGs by name; `captions` are of those that need more than `ALTS` says.
+    `pictures` are PNGs by name, and `captions` say what they show.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -95,12 +88,12 @@ def html(
         runs=finished,
         unfinished=[_unfinished(run, folder) for run in unfinished],
         pictures=[(name, b64encode(content).decode()) for name, content in pictures.items()],
-        alts={**ALTS, **captions},
+        alts=captions,
         losses_title=loss_figure.TITLE,
         comparison=compare.TITLE,
         comparison_note=compare.NOTE,
         not_run=not_run([paper for _, paper in compare.repeated(summarise(runs)).pairs]),
-        block_numbers={block: _numbers(block) for block in blocks},
+        block_numbers={block: block_numbers(block) for block in blocks},
         tables=tables,
     )
 
@@ -170,12 +163,3 @@ def _unfinished(path: Path, folder: Path) -> _Unfinished:
 
 def _link(path: Path, folder: Path) -> str:
     return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))
-
-
-def _numbers(block: str) -> str:
-    """Return the numbers in a block's path.
-
-    >>> _numbers("layers.0.blocks.11")
-    '0.11'
-    """
-    return ".".join(part for part in block.split(".") if part.isdigit())

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vitrim.deploy.runfolder import QUANTIZED, SETTINGS
 from vitrim.files import escape
-from vitrim.report.figure import STYLE, Look, dense_levels, frame, labelled, line_look, png
+from vitrim.report.compare import published_points
+from vitrim.report.figure import Look, dense_levels, frame, labelled, line_look
+from vitrim.report.layout import SCREEN, Layout, title_width, with_legend
 from vitrim.report.summary import NAMES, Row, macs_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 MAX_FIGURES = 12
@@ -39,6 +42,7 @@ _OFF_FRONT = 0.4  # opacity
 _LOG_RANGE = 20  # of costs on a linear axis
 _FRONT: Look = {"color": "0.35", "linewidth": 1.1}
 _DENSE_LOOK: Look = {"color": "black", "marker": "*", "markersize": 8, "linestyle": ""}
+_PUBLISHED: Look = {"markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.2}
 
 
 class Cost(NamedTuple):
@@ -205,7 +209,7 @@ def marks(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def captions(rows: Sequence[Row]) -> dict[str, str]:
-    """Return what each figure shows, by file name."""
+    """Return what each figure shows, by its name."""
     return {
         name: f"Pareto fronts of {_title(compared)}; a step line joins the networks that no "
         f"other dominates; top-1 is the mean over seeds{_not_drawn(compared)}"
@@ -215,7 +219,7 @@ def captions(rows: Sequence[Row]) -> dict[str, str]:
 
 def _named(rows: Sequence[Row]) -> dict[str, Comparison]:
     return {
-        "pareto.png" if i == 1 else f"pareto-{i}.png": compared
+        "pareto" if i == 1 else f"pareto-{i}": compared
         for i, compared in enumerate(comparisons(rows)[:MAX_FIGURES], 1)
     }
 
@@ -238,27 +242,29 @@ def _not_drawn(compared: Comparison) -> str:
     return f"; latencies under {more} other conditions are not drawn" if more > 0 else ""
 
 
-def figures(rows: Sequence[Row]) -> dict[str, bytes]:
-    """Return pareto.png, pareto-2.png and so on: one for each dense network and set of images."""
-    return {name: _draw(compared) for name, compared in _named(rows).items()}
+def figures(rows: Sequence[Row], layout: Layout = SCREEN) -> dict[str, Figure]:
+    """Return pareto, pareto-2 and so on: a figure for each dense network and set of images."""
+    return {name: _draw(compared, layout) for name, compared in _named(rows).items()}
 
 
-def _draw(compared: Comparison) -> bytes:
+def _draw(compared: Comparison, layout: Layout) -> Figure:
     from matplotlib import style
     from matplotlib.figure import Figure
 
     hidden = _latencies(compared)[MAX_LATENCIES:]
     shown = [cost for cost in costs_of(compared) if cost not in hidden]
-    height = -(-len(shown) // 2)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.0, 1.2 + 2.4 * height), layout="constrained")
-        grid = [*figure.subplots(height, 2, squeeze=False, sharey=True).flat]
+    columns = layout.columns
+    height = -(-len(shown) // columns)
+    title = escape.figure(_title(compared), width=title_width(layout, 1))
+    with style.context(["default", layout.style]):
+        figure = Figure(figsize=(layout.width, 1.2 + 2.4 * height), layout="constrained")
+        grid = [*figure.subplots(height, columns, squeeze=False, sharey=True).flat]
         for index, (axes, cost) in enumerate(zip(grid, shown, strict=False)):
             _draw_panel(axes, compared, cost)
-            axes.set_ylabel("" if index % 2 else "top-1 accuracy (%)")
+            axes.set_ylabel("" if index % columns else "top-1 accuracy (%)")
         for axes in grid[len(shown) :]:
             axes.remove()
-        return png(figure, _legend(compared), escape.figure(_title(compared), width=100))
+        return with_legend(figure, _legend(compared), layout, title)
 
 
 def _draw_panel(axes: Axes, compared: Comparison, cost: Cost) -> None:
@@ -276,6 +282,11 @@ def _draw_panel(axes: Axes, compared: Comparison, cost: Cost) -> None:
         look |= {"alpha": alpha, "capsize": 2, "elinewidth": 0.8, "clip_on": False}
         axes.errorbar([network.costs[cost] / size], [network.top1], [std], **look)
     values = [network.costs[cost] for network in known]
+    for point in published_points(compared.rows):
+        if cost.measure in point.costs:
+            look = looks[_series(compared).index(point.row.record["series"])] | _PUBLISHED
+            axes.plot([point.costs[cost.measure] / size], [point.top1], **look)
+            values.append(point.costs[cost.measure])
     if max(values) > _LOG_RANGE * min(values):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -307,9 +318,12 @@ def _looks(compared: Comparison) -> dict[str, Look]:
 def _look_of(network: Network, compared: Comparison, looks: Sequence[Look]) -> Look:
     if network.row is None:
         return dict(_DENSE_LOOK)
-    series = [*dict.fromkeys(row.record["series"] for row in compared.rows)]
-    look = looks[series.index(compared.rows[network.row].record["series"])]
+    look = looks[_series(compared).index(compared.rows[network.row].record["series"])]
     return look | _fill(compared, network.scheme)
+
+
+def _series(compared: Comparison) -> list[str]:
+    return [*dict.fromkeys(row.record["series"] for row in compared.rows)]
 
 
 def _fill(compared: Comparison, scheme: str) -> Look:
@@ -333,4 +347,7 @@ def _legend(compared: Comparison) -> list[Line2D]:
         handles.append(Line2D([], [], label=escape.figure(scheme), **look))
     if any(network.row is None for network in compared.networks):
         handles.append(Line2D([], [], label="dense", **_DENSE_LOOK))
+    if any(point.costs for point in published_points(compared.rows)):
+        look = line_look(0) | {"linestyle": "", "color": "0.4", **_PUBLISHED}
+        handles.append(Line2D([], [], label="published", **look))
     return [*handles, Line2D([], [], label="Pareto front", **_FRONT)]

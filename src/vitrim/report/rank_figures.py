@@ -1,6 +1,6 @@
 """Draw the figures of the mixed-rank paper (arXiv 2402.06004) from the runs of a report.
 
-energy.png is its figure 1, ranks.png its figure 2, error.png its figure 3. The first and the last
+energy is its figure 1, ranks its figure 2, error its figure 3. The first and the last
 need the curves that a run writes to diagnostics.json
 (`vitrim.method.mixed_rank.metric.rank_curves`); a panel shows the first run of a series. Our
 addition: the error of the truncated SVD next to that of the run's decomposition.
@@ -12,13 +12,12 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from operator import lt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vitrim.deploy.runfolder import Record, Run, RunFolderError, read_diagnostic
 from vitrim.files import escape
 from vitrim.report.figure import (
     ACCURACY,
-    STYLE,
     Look,
     Panel,
     draw,
@@ -26,13 +25,15 @@ from vitrim.report.figure import (
     labelled,
     line_look,
     line_of,
-    png,
 )
+from vitrim.report.layout import SCREEN, Layout, title_width, with_legend
 from vitrim.report.summary import NAMES, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 10_000
 MAX_CHARTS = 12
-_TITLE_WIDTH = 50  # characters of a title's line above one of two columns
 _KEYS = ("rank", "energy", "error", "plain_error")
 _LARGEST = {"energy": 1.0, "error": 1e6, "plain_error": 1e6}
 _NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)  # nothing that a label would take for mathematics
@@ -66,8 +67,8 @@ class Chart(NamedTuple):
     lines: list[Line]
 
 
-def figures(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, bytes]:
-    """Return the PNGs for which these runs have data, by file name.
+def figures(runs: Sequence[Run], rows: Sequence[Row], layout: Layout = SCREEN) -> dict[str, Figure]:
+    """Return the figures for which these runs have data, by name.
 
     Raises:
         RunFolderError: curves that no run of vitrim wrote.
@@ -75,11 +76,12 @@ def figures(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, bytes]:
     curves = [of_run for run in runs if (of_run := read_curves(run))]
     pictures = {}
     if energy := energy_charts(curves):
-        pictures["energy.png"] = _draw(energy, "share of the full rank (%)", "energy kept (%)")
+        labels = ("share of the full rank (%)", "energy kept (%)")
+        pictures["energy"] = _draw(energy, labels, layout)
     if ranks := rank_rows(rows):
-        pictures["ranks.png"] = draw(ranks, [_RANKS])
+        pictures["ranks"] = draw(ranks, [_RANKS], layout)
     if error := error_charts(curves):
-        pictures["error.png"] = _draw(error, "rank", "normalised output error")
+        pictures["error"] = _draw(error, ("rank", "normalised output error"), layout)
     return pictures
 
 
@@ -190,7 +192,7 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in name.split("."))
 
 
-def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
+def _draw(charts: Sequence[Chart], labels_of_axes: tuple[str, str], layout: Layout) -> Figure:
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -199,15 +201,14 @@ def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
     labels = [*dict.fromkeys(line.label for chart in shown for line in chart.lines)]
     looks = {label: line_look(i) | {"markersize": 2.5} for i, label in enumerate(labels)}
     dashed: Look = {"linestyle": "--", "marker": "", "linewidth": 1.0}
-    columns = min(2, len(shown))
+    columns = min(layout.columns, len(shown))
     height = -(-len(shown) // columns)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.0, 0.6 + 2.8 * height), layout="constrained")
+    with style.context(["default", layout.style]):
+        figure = Figure(figsize=(layout.width, 0.6 + 2.8 * height), layout="constrained")
         grid = [*figure.subplots(height, columns, squeeze=False, sharey=True).flat]
         for axes, chart in zip(grid, shown, strict=False):
-            frame(axes, x_label, y_label)
-            width = _TITLE_WIDTH * 2 // columns
-            axes.set_title(escape.figure(chart.title, width=width), fontsize=8)
+            frame(axes, *labels_of_axes)
+            axes.set_title(escape.figure(chart.title, width=title_width(layout, columns)))
             for line in chart.lines:
                 look = looks[line.label] | (dashed if line.reference else {})
                 axes.plot(line.x, line.y, **look, clip_on=False)  # markers on the axes are whole
@@ -220,4 +221,4 @@ def _draw(charts: Sequence[Chart], x_label: str, y_label: str) -> bytes:
         if len(charts) > len(shown):
             rest = f"{len(charts) - len(shown)} more not drawn"
             handles.append(Line2D([], [], label=rest, linestyle=""))
-        return png(figure, handles)
+        return with_legend(figure, handles, layout)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from vitrim import files
 from vitrim.deploy.runfolder import QUANTIZED, SETTINGS, Run
-from vitrim.deploy.table import markdown_table, terminal_table
+from vitrim.deploy.table import latex_table, markdown_table, terminal_table
 from vitrim.files import escape
 from vitrim.paper.results import ABSENT, results
 from vitrim.report import compare, loss_figure, papers, pareto, trial_figure
-from vitrim.report.figure import ACCURACY, Panel, draw, labelled, line_of
-from vitrim.report.rank_figures import figures
+from vitrim.report.figures import captions, figures
+from vitrim.report.layout import PRINTED, SCREEN, rendered
 from vitrim.report.summary import (
     LATENCY,
     NAMES,
@@ -197,19 +195,24 @@ def write(
     unfinished: Sequence[Path],
     *,
     page: bool = False,
+    printed: str | None = None,
     notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write figures, report.md and report.csv into `folder`; return their absolute paths.
 
     `notes` are lines on the unfinished runs. `page` adds report.html, which needs no other file.
+    `printed` is the width of a paper (`vitrim.report.layout.PRINTED`): it adds every figure as PDF
+    and SVG in this width, and report.tex.
     """
     files.own_folder(folder)
-    pictures = {
-        **{"curve.png": draw(rows), **pareto.figures(rows), **loss_figure.figure(runs)},
-        **{**figures(runs, rows), **trial_figure.figure(runs)},
-    }
-    contents = {
-        **pictures,
+    blocks = page or printed is not None
+    pictures = rendered(figures(runs, rows, SCREEN, blocks=blocks), SCREEN)
+    contents = dict(pictures)
+    if printed is not None:
+        layout = PRINTED[printed]
+        contents |= rendered(figures(runs, rows, layout, blocks=blocks), layout)
+        contents["report.tex"] = "\n".join(latex(rows)).encode()
+    contents |= {
         "report.md": markdown(runs, rows, notes).encode(errors=_OTHER),
         "report.csv": csv_text(runs).encode(errors=_OTHER),
     }
@@ -251,7 +254,8 @@ def _page(
         commits=_distinct(runs, ("commit", "dirty")),
         settings=_distinct(runs, SETTINGS),
     )
-    return html(folder, runs, unfinished, pictures, tables, pareto.captions(rows))
+    alts = {f"{name}.png": caption for name, caption in captions(rows).items()}
+    return html(folder, runs, unfinished, pictures, tables, alts)
 
 
 def csv_text(runs: Sequence[Run]) -> str:
@@ -290,12 +294,26 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], notes: Sequence[str]) -> 
     return "\n".join([*table, "", *explanation, "", *parts, "![curves](curve.png)", ""])
 
 
+def latex(rows: Sequence[Row]) -> Iterator[str]:
+    """Iterate over the lines of the tables in LaTeX, one for each model and data set."""
+    yield r"% \usepackage{booktabs}"
+    for (model, data), part in sections(rows).items():
+        yield f"% {escape.latex(f'{model} on {data}')}"
+        yield from (*latex_table(_without_names(results_table(part)), left=1), "")
+        if int8 := int8_table(part):
+            yield f"% {escape.latex(f'{model} on {data}, in int8')}"
+            yield from (*latex_table(_without_names(int8), left=1), "")
+    if lines := compare.comparison(rows):
+        yield f"% {compare.TITLE}"
+        yield from (*latex_table([compare.HEAD, *lines], left=2), "")
+
+
 def _fronts_markdown(rows: Sequence[Row]) -> Iterator[str]:
     """Iterate over the lines of a section with the Pareto fronts; none without a figure."""
-    captions = pareto.captions(rows)
-    yield from ["## Pareto fronts", ""] if captions else []
-    for name, caption in captions.items():
-        yield from (f"![Pareto fronts]({name})", "", f"{escape.markdown(caption)}.", "")
+    fronts = pareto.captions(rows)
+    yield from ["## Pareto fronts", ""] if fronts else []
+    for name, caption in fronts.items():
+        yield from (f"![Pareto fronts]({name}.png)", "", f"{escape.markdown(caption)}.", "")
 
 
 def _losses_markdown(runs: Sequence[Run]) -> Iterator[str]:
@@ -319,46 +337,3 @@ def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
 
 def _markdown_distinct(runs: Sequence[Run], keys: Sequence[str]) -> str:
     return escape.cell(_distinct(runs, keys))
-
-
-def log_wandb(rows: Sequence[Row], png: Path, *, mode: Literal["offline", "online"]) -> None:
-    """Log the rows, their curves and the figure as one W&B run; a failure is only a warning."""
-    try:
-        import wandb
-
-        files.own_folder(png.parents[1] / "wandb")
-        with wandb.init(
-            project="vitrim",
-            job_type="report",
-            dir=png.parents[1],
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, quiet=True, console="off"),
-        ) as run:
-            head, *cells = numbers(rows)
-            run.log({"rows": wandb.Table([*map(str, head)], cells), "curve": wandb.Image(str(png))})
-            lines = compare.comparison(rows)
-            if lines:
-                run.log({"published": wandb.Table([*compare.HEAD], lines)})
-            panel = Panel("strength", "strength", *ACCURACY)
-            parts = {label: line_of(part, panel, panel.y) for label, part in labelled(rows).items()}
-            curves = {label: points for label, points in parts.items() if points}
-            if curves:
-                xs, ys = [line.x for line in curves.values()], [line.y for line in curves.values()]
-                names, title = list(curves), "top-1 accuracy (%) by strength"
-                plot = wandb.plot.line_series(xs, ys, names, title=title, xname="strength")
-                run.log({"strength_top1": plot})
-    except Exception as error:  # the report is on disk by now, and tracking must not spoil it
-        logging.getLogger(__name__).warning("W&B: %s", error)
-
-
-def numbers(rows: Sequence[Row]) -> list[list[object]]:
-    """Return the headings and then the values of each row, in full precision."""
-    texts = ("series", *NAMES, "target.metric", "target.keep")
-    measures = tuple(dict.fromkeys(measure for row in rows for measure in row.spreads))
-    finals = [row.spreads["compact.top1"] or Spread(math.nan, None, 0) for row in rows]
-    values = [
-        [*(row.record[key] for key in texts), *map(row.mean, measures), final.std, final.n]
-        for row, final in zip(rows, finals, strict=True)
-    ]
-    return [[*texts, *measures, "compact.top1.std", "n"], *values]

@@ -7,11 +7,15 @@ of blocks, which has the name of its first: its score in the trials against the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vitrim.deploy.runfolder import Run, RunFolderError, read_diagnostic
 from vitrim.files import escape
+from vitrim.report.layout import SCREEN, Layout, with_legend
 from vitrim.report.summary import target_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LARGEST = 1e12
 """Of a trial's score."""
@@ -105,19 +109,19 @@ def lines(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def figure(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Return scores.png, the score of every block against its loss; empty without such runs."""
+def figure(runs: Sequence[Run], layout: Layout = SCREEN) -> dict[str, Figure]:
+    """Return scores, the score of every block against its loss; empty without such runs."""
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from vitrim.report.figure import STYLE, frame, line_look, png
+    from vitrim.report.figure import frame, line_look
 
     groups = rank_correlations(runs)
     if not groups:
         return {}
-    with style.context(["default", STYLE]):
-        picture = Figure(figsize=(5.0, 3.6), layout="constrained")
+    with style.context(["default", layout.style]):
+        picture = Figure(figsize=(min(5.0, layout.width), 3.6), layout="constrained")
         axes = picture.subplots()
         frame(axes, "score of the trial", "top-1 accuracy lost (points)")
         handles = []
@@ -129,4 +133,4 @@ def figure(runs: Sequence[Run]) -> dict[str, bytes]:
                 axes.annotate(number, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
             label = escape.figure(f"{group.label}: rank correlation {group.correlation:.2f}")
             handles.append(Line2D([], [], label=label, **look))
-        return {"scores.png": png(picture, handles)}
+        return {"scores": with_legend(picture, handles, layout)}

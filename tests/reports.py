@@ -24,6 +24,7 @@ def document(
     cut: float | None = 50.0,
     dense: float | None = 98.0,
     macs: int = 6_000_000,
+    control: float | None = None,
 ) -> dict[str, Any]:
     accuracy = {"top1": dense, "top5": None if dense is None else 100.0}
     kept = macs / 10_000_000
@@ -52,6 +53,7 @@ def document(
             "latency_ms": 2.0,
         },
         "cut": {"top1": cut, "top5": cut},
+        **({} if control is None else {"control": {"top1": control, "top5": 100.0, "epochs": 2}}),
         "kept": {"params": 0.617285, "macs": kept, "units": 0.7},
         "latency": {"batch": 1, "device": "cpu", "precision": "fp32", "threads": 2, "repeats": 10},
         "seconds": {"total": 1 / 3},

@@ -30,17 +30,20 @@ from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.files import PHASES, digest, writable, write
 from vitrim.jobs import distributed
 from vitrim.measure import conditions, count, latencies
-from vitrim.method import Method, Recovers, scorer_of
+from vitrim.method import Method, Recovers, TrainsWithLabels, scorer_of
 from vitrim.model.source import Timm
 from vitrim.model.weights import describe_weights
+from vitrim.network.skeleton import outline
 from vitrim.network.surgery import combine, cut
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.prune import Slicing
 from vitrim.report.record import Accuracy, record
 from vitrim.store import save
 from vitrim.trainer.classify import Classify
+from vitrim.trainer.control import control_entry
 from vitrim.trainer.phase import Phase, Scorer, check_scorer
 from vitrim.trainer.phases import PhaseRunner
+from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker, Wandb
 
 IDENTITY = Plan(model={}, edits=())
@@ -85,6 +88,7 @@ class Job:
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
         evaluates: whether the networks are evaluated on labelled images.
         wandb: where W&B keeps the run.
+        control: whether the dense network is trained for as long as the compact one, to compare.
     """
 
     model: Timm
@@ -104,11 +108,19 @@ class Job:
     batchnorm_images: int
     evaluates: bool = True
     wandb: Wandb = field(default_factory=Wandb)
+    control: bool = False
 
     @property
     def retrains(self) -> bool:
         """Whether nothing is removed and the network is trained all the same (transfer)."""
         return self.method.granularity == "none"
+
+    @property
+    def control_recipes(self) -> Sequence[Recipe]:
+        """The trainings of the control; none where none is asked for, or the method has none."""
+        if self.control and isinstance(self.method, TrainsWithLabels):
+            return self.method.labelled_training
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +176,9 @@ def run(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
     compressed = _with_int8_layers(job, runner, compressed, stages, folder)
     plan = _final_plan(job, identity, compressed.plan)
     int8 = _quantized(job, runner, compressed.net, plan)
+    control = control_entry(
+        runner, dense, job.control_recipes, key=identity.start_key, n_classes=job.model.n_classes
+    )
     if not distributed.is_main_process():
         return {}
     _save(compressed, plan, int8, folder)
@@ -174,6 +189,7 @@ def run(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
         **record(cost, compact_count, plan, times[:2], dense_accuracy, stages, job.target),
         **_predicted(job, cost, plan),
         **quantize.report_entries(compressed.net, int8, [time.median for time in times[2:]]),
+        **control,
         **identity.facts,
         "weights": _weights(job, dense),
         "latency": {**asdict(job.latency), **conditions(compressed.net)},
@@ -224,15 +240,9 @@ def _dense(job: Job, identity: Identity, runner: PhaseRunner | None) -> tuple[nn
 def _cost(job: Job, dense: nn.Module) -> Cost:
     """Return the formula of the dense network: its skeleton's, which checks may have counted."""
     skeleton = job.model.shared_skeleton()
-    if _outline(dense) != _outline(skeleton):  # the tag of its weights changes the network
+    if outline(dense) != outline(skeleton):  # the tag of its weights changes the network
         return Cost(dense, job.model.spec().size, latency_table=job.latency_table)
     return shared_cost(skeleton, job.model.spec().size, job.latency_table)
-
-
-def _outline(net: nn.Module) -> tuple[list[object], list[object]]:
-    """Return the types of all modules and the shapes of all parameters, by name."""
-    modules = [(name, type(module)) for name, module in net.named_modules()]
-    return [*modules], [(name, value.shape) for name, value in net.named_parameters()]
 
 
 def _compressed(

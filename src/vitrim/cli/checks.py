@@ -71,6 +71,7 @@ def check_keys(cfg: Config) -> list[str]:
         ("out", cfg["out"], "the name of a folder", _is_path(cfg["out"])),
         ("from_run", start, "null or the name of a folder", start is None or _is_path(start)),
         ("progress", progress, truth, isinstance(progress, bool)),
+        ("control", cfg["control"], truth, isinstance(cfg["control"], bool)),
         ("batchnorm_images", images, count, is_count(images)),
         *(
             (f"latency.{key}", value, f"{count}, up to {most:,}", is_count(value) and value <= most)
@@ -207,6 +208,7 @@ def network_digest(folder: str | None) -> str | None:
 def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list[str]:
     """Return why the parts of a job do not go together, one sentence each."""
     problems = [*_check_target(job, cfg, choices["method"]), *_check_smooth(job)]
+    problems += _check_control(job, choices["method"])
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:
@@ -219,7 +221,7 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
             "with a checkpoint of other classes), or choose other data"
         )
     trains = job.retrains or not job.model.trained or not job.target.is_identity
-    if trains and not job.data.trainable:
+    if (trains or job.control) and not job.data.trainable:
         problems.append(
             f"data.root={cfg['data'].get('root')}: no training split: this run needs training "
             "images (to train, or to rank units)"
@@ -229,6 +231,25 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     except ConfigError as error:
         problems.append(str(error))
     return problems
+
+
+def _check_control(job: Job, method: str | None) -> list[str]:
+    """Return why there is nothing that the dense network could be trained by for comparison."""
+    if not job.control:
+        return []
+    if job.data is None:
+        return ["control=true: data=none has no images to train the dense network on"]
+    if job.start is not None:
+        return [
+            "control=true: the network of a from_run has a training of its own behind it, which "
+            "the dense network would lack: set control=false"
+        ]
+    if not any(recipe.epochs for recipe in job.control_recipes):
+        return [
+            f"control=true: method={method} does not train with labels here, so the dense network "
+            "is what to compare with: set control=false"
+        ]
+    return []
 
 
 def _check_smooth(job: Job) -> list[str]:

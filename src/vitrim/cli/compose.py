@@ -183,6 +183,7 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
         progress=cfg.progress,
         checkpoint_minutes=cfg.checkpoint.minutes,
         batchnorm_images=cfg.batchnorm_images,
+        control=cfg.control,
     )
 
 

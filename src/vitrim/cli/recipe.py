@@ -71,8 +71,9 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     """
     known = cast(Config, _without(without_addresses(resolved), _is_neutral))
     recipe = {key: value for key, value in known.items() if key not in (*NOT_RECIPE, "from_run")}
-    if not recipe["quantize"]:  # folders of runs without it keep their names
-        del recipe["quantize"]
+    for key in ("quantize", "control"):  # folders of runs without them keep their names
+        if not recipe.get(key):
+            recipe.pop(key, None)
     recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in ADDED_TARGETS or v}
     if any(map(recipe["target"].get, LATENCY_TARGETS)):
         recipe["latency"] = {key: resolved["latency"][key] for key in ("batch", "device")}

@@ -40,6 +40,8 @@ MEASURED = (*_SIDES, "cut.top1", "strength")
 """Keys of a record that are averaged over seeds."""
 SAVED = ("dense.mb", "compact.mb")
 """Keys of the megabytes of saved networks, averaged as well; reports of 0.1.0 have none."""
+CONTROL = "control.top1"
+"""Key of the accuracy of the dense network that was trained as long; only with `control=true`."""
 _REQUIRED: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("choices.method", "choices.model", "choices.data"), _TEXT),
     **dict.fromkeys(("series", "target.metric"), _TEXT),
@@ -50,7 +52,7 @@ _REQUIRED: Mapping[str, tuple[type, ...]] = {
 _OPTIONAL: Mapping[str, tuple[type, ...]] = {
     **{"choices.experiment": (str, type(None)), "compact.flops_blog": _COUNT},
     **dict.fromkeys(SETTINGS, (*_MAYBE, str)),
-    **dict.fromkeys(SAVED, _MAYBE),
+    **dict.fromkeys((*SAVED, CONTROL, "control.top5"), _MAYBE),
     **dict.fromkeys(("evaluated_images", "dataset.classes"), (int, type(None))),
     **dict.fromkeys(("weights.name", "weights.source", "weights.sha256"), (str, type(None))),
 }

@@ -18,6 +18,7 @@ from vitrim.errors import ConfigError
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.trainer.phase import Phase, Scorer
+from vitrim.trainer.recipe import Recipe
 
 Granularity = Literal["unit", "rank", "block", "none"]
 
@@ -125,6 +126,19 @@ class Recovers(Protocol):
 
         A generator may change the net between them.
         """
+        ...
+
+
+@runtime_checkable
+class TrainsWithLabels(Protocol):
+    """A method with training on labelled images, before or after the cut or both.
+
+    With `control=true` the dense network has the same training.
+    """
+
+    @property
+    def labelled_training(self) -> Sequence[Recipe]:
+        """The recipes of this training, in order; none with settings that do without labels."""
         ...
 
 

@@ -106,6 +106,11 @@ class CD:
         sites = cost.structure.sites
         self._trim(cost, {name: torch.ones(sites[name].size) for name in names}, target)
 
+    @property
+    def labelled_training(self) -> tuple[Recipe, ...]:
+        """The fine-tuning."""
+        return (self.fine_tuning,) if self.fine_tuning.epochs else ()
+
     def scorer(self, net: nn.Module) -> Collect:
         """Return the phase that keeps the images."""
         return Collect(net, images=self.images)

@@ -28,7 +28,7 @@ from vitrim.budget.target import Metric, Target, TargetError
 from vitrim.budget.trim import mean_savings, trim
 from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, Criterion, importance
 from vitrim.closed_form.reconstruction import COMPENSATIONS, Compensation, reconstruct
-from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
+from vitrim.errors import ConfigError, is_count, is_positive, require
 from vitrim.method import Granularity
 from vitrim.network import structure
 from vitrim.network.structure import Kind, Site, Structure, of_kind
@@ -36,12 +36,10 @@ from vitrim.plan import Evidence, Keep, Plan, Proposal
 from vitrim.sensitivity.ordered import OrderedLosses, UnitOrder
 from vitrim.sensitivity.settings import LossSettings
 from vitrim.trainer.calibrate import Calibrate, Sampling
-from vitrim.trainer.classify import Classify
-from vitrim.trainer.mimic import Distill, Mimic
 from vitrim.trainer.phase import Phase
 from vitrim.trainer.recipe import Recipe
-from vitrim.trainer.recovery import Recovery, RecoverySettings
 from vitrim.trainer.refit import Refit
+from vitrim.trainer.tuning import OneShotTuning
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +52,6 @@ SITES: Mapping[str, Kind] = {
 }
 ALIASES: Mapping[str, Criterion] = {"surgeon": "obs_greedy"}
 """Former names of criteria, which are still accepted."""
-Objective = Literal["recovery", "labels", "mimic", "distill"]
 Scope = Literal["site", "global", "loss"]
 """How sites are compared: each loses the same fraction, by score, or by predicted loss."""
 
@@ -76,34 +73,6 @@ class OneShotRidges:
             (name, is_positive(ridge), "a number above 0") for name, ridge in asdict(self).items()
         ]
         require("method.ridges", self, *rules)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OneShotTuning:
-    """Training after the cut: `recovery` from few images, or training on all training images.
-
-    The latter is with `labels`, to `mimic` features, or to `distill` probabilities. When mimicking,
-    `pooled_weight` weighs the error of what the classifier reads against that of all tokens, and
-    `logits_weight` an added distillation loss; `temperature` is that of both kinds of distillation.
-    """
-
-    objective: Objective
-    pooled_weight: float
-    logits_weight: float
-    temperature: float
-    training: Recipe
-    recovery: RecoverySettings
-
-    def __post_init__(self) -> None:
-        objectives = get_args(Objective)
-        require(
-            "method.tuning",
-            self,
-            ("objective", self.objective in objectives, ", ".join(objectives)),
-            ("pooled_weight", is_rate(self.pooled_weight), "a number from 0 on"),
-            ("logits_weight", is_rate(self.logits_weight), "a number from 0 on"),
-            ("temperature", is_positive(self.temperature), "a number above 0"),
-        )
 
 
 class Table(TypedDict):
@@ -268,36 +237,20 @@ class OneShot:
                 )
             )
         if self.fine_tune:
-            phases.append(self._training(student, teacher, n_classes))
+            images = self.sampling.images
+            phases.append(self.tuning.phase(student, teacher, images, n_classes))
         return phases
+
+    @property
+    def labelled_training(self) -> Sequence[Recipe]:
+        """The fine-tuning, if it is with labels."""
+        return self.tuning.labelled_training if self.fine_tune else ()
 
     @property
     def calibration(self) -> Sampling:
         """The sampling, without the images that a recovery holds out."""
         recovers = self.fine_tune and self.tuning.objective == "recovery"
         return self.tuning.recovery.calibration(self.sampling) if recovers else self.sampling
-
-    def _training(self, student: nn.Module, teacher: nn.Module, n_classes: int) -> Phase:
-        """Return the training after the cut."""
-        tuning = self.tuning
-        match tuning.objective:
-            case "recovery":
-                images = self.sampling.images
-                return Recovery(student, teacher, settings=tuning.recovery, images=images)
-            case "mimic":
-                return Mimic(
-                    student,
-                    teacher,
-                    recipe=tuning.training,
-                    pooled_weight=tuning.pooled_weight,
-                    logits_weight=tuning.logits_weight,
-                    temperature=tuning.temperature,
-                )
-            case "distill":
-                temperature = tuning.temperature
-                return Distill(student, teacher, recipe=tuning.training, temperature=temperature)
-            case "labels":
-                return Classify(student, recipe=tuning.training, n_classes=n_classes)
 
     def _n_removed(self, cost: Cost, target: Target) -> dict[str, int]:
         """Return how many units each site will lose, where scores cannot change that."""

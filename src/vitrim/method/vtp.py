@@ -92,6 +92,11 @@ class VTP:
         """Return the weights whose columns have gates: parameter name -> site name."""
         return gates_of(described)
 
+    @property
+    def labelled_training(self) -> tuple[Recipe, ...]:
+        """Both trainings: what the gates were trained with, and the fine-tuning."""
+        return (self.gating, self.fine_tuning)
+
     def scorer(self, net: nn.Module) -> GateTraining:
         """Return step 1: training with gates and L1."""
         return GateTraining(net, recipe=self.gating, l1=self.l1, gate_lr=self.gate_lr)

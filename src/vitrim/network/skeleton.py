@@ -47,6 +47,12 @@ def shared_skeleton(model: Mapping[str, object]) -> nn.Module:
     return _shared[key]
 
 
+def outline(net: nn.Module) -> tuple[list[object], list[object]]:
+    """Return the types of all modules and the shapes of all parameters, by name."""
+    modules = [(name, type(module)) for name, module in net.named_modules()]
+    return [*modules], [(name, value.shape) for name, value in net.named_parameters()]
+
+
 def dense_skeleton(model: Mapping[str, object]) -> nn.Module:
     """Return the dense network of timm.create_model's `name` and `args`, without weights.
 

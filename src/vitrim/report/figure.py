@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vitrim.deploy.runfolder import CONTROL
 from vitrim.files import escape
 from vitrim.report.layout import SCREEN, Layout, with_legend
 from vitrim.report.summary import NAMES, Row, macs_unit, sections
@@ -33,6 +34,7 @@ _COLOURS = (
 _MARKERS = "osD^vPX*"
 _BY_TARGET: Look = {"markerfacecolor": "white", "linestyle": ":"}
 _DENSE: Look = {"color": "0.5", "linestyle": "--", "linewidth": 1.0}
+_CONTROL: Look = {"color": "0.2", "linestyle": "-.", "linewidth": 1.0}
 ACCURACY = ("compact.top1", "top-1 accuracy (%)")
 _BEFORE_RECOVERY = ("cut.top1", "top-1 before recovery (%)")
 
@@ -147,6 +149,8 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     if panel.y in (ACCURACY[0], _BEFORE_RECOVERY[0]):
         for level in dense_levels(rows):
             axes.axhline(level, **_DENSE, zorder=1.4)
+        for level in control_levels(rows):
+            axes.axhline(level, **_CONTROL, zorder=1.4)
 
 
 def _target_metric(row: Row) -> str:
@@ -171,7 +175,17 @@ def line_look(index: int) -> Look:
 
 def dense_levels(rows: Sequence[Row]) -> list[float]:
     """Return the dense accuracy per model and data set, each row weighted by its seeds."""
-    parts = [[row.spreads["dense.top1"] for row in part] for part in sections(rows).values()]
+    return _levels([*sections(rows).values()], "dense.top1")
+
+
+def control_levels(rows: Sequence[Row]) -> list[float]:
+    """Return the accuracy of the dense network that was trained as long, per series with one."""
+    return _levels([*labelled(rows).values()], CONTROL)
+
+
+def _levels(groups: Sequence[Sequence[Row]], measure: str) -> list[float]:
+    """Return the mean of each group in which it was measured, each row weighted by its seeds."""
+    parts = [[row.spreads.get(measure) for row in part] for part in groups]
     known = [[value for value in part if value] for part in parts]
     return [
         sum(value.mean * value.n for value in part) / sum(value.n for value in part)
@@ -192,4 +206,6 @@ def _legend(rows: Sequence[Row], *, accuracy: bool) -> list[Line2D]:
         handles.append(Line2D([], [], label="by target", **look))
     if accuracy and dense_levels(rows):
         handles.append(Line2D([], [], label="dense", **_DENSE))
+    if accuracy and control_levels(rows):
+        handles.append(Line2D([], [], label="dense, trained as long", **_CONTROL))
     return handles

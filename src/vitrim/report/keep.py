@@ -10,7 +10,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from vitrim.deploy.runfolder import Record, Run
+from vitrim.deploy.runfolder import CONTROL, Record, Run
 from vitrim.errors import VitrimError
 from vitrim.files import write
 from vitrim.paper.results import Figure
@@ -142,6 +142,7 @@ def _line(row: Row, group: Sequence[Run]) -> Figure:
         "kept_params_percent": _rounded(row.mean("kept_params")),
         "params": round(row.mean("compact.params") or 0),
         "top1_dense": _rounded(row.mean("dense.top1")),
+        **({"top1_control": _rounded(row.mean(CONTROL))} if CONTROL in row.spreads else {}),
         "top1_after_the_cut": _rounded(row.mean("cut.top1")),
         "top1": _rounded(row.mean("compact.top1")),
         "top1_std": None if final is None else _rounded(final.std),

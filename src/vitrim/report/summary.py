@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from vitrim.deploy.runfolder import MEASURED, QUANTIZED, SAVED, SETTINGS, Record, Run
+from vitrim.deploy.runfolder import CONTROL, MEASURED, QUANTIZED, SAVED, SETTINGS, Record, Run
 
 NAMES = ("label", "choices.model", "choices.data")
 """Keys of a record that name a row: method with its options, model, data set."""
@@ -104,19 +104,22 @@ def order(run: Run) -> tuple[str, bool, float, str, float, str, int, str]:
 
 def _derive(record: Record) -> Record:
     final, dense = record["compact.top1"], record["dense.top1"]
+    control = record.get(CONTROL)
     delta = None if final is None or dense is None else final - dense
+    compared = {} if None in (final, control) else {"to_control": final - control}
     kept = {f"kept_{name}": 100 * record[f"kept.{name}"] for name in ("macs", "params")}
     int8_deltas = {
         f"{key.removesuffix('top1')}delta": None if None in (final, value) else value - final
         for key, value in record.items()
         if key.startswith(QUANTIZED) and key.endswith(".top1")
     }
-    return {**record, **kept, **int8_deltas, "delta": delta}
+    return {**record, **kept, **int8_deltas, **compared, "delta": delta}
 
 
 def _row(records: Sequence[Record]) -> Row:
     quantized = sorted({key for record in records for key in record if key.startswith(QUANTIZED)})
-    measures = (*MEASURED, *SAVED, "kept_macs", "kept_params", "delta", *quantized)
+    control = [key for key in (CONTROL, "to_control") if any(key in record for record in records)]
+    measures = (*MEASURED, *SAVED, "kept_macs", "kept_params", "delta", *control, *quantized)
     spreads = {measure: spread_of(per_seed(records, measure)) for measure in measures}
     settings = {tuple(map(record.get, SETTINGS)) for record in records}
     unknown = any(None in setting for setting in settings)  # of earlier versions: threads

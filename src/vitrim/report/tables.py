@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from vitrim import files
-from vitrim.deploy.runfolder import QUANTIZED, SETTINGS, Run
+from vitrim.deploy.runfolder import CONTROL, QUANTIZED, SETTINGS, Run
 from vitrim.deploy.table import latex_table, markdown_table, terminal_table
 from vitrim.files import escape
 from vitrim.paper.results import ABSENT, results
@@ -33,6 +33,11 @@ from vitrim.report.summary import (
 
 OUTPUTS = [Path("outputs")]
 _OTHER = "backslashreplace"  # for names of folders that are no text
+CONTROL_HEAD = ("top-1 control", "to control")
+CONTROL_NOTE = (
+    "*control*: the dense network, trained further for as long as the compact one and by the same "
+    "recipes; *to control* is final minus control: what the removal costs at equal training."
+)
 INT8_NOTE = (
     "Accuracies of the compact networks with every Linear in int8, without further training; "
     "*delta* is int8 minus float. MB are 1e6 bytes of parameters and buffers."
@@ -45,7 +50,28 @@ def results_table(rows: Sequence[Row]) -> list[list[str]]:
     head = ["method", "model", "data", "strength", "kept MACs %", "params M", f"MACs {unit}"]
     head += ["top-1 dense", "top-1 cut", "top-1 final", "n", "delta", "top-5", "latency ms"]
     cells = [[*_cells(row, size), marks.get("", "-")] for row, marks in _marked(rows)]
-    return [[*head, "front"], *cells]
+    lines = [[*head, "front"], *cells]
+    return _with_control(lines, rows) if any(map(has_control, rows)) else lines
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Return what the columns of the table mean that need more than their names."""
+    return [pareto.NOTE, *([CONTROL_NOTE] if any(map(has_control, rows)) else [])]
+
+
+def has_control(row: Row) -> bool:
+    """Whether the dense network of a row was also trained as long as the compact one."""
+    return row.mean(CONTROL) is not None
+
+
+def _with_control(lines: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[list[str]]:
+    """Return the table with the accuracy of the control, and what the compact network has more."""
+    more = [(fixed(row.mean(CONTROL)), fixed(row.mean("to_control"), "+.2f")) for row in rows]
+    dense, delta = lines[0].index("top-1 dense") + 1, lines[0].index("delta") + 1
+    return [
+        [*line[:dense], control, *line[dense:delta], to_control, *line[delta:]]
+        for line, (control, to_control) in zip(lines, [CONTROL_HEAD, *more], strict=True)
+    ]
 
 
 def _marked(rows: Sequence[Row]) -> list[tuple[Row, dict[str, str]]]:
@@ -131,8 +157,14 @@ def _without_names(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _narrow(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return a table for the terminal, without the names and without the column of fronts."""
-    return [line[:-1] for line in _without_names(lines)]
+    """Return a table for the terminal, without the names and without the column of fronts.
+
+    With a control it is without top-5 and the number of MACs as well.
+    """
+    head = lines[0] if CONTROL_HEAD[0] in lines[0] else ()
+    left_out = [i for i, name in enumerate(head) if name == "top-5" or name.startswith("MACs ")]
+    kept = [[cell for i, cell in enumerate(line) if i not in left_out] for line in lines]
+    return [line[:-1] for line in _without_names(kept)]
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -250,7 +282,7 @@ def _page(
         others=others,
         losses=loss_figure.tables(runs),
         losses_note=loss_figure.NOTE,
-        front_note=pareto.NOTE,
+        front_note=" ".join(_notes(rows)),
         commits=_distinct(runs, ("commit", "dirty")),
         settings=_distinct(runs, SETTINGS),
     )
@@ -278,7 +310,7 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row], notes: Sequence[str]) -> 
     explanation = [
         "Accuracies in percent: *cut* before recovery, *final* after it, as mean ± sample standard",
         "deviation over n seeds; *delta* is final minus dense. MACs of one image.",
-        pareto.NOTE,
+        *_notes(rows),
         f"Latency (batch, device, precision, threads): {_markdown_distinct(runs, SETTINGS)}.",
         f"Commit (uncommitted changes): {_markdown_distinct(runs, ('commit', 'dirty'))}.",
         f"Runs: {len(runs)} finished; {len(notes)} unfinished, omitted.",

@@ -104,6 +104,12 @@ class Practise:
         if not target.is_identity:
             fewest_groups(cost, target, self._candidates(cost.structure))
 
+    @property
+    def labelled_training(self) -> tuple[Recipe, ...]:
+        """The fine-tuning, if it is with labels."""
+        with_labels = self.objective == "labels" and self.tuning.epochs
+        return (self.tuning,) if with_labels else ()
+
     def scorer(self, net: nn.Module) -> Scorer:
         """Return what scores every candidate on the few images."""
         groups = self._candidates(structure(net))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+import callbacks
 import vitrim
 from conftest import small_net
 from vitrim.api.gates import Gate
@@ -144,6 +145,24 @@ def test_a_step_is_that_of_the_loss_with_the_l1_term() -> None:
         assert torch.allclose(_Keep.scores[site], score, atol=1e-6)
     assert any(((score - 1).abs() > 1e-4).any() for score in scores.values())
     assert close(module.backbone, reference.net)
+
+
+def test_with_the_commands_recipe_and_images_the_callback_is_the_command(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, lr=1e-3, weight_decay=0.05, warmup_epochs=0.5, clip_norm=1.0)
+    net = small_net(**callbacks.ARGS | {"embed_dim": 16, "depth": 2}, dtype=torch.float32)
+    command = callbacks.by_the_command(net, tmp_path, 0, recipe)
+    prune = callbacks.by_the_callback(net, 0, recipe, same_draws=True)
+    assert any(((score - 1).abs() > 0.01).any() for score in command.evidence.scores.values())
+    assert prune.plan.edits == command.plan.edits
+    assert close(prune.compact, command.compact, 0)
+
+
+@pytest.mark.slow
+def test_right_after_the_cut_the_callback_is_as_accurate_as_the_command(tmp_path: Path) -> None:
+    net = callbacks.dense(tmp_path)
+    rows = [callbacks.row(tmp_path, net, seed) for seed in range(3)]
+    command, callback = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+    assert abs(command - callback) < 5, rows
 
 
 class _Keep(Callback):

@@ -46,11 +46,11 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.budget.trim import trim
 from vitrim.closed_form.importance import importance
-from vitrim.deploy.compact import ARCHITECTURE  # importing it registers the name in timm
 from vitrim.measure import InputSizeError, image_shape
 from vitrim.network import UnsupportedArchitecture, sites, structure
 from vitrim.network.skeleton import dense_skeleton
 from vitrim.network.structure import Structure, blocks_of
+from vitrim.store import ARCHITECTURE
 
 SMALL = {"depth": 3}
 NETWORKS: dict[str, dict[str, Any]] = {

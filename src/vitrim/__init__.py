@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vitrim.deploy.registration import register as _register
+
 if TYPE_CHECKING:
     from vitrim.api.callback import Prune as Prune
     from vitrim.api.compress import Compressed as Compressed
@@ -67,6 +69,8 @@ _HOME = {
 }
 
 __all__ = [*_HOME, "__version__"]
+
+_register()
 
 
 def __getattr__(name: str) -> object:

@@ -24,7 +24,7 @@ from vitrim.network.surgery import cut_
 from vitrim.plan import MAX_BYTES, Plan, check_json, dumps, loads
 
 ARCHITECTURE = "vitrim_compact"
-"""The name by which timm builds a compact network (`vitrim.deploy.compact`)."""
+"""The name by which timm builds a compact network (`vitrim.deploy.registration`)."""
 _MAX_HEADER = 2**20  # bytes of a safetensors header; ViT-g has 60,000
 _LENGTH = 8  # bytes that state the length of the header
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

@@ -144,7 +144,7 @@ print("read")
 """
 BUILD = """
 import sys
-import timm, torch, vitrim.deploy.compact
+import timm, torch, vitrim
 from safetensors.torch import load_file
 folder, given = sys.argv[1:]
 torch.set_num_threads(1)

@@ -70,7 +70,7 @@ def _usage(saved: SavedNetwork) -> Iterator[str]:
     names += ", ..." if len(saved.classes) > _MAX_CLASSES else ""
     yield "```python"
     yield "import timm"
-    yield "import vitrim.deploy.compact  # registers the architecture"
+    yield "import vitrim  # registers the architecture"
     yield ""
     yield 'net = timm.create_model("local-dir:FOLDER", pretrained=True)  # or hf-hub:USER/NAME'
     yield "```"

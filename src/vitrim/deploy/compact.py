@@ -1,7 +1,7 @@
 """The entrypoint by which timm builds and loads a compact network: `vitrim_compact`.
 
-Importing this module registers it, whatever was imported before. A folder that vitrim exported
-names it as its architecture, with the plan among the arguments, so that
+`import vitrim` registers it (`vitrim.deploy.registration`). A folder that vitrim exported names it
+as its architecture, with the plan among the arguments, so that
 timm.create_model("local-dir:FOLDER", pretrained=True) works, and takes timm's own arguments:
 num_classes, in_chans, img_size, features_only, out_indices.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg
 from timm.models._features import FeatureHookNet
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ _COPIED = (
 """What the description of a compact network shares with that of the dense network."""
 
 
-@register_model  # type: ignore[untyped-decorator]
 def vitrim_compact(
     pretrained: bool = False, *, plan: Document | None = None, **kwargs: object
 ) -> nn.Module:

@@ -3,7 +3,7 @@
     onnx      model.onnx          any number of images at once; compared in onnxruntime
     openvino  model.xml and .bin  the same, compared in OpenVINO; weights in f32, bf16 or int8
     torch     model.pt2           what torch.export.load reads
-    timm      a folder            import timm, vitrim.deploy.compact;
+    timm      a folder            import timm, vitrim;
                                   timm.create_model("local-dir:FOLDER", pretrained=True)
     hf        the same folder     with a model card, ready for a hub
     transformers  a folder        AutoModelForImageClassification.from_pretrained("FOLDER"); ViTs

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from vitrim.deploy.card import model_card
-from vitrim.deploy.compact import vitrim_compact
 from vitrim.deploy.runfolder import Document
 from vitrim.deploy.saved import SavedNetwork
 from vitrim.deploy.transformers_folder import loaded, write_folder
@@ -28,6 +27,7 @@ from vitrim.files import PLAN, WEIGHTS, write_manifest
 from vitrim.network import fix_input_size
 from vitrim.network.int8 import is_int8
 from vitrim.plan import dumps
+from vitrim.store import ARCHITECTURE
 
 if TYPE_CHECKING:
     from openvino import Model
@@ -160,7 +160,7 @@ def _config(saved: SavedNetwork) -> Document:
         described["fixed_input_size"] = False
     plan = json.loads(dumps(saved.plan))
     return {
-        "architecture": vitrim_compact.__name__,
+        "architecture": ARCHITECTURE,
         "num_classes": net.num_classes,
         **({"label_names": saved.classes} if saved.classes else {}),
         "model_args": {"plan": plan},

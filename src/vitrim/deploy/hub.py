@@ -1,7 +1,7 @@
 """Compact networks on the Hugging Face hub: `push_to_hub` and `from_pretrained`.
 
 A repository holds what `vitrim-export --format hf` writes. Others load it with `from_pretrained`,
-or with timm: import vitrim.deploy.compact; timm.create_model("hf-hub:USER/NAME", pretrained=True).
+or with timm: import vitrim; timm.create_model("hf-hub:USER/NAME", pretrained=True).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi, snapshot_download
 from torch import nn
 
-from vitrim.deploy.export import export
 from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError
 from vitrim.plan import Plan
 from vitrim.store import load
@@ -45,6 +44,8 @@ def push_to_hub(
         StoreError: `repo_id` is no name of a repository, or a file in `folder` is damaged.
         VitrimError: the network cannot be exported.
     """
+    from vitrim.deploy.export import export  # needs Lightning, `from_pretrained` does not
+
     _check_name(repo_id)
     with TemporaryDirectory() as temporary:
         exported, _ = export(Path(folder), "hf", out=Path(temporary) / "hf")

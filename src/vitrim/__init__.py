@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from vitrim.deploy.registration import register as _register
+from vitrim.errors import missing_package
 
 if TYPE_CHECKING:
     from vitrim.api.callback import Prune as Prune
@@ -76,7 +77,13 @@ _register()
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `vitrim --help` must not wait for torch."""
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            raise missing from None
     raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
 
 

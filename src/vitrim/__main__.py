@@ -1,6 +1,6 @@
 """The command `vitrim`, as `python -m vitrim`."""
 
-from vitrim.cli.app import main
+from vitrim.cli.start import vitrim
 
 if __name__ == "__main__":
-    main()
+    vitrim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.util import find_spec
 from typing import TypeGuard, cast
 
 
@@ -13,6 +14,54 @@ class VitrimError(ValueError):
 
 class ConfigError(VitrimError):
     """A choice on the command line or in a yaml that cannot work."""
+
+
+class MissingPackage(ConfigError, ImportError):
+    """A package that is not installed; the message states the extra that has it."""
+
+
+_EXTRAS = {
+    **dict.fromkeys(("lightning", "torchmetrics", "hydra", "omegaconf", "rich"), "train"),
+    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+    **{"wandb": "track", "tensorboard": "tensorboard", "mlflow": "mlflow"},
+    **{"sklearn": "digits", "scipy": "digits"},
+}
+"""Packages that vitrim.load does without, by their name in Python, and their extra."""
+
+
+def missing_package(error: BaseException | None) -> MissingPackage | None:
+    """Return what to install, if `error` or a cause of it is the lack of a package of an extra."""
+    while error is not None:
+        if isinstance(error, MissingPackage):
+            return error
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            name = error.name.partition(".")[0]
+            if name in _EXTRAS:
+                return MissingPackage(
+                    f"{name} is not installed: pip install 'vitrim[{_EXTRAS[name]}]', or "
+                    "'vitrim[all]' for all that the commands use"
+                )
+        error = error.__cause__
+    return None
+
+
+def require_package(name: str, asked: str) -> None:
+    """Refuse what needs a package of an extra that is not installed, without importing it.
+
+    Raises:
+        MissingPackage: naming what was `asked` for, and the extra.
+    """
+    if importable(name):
+        return
+    raise MissingPackage(f"{asked}: {name} is not installed: pip install 'vitrim[{_EXTRAS[name]}]'")
+
+
+def importable(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # blocked, or half imported
+        return False
 
 
 def is_count(value: object) -> TypeGuard[int]:

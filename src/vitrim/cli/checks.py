@@ -11,7 +11,16 @@ import yaml
 
 from vitrim.cli.config_files import CONF
 from vitrim.cli.results import check_metric
-from vitrim.errors import ConfigError, VitrimError, is_count, is_positive, is_rate, shown
+from vitrim.errors import (
+    ConfigError,
+    MissingPackage,
+    VitrimError,
+    is_count,
+    is_positive,
+    is_rate,
+    require_package,
+    shown,
+)
 from vitrim.files import MANIFEST, WEIGHTS, sha256
 
 if TYPE_CHECKING:
@@ -24,7 +33,11 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 """A configuration, or a part of it, as plain data."""
-TRACKING = ("offline", "online", "tensorboard", "none")
+TRACKING: Mapping[str, str | None] = {
+    **dict.fromkeys(("offline", "online"), "wandb"),
+    **{"tensorboard": "tensorboard", "csv": None, "mlflow": "mlflow", "none": None},
+}
+"""What a run can be tracked by, and the package that it needs."""
 
 _MAX_SEED, _MAX_BATCH, _MAX_REPEATS = 2**32 - 1, 2**16, 10**6
 
@@ -97,7 +110,7 @@ def check_keys(cfg: Config) -> list[str]:
         wrong.append(f"sweep.jobs={shown(jobs)}: expected null or a whole number from 1 on")
     if wait is not None and not is_positive(wait):
         wrong.append(f"sweep.wait_minutes={shown(wait)}: expected null or a number above 0")
-    return [*wrong, *check_metric(cfg), *_check_quantize(cfg)]
+    return [*wrong, *_check_tracking(tracking), *check_metric(cfg), *_check_quantize(cfg)]
 
 
 def one_process(trainer: Mapping[str, Any]) -> None:
@@ -110,6 +123,16 @@ def one_process(trainer: Mapping[str, Any]) -> None:
             "sweep: run its jobs one by one without -m, each under torchrun if you like, submit "
             "the sweep with hydra/launcher=slurm, or set trainer.devices=1"
         )
+
+
+def _check_tracking(tracking: object) -> list[str]:
+    package = TRACKING.get(tracking) if isinstance(tracking, str) else None
+    try:
+        if package is not None:
+            require_package(package, f"tracking={tracking}")
+    except MissingPackage as error:
+        return [f"{error}, or tracking=none"]
+    return []
 
 
 def _check_quantize(cfg: Config) -> list[str]:

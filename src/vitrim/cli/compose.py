@@ -24,7 +24,7 @@ from vitrim.cli.checks import Config
 from vitrim.cli.config_files import CONF, leaves
 from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
-from vitrim.errors import ConfigError, VitrimError, shown
+from vitrim.errors import ConfigError, VitrimError, missing_package, shown
 from vitrim.files import PHASES, read_yaml, writable
 from vitrim.jobs import slurm
 
@@ -303,6 +303,8 @@ def choice(group: str) -> str | None:
 def _reason(error: Exception, group: str) -> str:
     """Return the sentence that a user needs, out of Hydra's wrapping."""
     key = group
+    if missing := missing_package(error):
+        return f"{group}={choice(group)}: {missing}"
     while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
         part = re.search(r"full_key: (\S+)", str(error))
         key = group if part is None else f"{group}.{part[1]}"

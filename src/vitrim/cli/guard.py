@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vitrim.cli import config_files, loaded
 from vitrim.cli.hydra_settings import check_hydra, check_out, check_output
 from vitrim.cli.interpolations import check_size, references
-from vitrim.errors import ConfigError, VitrimError, shown
+from vitrim.errors import ConfigError, VitrimError, missing_package, shown
 
 FUNCTIONS = (
     "vitrim.data.none",
@@ -275,7 +275,9 @@ def _is_allowed(target: object) -> bool:
         return False
     try:
         value = getattr(import_module(module), name, None)
-    except ImportError:
+    except ImportError as error:
+        if missing := missing_package(error):
+            raise missing from None
         return False
     home = value.__module__ if isclass(value) else ""
     if ours:

@@ -82,7 +82,7 @@ class Job:
         latency_table: gives the table that predicts latency; None where the target is no time.
         quantize: int8 schemes in which the compact network is evaluated, timed and saved as well.
         seed: of everything that is random.
-        tracking: offline, online, tensorboard or none.
+        tracking: offline, online, tensorboard, csv, mlflow or none.
         progress: whether progress bars are shown.
         checkpoint_minutes: between two checkpoints within a phase.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.

@@ -91,7 +91,46 @@ def test_tensorboard_gets_the_metrics_and_the_point(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "tensorboard", group="g", config={})
     tracker.log_metrics({"loss": 1.5}, step=0)
     tracker.close(SUMMARY)
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert {*tmp_path.iterdir()} == {events, tmp_path / "metrics.jsonl"}
+
+
+def test_csv_files_have_the_metrics_of_a_run_and_of_the_one_that_resumes_it(tmp_path: Path) -> None:
+    for step, loss in enumerate((1.5, 0.5)):
+        tracker = Tracker(tmp_path, "csv", group="g", config={})
+        tracker.phase = "dense"
+        tracker.log_metrics({"loss": loss}, step=step)
+    tracker.close(SUMMARY)
+    first, second = (tmp_path / "csv" / f"version_{n}" / "metrics.csv" for n in (0, 1))
+    assert first.read_text().splitlines() == ["dense/loss,step", "1.5,0"]
+    header, *lines = second.read_text().splitlines()
+    assert header.split(",")[-2:] == ["dense/loss", "step"]
+    assert lines[0].endswith("0.5,1")
+    assert "97.0" in lines[1]
+
+
+def test_mlflow_has_one_run_for_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "series" / "s3-seed0"
+    folder.mkdir(parents=True)
+    for step, loss in enumerate((1.5, 0.5)):
+        tracker = Tracker(folder, "mlflow", group="series", config={"method": {"l1": 1e-4}})
+        tracker.phase = "dense"
+        tracker.log_metrics({"loss": loss}, step=step)
+    tracker.close(SUMMARY)
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("series")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("s3-seed0", "FINISHED")
+    assert run.data.params == {"method/l1": "0.0001"}
+    values = client.get_metric_history(run.info.run_id, "dense/loss")
+    assert [(value.step, value.value) for value in values] == [(0, 1.5), (1, 0.5)]
+    assert run.data.metrics["curve/top1"] == SUMMARY["compact"]["top1"]
 
 
 def test_wandb_offline_leaves_a_run_with_the_curves_point(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The record of a run: JSON lines on disk first, then W&B or TensorBoard, which may fail."""
+"""The record of a run: JSON lines on disk first, then W&B or another logger, which may fail."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from vitrim.errors import require
 from vitrim.files import digest
 from vitrim.jobs.status import STATUS_COPY
+from vitrim.trainer.loggers import LOGGERS
 
 if TYPE_CHECKING:
     import wandb
@@ -103,8 +104,8 @@ class Tracker(Logger):
         self._sink: Sink | None = None
         if tracking in ("offline", "online"):
             self._guard(lambda: self._start_wandb(folder, tracking, group, config))
-        elif tracking == "tensorboard":
-            self._guard(lambda: self._start_tensorboard(folder))
+        elif tracking in LOGGERS:
+            self._guard(lambda: self._start_logger(LOGGERS[tracking](folder, group, config)))
 
     @property
     def name(self) -> str:
@@ -224,20 +225,14 @@ class Tracker(Logger):
 
         self._sink, self._finish = sink, finish
 
-    def _start_tensorboard(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder))
-
+    def _start_logger(self, logger: Logger) -> None:
         def sink(metrics: Mapping[str, float], step: int) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
+            logger.log_metrics(dict(metrics), step)
 
         def finish(summary: Mapping[str, object]) -> None:
-            for name, value in _point(summary).items():
-                if value is not None:
-                    writer.add_scalar(f"curve/{name}", value, 0)
-            writer.close()
+            point = {f"curve/{k}": v for k, v in _point(summary).items() if v is not None}
+            logger.log_metrics(point, 0)
+            logger.finalize("finished")  # after "success" TensorBoard's writes hparams.yaml
 
         self._sink, self._finish = sink, finish
 

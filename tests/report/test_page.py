@@ -4,6 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
+from hashlib import sha256
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -71,18 +74,26 @@ def publish(root: Path) -> Path:
 def test_the_page_needs_no_other_file_and_its_links_lead_to_the_runs(tmp_path: Path) -> None:
     page = publish(tmp_path)
     parsed = Page(page.read_text())
-    assert {"script", "style"} & {*parsed.tags} == {"style"}
+    assert parsed.tags.count("script") == 2  # the points, and what draws them
+    policy = re.search(r"script-src 'sha256-([^']+)'", page.read_text())
+    script = re.search(r"<script>(.*?)</script>", page.read_text(), re.DOTALL)
+    assert policy is not None
+    assert script is not None
+    assert b64decode(policy[1]) == sha256(script[1].encode()).digest()
+    assert not re.search(r"innerHTML|insertAdjacent|eval|fetch|XMLHttp|import", script[1])
     data = [address for address in parsed.addresses if address.startswith("data:")]
     links = [address for address in parsed.addresses if not address.startswith("data:")]
     assert sum(address.startswith("data:image/png;base64,") for address in data) == 2
     assert len(links) == 3 + 2 * 4
     assert all((page.parent / unquote(link)).exists() for link in links)
-    assert not re.search(r"url\(|@import|https?:", page.read_text())
+    text = page.read_text().replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search(r"url\(|@import|https?:", text)
 
 
 def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
     text = publish(tmp_path).read_text()
-    assert "<script>" not in text
+    assert "<script>document" not in text
+    assert EVIL not in text
     assert text.count("&lt;script&gt;document.title=&#39;owned&#39;&lt;/script&gt;&#34;&amp;") >= 4
 
 
@@ -113,35 +124,86 @@ def test_without_the_option_there_is_no_page(tmp_path: Path) -> None:
 
 LOOK = """<script>
 const cell = document.querySelector('.map td');
-document.title = JSON.stringify({
+const table = document.querySelector('.of-model table');
+const strengths = () => [...table.tBodies[0].rows].map(row => row.cells[1].textContent);
+const heading = table.tHead.rows[0].cells[1];
+const sorted = [strengths()];
+for (const _ of [1, 2]) { heading.querySelector('button').click(); sorted.push(strengths()); }
+const point = document.querySelector('#chart .point');
+point.dispatchEvent(new Event('mouseenter'));
+const tip = document.getElementById('tip');
+const box = tip.getBoundingClientRect();
+const hovered = tip.textContent;
+const method = document.getElementById('of-method');
+const shown = () => [...table.tBodies[0].rows].filter(row => row.offsetHeight > 0).length;
+const filtered = [...method.options].map(option => {
+  method.value = option.value;
+  method.dispatchEvent(new Event('change'));
+  return [shown(), document.querySelectorAll('#chart .point').length];
+});
+method.value = '';
+method.dispatchEvent(new Event('change'));
+const cut = [...document.querySelectorAll('h1, h2, p, summary, label, #legend li')].filter(
+  part => part.scrollWidth > part.clientWidth + 1 && getComputedStyle(part).display !== 'inline');
+parent.postMessage(JSON.stringify({
   width: document.documentElement.scrollWidth,
   inner: innerWidth,
   images: [...document.images].map(image => image.complete && image.naturalWidth > 0),
   paper: getComputedStyle(document.body).backgroundColor,
   cells: document.querySelectorAll('.map td').length,
   colour: getComputedStyle(cell).backgroundColor,
-});
+  sorted, hovered, filtered, cut: cut.map(part => part.textContent),
+  sort: heading.getAttribute('aria-sort'),
+  tip: [box.left, box.right],
+}), '*');
 </script></body>"""
+FRAME = """<script>
+addEventListener('message', event => document.title = event.data);
+</script><iframe src="{}" style="width: {}px; height: 900px; border: 0"></iframe>"""
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium (.ci/run installs it)")
 @pytest.mark.parametrize(
     ("scheme", "width", "paper"),
-    [(1, 1280, "rgb(255, 255, 255)"), (0, 500, "rgb(20, 23, 26)")],
+    [(1, 1280, "rgb(255, 255, 255)"), (0, 400, "rgb(20, 23, 26)")],
     ids=["light-wide", "dark-narrow"],
 )
 def test_the_page_in_a_browser(tmp_path: Path, scheme: int, width: int, paper: str) -> None:
+    """Sort, hover and filter, in a frame: no window is narrower than 500 pixels."""
     page = publish(tmp_path)
-    page.write_text(page.read_text().replace("</body>", LOOK))
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    text, found = policy.subn("", page.read_text())  # it would refuse this test's script
+    assert found == 1
+    page.write_text(text.replace("</body>", LOOK))
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(page.relative_to(tmp_path), width))
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
-    command += [f"--blink-settings=preferredColorScheme={scheme}", page.as_uri()]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900"]
+    command += [f"--blink-settings=preferredColorScheme={scheme}", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None
-    seen = json.loads(title[1])
-    assert seen["width"] <= seen["inner"] <= width
+    seen = json.loads(unescape(title[1]))
+    assert seen["width"] <= seen["inner"] == width
     assert seen["images"] == [True, True]
     assert seen["paper"] == paper
     assert seen["cells"] == 6
     assert seen["colour"] not in (paper, "rgba(0, 0, 0, 0)")
+    assert seen["sorted"] == [["4", "3"], ["3", "4"], ["4", "3"]]
+    assert seen["sort"] == "descending"
+    assert "top-1 90.00 %" in seen["hovered"]
+    assert "MACs (M): 6" in seen["hovered"]
+    assert 0 <= seen["tip"][0] < seen["tip"][1] <= width
+    assert seen["filtered"] == [[2, 3], [1, 2], [1, 2]]  # the dense network stays
+    assert seen["cut"] == []
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium (.ci/run installs it)")
+def test_the_policy_lets_the_page_draw_and_no_other_script_run(tmp_path: Path) -> None:
+    page = publish(tmp_path)
+    page.write_text(page.read_text().replace("</body>", f"{EVIL}</body>"))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "<title>vitrim: 2 runs</title>" in done.stdout
+    assert '<circle cx="' in done.stdout

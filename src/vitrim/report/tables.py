@@ -273,7 +273,7 @@ def _page(
     compared, others = compare.comparison(rows), compare.repeated(rows).others
     tables = Tables(
         results=[
-            (f"{model} on {data}", _without_names(results_table(part)))
+            (f"{model} on {data}", model, _without_names(results_table(part)))
             for (model, data), part in sections(rows).items()
         ],
         int8=int8_table(rows),

@@ -13,6 +13,7 @@ from vitrim.cli.report import main
 from vitrim.deploy.runfolder import read_run
 from vitrim.paper import match
 from vitrim.paper.agreement import WEIGHTS, differences
+from vitrim.report.compare import TITLE
 
 SAME: dict[str, Any] = {
     "weights": {
@@ -110,6 +111,17 @@ def test_the_same_run_on_all_images_is(tmp_path: Path) -> None:
     text = (tmp_path / "report" / "paper.md").read_text()
     assert "| 67.218 | 67.218 | 0 | 13.754 | 13.754 | 0 | 76.23 | 76.00 | -0.23 |" in text
     assert "not compared" not in text
+
+
+def test_the_comparison_has_images_top_5_and_latency(tmp_path: Path) -> None:
+    save(tmp_path / "run", {"compact": {"top1": 76.0, "top5": 93.0}})
+    main([str(tmp_path), *NO_WANDB])
+    text = (tmp_path / "report" / "report.md").read_text().partition(TITLE)[2]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    pairs = [*zip(lines[0], lines[2], strict=True)]
+    assert ("images", "50,000") in pairs
+    assert pairs[pairs.index(("top-5", "93.00")) + 1] == ("published", "-")
+    assert ("latency ms", "4 -> 2") in pairs
 
 
 def test_runs_on_other_images_are_other_rows(

@@ -194,7 +194,7 @@ def test_the_paper_report_shows_every_row_and_what_was_not_run(
     (tmp_path / "outputs").mkdir()
     main(["--paper"])
     text = (tmp_path / "outputs" / "report" / "paper.md").read_text()
-    assert "| 81.30 | not run | - | quoted | quoted |" in text
+    assert "| 81.30 | not run | - | - | - | - | quoted | quoted |" in text
     assert "`vitrim experiment=vtp/imagenet strength=2 model=deit_base`" in text
     with pytest.raises(SystemExit):
         main(["--paper", "elsewhere"])

@@ -498,4 +498,5 @@ def test_a_published_row_without_a_strength_is_compared_with_ours(tmp_path: Path
     (folder / "report.json").write_text(json.dumps(report))
     (line,) = comparison(summarise([read_run(folder)]))
     assert line[1].startswith("ImageNet-1K")
-    assert [line[0], line[2]] == ["mixed_rank/deit_base_at_small", "-"]
+    assert line[0] == "mixed_rank/deit_base_at_small"
+    assert line[2:4] == ["-", "-"]  # neither images nor a strength

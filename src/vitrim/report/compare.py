@@ -11,11 +11,12 @@ from vitrim.files import escape
 from vitrim.paper import Published, match, published
 from vitrim.paper.agreement import differences
 from vitrim.paper.counts import COUNTS
-from vitrim.report.summary import Row, budget_of, fixed
+from vitrim.report.summary import LATENCY, Row, budget_of, fixed
 
 HEAD = [
     "row",
     "data set",
+    "images",
     "strength",
     "params",
     "delta",
@@ -25,8 +26,11 @@ HEAD = [
     "MB",
     "top-1",
     "published",
+    "top-5",
+    "published",
     "lost %",
     "published",
+    "latency ms",
     "verified",
 ]
 TITLE = "Comparison with published numbers"
@@ -35,7 +39,8 @@ NOTE = (
     "printed. FLOPs as published are counted as the paper counts them; MB are params / 2^20, one "
     "byte each. *lost* is the loss of accuracy in percent of the dense accuracy: evaluations "
     "differ between papers, so compare it before the accuracies. Only runs with the weights, data "
-    "set, number of evaluated images and recipe of a row are compared with it."
+    "set, number of evaluated images and recipe of a row are compared with it. *latency* is ours, "
+    "dense and compact: no paper measures on the same device."
 )
 _SAME_COUNT = 0.01
 """Relative difference of FLOPs that are counted alike."""
@@ -125,6 +130,7 @@ def difference(ours: float, theirs: float | None, step: float) -> float | None:
 def _line(row: Row, paper: Published) -> list[str]:
     params, flops = row.record["compact.params"], row.record["compact.flops"]
     counted = counted_flops(row.record, paper)
+    images = row.record.get("evaluated_images")
     dense = next(
         (
             other.top1
@@ -136,6 +142,7 @@ def _line(row: Row, paper: Published) -> list[str]:
     return [
         paper.experiment,
         paper.dataset,
+        "-" if images is None else f"{images:,}",
         fixed(row.record["strength"], "g"),
         f"{params:,}",
         _signed(difference(params, paper.params, paper.params_step)),
@@ -145,10 +152,19 @@ def _line(row: Row, paper: Published) -> list[str]:
         f"{params / 2**20:.2f}",
         fixed(row.mean("compact.top1")),
         fixed(paper.top1),
+        fixed(row.mean("compact.top5")),
+        fixed(paper.top5),
         _lost(row.mean("compact.top1"), row.mean("dense.top1")),
         _lost(paper.top1, dense),
+        latency(row),
         paper.evidence_level,
     ]
+
+
+def latency(row: Row) -> str:
+    """Return our latency, dense and compact; papers measure on other devices."""
+    dense, compact = (row.mean(key) for key in LATENCY)
+    return "-" if dense is None or compact is None else f"{dense:.3g} -> {compact:.3g}"
 
 
 def _signed(number: float | None) -> str:

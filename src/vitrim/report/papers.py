@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vitrim.deploy.table import Lines
 from vitrim.paper import Published, published
 from vitrim.paper.results import Result
-from vitrim.report.compare import counted_flops, difference, repeated
+from vitrim.report.compare import counted_flops, difference, latency, repeated
 from vitrim.report.summary import Row, fixed
 
 SOURCES = ("VTP", "AIminify blog", "DC-ViT", "Mixed-rank (2402.06004)")
@@ -17,6 +17,7 @@ HEAD = [
     *("params M", "ours", "delta"),
     *("MACs G", "ours", "delta"),
     *("top-1", "ours", "delta"),
+    *("top-5", "ours", "latency ms"),
     *("evidence", "verified"),
 ]
 NOT_RUN = "not run"
@@ -37,6 +38,8 @@ class Ours(NamedTuple):
     params: int | None
     flops: int | None
     top1: float | None
+    top5: float | None = None
+    latency: str = "-"
 
 
 class Section(NamedTuple):
@@ -93,7 +96,16 @@ def _ours(rows: Sequence[Row], results: Sequence[Result]) -> Iterator[tuple[_Key
     ordered = sorted(rows, key=lambda row: row.mean("compact.top1") is not None)
     for row, paper in repeated(ordered).pairs:
         flops = counted_flops(row.record, paper)
-        yield _key(paper), Ours(row.record["compact.params"], flops, row.mean("compact.top1"))
+        yield (
+            _key(paper),
+            Ours(
+                row.record["compact.params"],
+                flops,
+                row.mean("compact.top1"),
+                row.mean("compact.top5"),
+                latency(row),
+            ),
+        )
 
 
 def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ours]:
@@ -113,7 +125,7 @@ def _committed(figure: Mapping[str, str | int | float | None]) -> tuple[_Key, Ou
 
 
 def _line(row: Published, ours: Ours | None) -> list[str]:
-    params, flops, top1 = ours or Ours(None, None, None)
+    params, flops, top1, top5, compact_ms = ours or Ours(None, None, None)
     return [
         row.table,
         row.model,
@@ -122,6 +134,7 @@ def _line(row: Published, ours: Ours | None) -> list[str]:
         *_triple(row.params, params, 1e6, row.params_step),
         *_triple(row.flops, flops, 2e9, row.flops_step),
         *_triple(row.top1, top1),
+        *(fixed(row.top5), fixed(top5), compact_ms),
         row.evidence,
         row.evidence_level,
     ]

@@ -182,7 +182,7 @@ def show(rows: Sequence[Row]) -> None:
             console.print(f"{title} in int8", table, "", sep="\n")
     lines, others = compare.comparison(rows), compare.repeated(rows).others
     if lines:
-        console.width = max(console.width, 190)  # numbers are not cut short
+        console.width = max(console.width, 230)  # numbers are not cut short
         table = terminal_table([compare.HEAD, *lines], left=2)
         console.print(compare.TITLE, table, "", sep="\n")
     if others:
@@ -197,7 +197,7 @@ def show_papers(runs: Sequence[Run], folder: Path | None) -> None:
         files.own_folder(folder)
     rows, measured = summarise(runs), results()
     parts, notes = papers.sections(rows, measured), [papers.NOTE, *([] if measured else [ABSENT])]
-    console = Console(width=190, markup=False, highlight=False, emoji=False)
+    console = Console(width=230, markup=False, highlight=False, emoji=False)
     for part in parts:
         table = terminal_table(part.lines, left=part.left)
         console.print(part.title, table, sep="\n")

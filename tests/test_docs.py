@@ -30,7 +30,9 @@ def test_the_changelog_begins_with_what_is_not_released() -> None:
     headings = [
         line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
     ]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert headings[0] == "## [Unreleased]"
+    assert headings[1] == f"## [{vitrim.__version__}] - {citation['date-released']}"
 
 
 def test_the_changelog_names_every_renamed_key() -> None:

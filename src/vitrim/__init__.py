@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vitrim.store import load as load
     from vitrim.store import save as save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "compress": "vitrim.api.compress",

@@ -1,7 +1,7 @@
 """Runs that earlier versions finished, found by the command that would run them again.
 
-Version 0.1.0 hashed the addresses of classes with the recipe, and had other names for many keys. Up
-to version 0.2.0 paths and settings of speed were hashed as well.
+Version 0.1.0 hashed the addresses of classes with the recipe, and had other names for many keys.
+Until version 0.2.0 paths and settings of speed were hashed as well.
 """
 
 from __future__ import annotations

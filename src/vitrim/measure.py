@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrim.network import UnsupportedArchitecture, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, SplitLinear
+from vitrim.network.proof import stem_channels
 from vitrim.network.structure import blocks_of
 
 InputSize = int | Sequence[int]
@@ -110,9 +111,7 @@ def image_shape(net: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if len(size) == 3:
         return size[0], size[1], size[2]
-    stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if stem is None else stem.in_channels
-    return channels, size[0], size[1]
+    return stem_channels(net) or 3, size[0], size[1]
 
 
 def _dtype(net: nn.Module) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from vitrim.api.images import NO_LABEL, HeldImages, OwnData, check_train, hold
 from vitrim.api.settings import CONF, build_method, method_names, method_settings
 from vitrim.budget.cost import Cost, shared_cost
 from vitrim.budget.latency import LatencyGrid, LatencyTable, load_or_measure
-from vitrim.budget.target import METRICS, Target, at_strength, resolve_target
+from vitrim.budget.target import METRICS, Target, resolve_target
 from vitrim.errors import ConfigError, VitrimError, is_count
 from vitrim.files import PHASES, writable
-from vitrim.method import Method, check_method, scorer_of
+from vitrim.method import Method, can_compress, check_method, scorer_of
 from vitrim.model.identify import Identified
 from vitrim.network import UnsupportedArchitecture
 from vitrim.trainer.phase import check_scorer
@@ -238,15 +239,11 @@ def _hint(model: Given, cost: Cost, chosen: str) -> str:
     """Return which methods can compress the network, as they stand in conf/method/."""
     suitable = []
     for name in method_names():
-        try:
+        with suppress(VitrimError):
             method = build_method(name, network=model.name)
-            target = Target(metric=method.metric, keep=at_strength(1.0, method.levels))
-            method.check(cost, target)
-            scorer_of(method, model.skeleton(), cost, target)
-        except VitrimError:
-            continue
-        suitable.append(name)
-    names = ", ".join(name for name in suitable if name != chosen)
+            if name != chosen and can_compress(method, cost, model.skeleton()):
+                suitable.append(name)
+    names = ", ".join(suitable)
     return f"; methods that can compress {model.name}: {names}" if names else ""
 
 

@@ -66,16 +66,10 @@ def _composed(conf: str, words: tuple[str, ...]) -> DictConfig:
 
 def _can_cut(conf: str, words: tuple[str, ...], cost: Cost, model: Timm) -> bool:
     """Whether the method that `words` choose can cut a network at its first strength."""
-    from vitrim.budget.target import Target, at_strength
-    from vitrim.method import scorer_of
+    from vitrim.method import can_compress
 
     try:
         method: Method = instantiate(_composed(conf, words), _convert_="all")
-        if method.granularity == "none":
-            return False
-        target = Target(metric=method.metric, keep=at_strength(1.0, method.levels))
-        method.check(cost, target)
-        scorer_of(method, model.skeleton(), cost, target)
     except (VitrimError, HydraException, InstantiationException, OmegaConfBaseException):
         return False
-    return True
+    return can_compress(method, cost, model.skeleton())

@@ -13,8 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from vitrim.budget.cost import Cost
-from vitrim.budget.target import Metric, Target
-from vitrim.errors import ConfigError
+from vitrim.budget.target import Metric, Target, at_strength
+from vitrim.errors import ConfigError, VitrimError
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Plan, Proposal
 from vitrim.trainer.phase import Phase, Scorer
@@ -147,6 +147,25 @@ def scorer_of(method: Method, net: nn.Module, cost: Cost, target: Target) -> Sco
     if isinstance(method, ScoresForTarget):
         return method.scorer_for(net, cost, target)
     return method.scorer(net)
+
+
+def can_compress(method: Method, cost: Cost, net: nn.Module) -> bool:
+    """Whether `method` can remove something of `net`, at strength 1.
+
+    Args:
+        method: with its own settings.
+        cost: of the network.
+        net: the network, without weights.
+    """
+    if method.granularity == "none":
+        return False
+    try:
+        target = Target(metric=method.metric, keep=at_strength(1.0, method.levels))
+        method.check(cost, target)
+        scorer_of(method, net, cost, target)
+    except VitrimError:
+        return False
+    return True
 
 
 METHOD = ("levels", "metric", "granularity", "check", "scorer", "plan")

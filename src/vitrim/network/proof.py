@@ -21,10 +21,15 @@ def input_shape(net: nn.Module, img_size: object = None) -> tuple[int, int, int]
     """
     config = getattr(net, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
-    stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or img_size
     known = size if isinstance(size, int | tuple | list) else (height, width)
-    return (channels if stem is None else stem.in_channels), *_pair(known)
+    return stem_channels(net) or channels, *_pair(known)
+
+
+def stem_channels(net: nn.Module) -> int | None:
+    """Return the channels that the first convolution of `net` reads; None where there is none."""
+    stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    return None if stem is None else stem.in_channels
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """A network at hand: timm's name and arguments of it, and the proof that they are right."""
 
+from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import vitrim
 from conftest import images, randomise, small_net
+from vitrim.deploy.export import export
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.model.identify import at_path, cuttable, identify
 from vitrim.network.skeleton import dense_skeleton
@@ -109,6 +113,16 @@ def with_head(net: nn.Module) -> nn.Module:
     return net
 
 
+def with_softmax(net: nn.Module) -> nn.Module:
+    net.head = nn.Sequential(nn.Linear(24, 7), nn.Softmax(-1))
+    return net
+
+
+def with_no_linear(net: nn.Module) -> nn.Module:
+    net.head = nn.Sequential(nn.LayerNorm(24))
+    return net
+
+
 def with_activation(net: nn.Module) -> nn.Module:
     net.blocks[1].mlp.act = nn.ReLU()
     return net
@@ -119,10 +133,63 @@ def with_epsilon(net: nn.Module) -> nn.Module:
     return net
 
 
+def with_every_layer(net: nn.Module) -> nn.Module:
+    layers = {
+        "norm": nn.LayerNorm(24, eps=1e-3),
+        "fc1": nn.Linear(24, 12, bias=False),
+        "bn": nn.BatchNorm1d(12),
+        "act": nn.GELU("tanh"),
+        "drop": nn.Dropout(0.3),
+        "fc2": nn.Linear(12, 5),
+    }
+    net.head = nn.Sequential(OrderedDict(layers))
+    with torch.no_grad():
+        net.head.bn.running_mean.uniform_()
+    return net.eval()
+
+
+@pytest.mark.parametrize(("change", "classes"), [(with_head, 7), (with_every_layer, 5)])
+def test_a_head_of_ones_own_is_part_of_the_plan(change: Any, classes: int, tmp_path: Path) -> None:
+    net = change(small_net(dtype=torch.float32))
+    found = identify(net)
+    image = images(dtype=torch.float32)
+    assert torch.equal(found.net(image), net(image))
+    assert found.net.num_classes == classes
+    assert [type(layer) for layer in found.net.head] == [type(layer) for layer in net.head]
+
+    plan = vitrim.trim(net, vitrim.score(net, criterion="magnitude"), macs=0.9)
+    compact = vitrim.cut(net, plan).eval()
+    vitrim.save(tmp_path, compact, plan)
+    again = vitrim.load(tmp_path)[0]
+    assert torch.equal(again(image), compact(image))
+    assert again.head[-1].weight.equal(net.head[-1].weight)
+    exported, _ = export(tmp_path, "timm")
+    other = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=3).eval()
+    assert other(image).shape[1] == 3
+    assert other.head[0].weight.equal(net.head[0].weight)
+
+
+def test_a_head_is_of_known_layers_on_a_network_that_exists() -> None:
+    for args in (
+        {},
+        {"network": "vit_tiny_patch16_224"},
+        {"network": "no_such_network", "head": [["0", "Linear", 192, 5, True]]},
+        {"network": "vit_tiny_patch16_224", "head": [["0", "Upsample", 5]]},
+        {"network": "vit_tiny_patch16_224", "head": [["0", "Linear"]]},
+        {"network": "sequential_head", "head": [["0", "Linear", 192, 5, True]]},
+    ):
+        with pytest.raises(VitrimError, match="sequential_head"):
+            dense_skeleton({"name": "sequential_head", "args": args})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_head, "it has a head of its own: take it off"),
+        (
+            with_softmax,
+            r"it has a head of its own \(layer 1 is a Softmax, not one of .*\): take it off",
+        ),
+        (with_no_linear, r"it has a head of its own \(it has no Linear, .*\): take it off"),
         (with_activation, r"logits of a fixed input differ by .*blocks.1.mlp.act is a ReLU"),
         (with_epsilon, "epsilon of norm is 0.001, timm's network has 1e-06"),
         (lambda net: Twice(**SMALL), "logits of a fixed input differ by .* VisionTransformer"),

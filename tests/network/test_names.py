@@ -57,6 +57,7 @@ def test_plain_members_of_every_family_are_accepted() -> None:
         ("seresnet50", "with SEModule as se at layer1.0 cannot be cut; supported"),
         ("mobilenetv1_100", "every channel is one of a block's output; supported"),
         ("vitrim_compact", "is no dense network: expected a plan"),
+        ("sequential_head", "is a head on another network, without pretrained weights; supported"),
     ],
 )
 def test_a_refusal_says_what_is_supported(name: str, words: str) -> None:

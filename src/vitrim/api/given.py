@@ -69,4 +69,5 @@ def image_shape(found: Identified) -> tuple[tuple[int, int, int], bool]:
     args = found.model["args"]
     assert isinstance(args, dict)
     dynamic = any(args.get(key) for key in ("dynamic_img_size", "dynamic_img_pad"))
-    return input_shape(found.net), dynamic or takes_any_size(str(found.model["name"]))
+    name = args.get("network", found.model["name"])  # with a head of its own
+    return input_shape(found.net), dynamic or takes_any_size(str(name))

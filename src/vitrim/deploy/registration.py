@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 _REGISTRY = "timm.models._registry"
 
 
-def vitrim_compact(pretrained: bool = False, **kwargs: Any) -> object:
+def vitrim_compact(pretrained: bool = False, **kwargs: object) -> object:
     """Build the compact network of a plan: `vitrim.deploy.compact.vitrim_compact`."""
     from vitrim.deploy import compact
 
-    return compact.vitrim_compact(pretrained, **kwargs)
+    return compact.vitrim_compact(pretrained, **kwargs)  # type: ignore[arg-type]
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ have the same logits. What comes out is plain: without hooks, wrappers and compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.network import structure
-from vitrim.network.proof import difference, input_shape
+from vitrim.network.family import sequential_head
+from vitrim.network.proof import difference, input_shape, stem_channels
 from vitrim.network.skeleton import dense_skeleton
 from vitrim.plan import Plan
 from vitrim.store import assign, mismatches
@@ -28,6 +29,8 @@ _NAME_EPS = "vit_norm_eps"
 _Net = Any
 """A network of any class of timm, or a part of one, whose attributes are tried."""
 _Probe = Callable[[_Net], object]
+_Model = Mapping[str, Any]
+"""`name` and `args` of a network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +138,7 @@ def _named(net: nn.Module) -> str:
     return " or ".join(names) or "any network"
 
 
-def _names(net: nn.Module) -> Iterator[dict[str, Any]]:
+def _names(net: nn.Module) -> Iterator[_Model]:
     """Iterate over the names that `net` may have, with no arguments."""
     config = getattr(net, "pretrained_cfg", None) or {}
     name, tag = config.get("architecture"), config.get("tag")
@@ -149,9 +152,9 @@ def _names(net: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"name": _NAME_EPS, "args": {"norm_eps": _eps(net)}}
 
 
-def _candidates(net: nn.Module) -> Iterator[dict[str, Any]]:
+def _candidates(net: nn.Module) -> Iterator[_Model]:
     """Iterate over names with the arguments in which `net` differs from timm's network."""
-    for model in _names(net):
+    for model in _with_own_head(net, _names(net)):
         args = dict(model["args"])
         for _ in range(_ROUNDS):
             try:
@@ -159,13 +162,27 @@ def _candidates(net: nn.Module) -> Iterator[dict[str, Any]]:
             except VitrimError:
                 break
             found = _differing(net, skeleton)
+            if "head" in args:  # whose last layer says it
+                found.pop("num_classes", None)
             if all(args.get(key, ...) == value for key, value in found.items()):
                 break
             args |= found
         yield {"name": model["name"], "args": args}
-        basic = {key: value for key, value in args.items() if key in _BASIC}
+        basic = {key: value for key, value in args.items() if key in (*_BASIC, "network", "head")}
         if basic != args and "norm_eps" not in args:
             yield {"name": model["name"], "args": basic}
+
+
+def _with_own_head(net: nn.Module, models: Iterable[_Model]) -> Iterator[_Model]:
+    """Iterate over `models`, with the head of `net` among their arguments if it is a Sequential."""
+    own = sequential_head.head_of(net)
+    spec = "" if own is None else sequential_head.spec_of(own)
+    for model in models:
+        if isinstance(spec, str):
+            yield model
+        else:
+            args = {**model["args"], "network": model["name"], "head": spec}
+            yield {"name": sequential_head.NAME, "args": args}
 
 
 def _twin(net: nn.Module, model: Mapping[str, object]) -> tuple[nn.Module | None, str]:
@@ -195,11 +212,13 @@ def _twin(net: nn.Module, model: Mapping[str, object]) -> tuple[nn.Module | None
 def _way_out(net: nn.Module) -> str:
     """Return what a user can do, by what is special about `net`."""
     classes = getattr(net, "num_classes", None)
-    head = getattr(net, "head", None)
-    if isinstance(head, nn.Sequential):
+    head = sequential_head.head_of(net)
+    if head is not None:
+        reason = sequential_head.spec_of(head)
+        words = f" ({reason})" if isinstance(reason, str) else ""
         return (
-            "; it has a head of its own: take it off (head = net.head; net.reset_classifier(0)), "
-            "compress, and put it on the result (net.head = head)"
+            f"; it has a head of its own{words}: take it off (head = net.head; "
+            "net.reset_classifier(0)), compress, and put it on the result (net.head = head)"
         )
     return (
         "; if you know how timm builds it, say so: network={'name': ..., 'args': {"
@@ -218,11 +237,6 @@ def _first_block(net: _Net) -> _Net:
 def _eps(net: nn.Module) -> float | None:
     eps = getattr(getattr(_first_block(net), "norm1", None), "eps", None)
     return eps if isinstance(eps, float) else None
-
-
-def _stem(net: _Net) -> int | None:
-    stem = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    return None if stem is None else stem.in_channels
 
 
 def _of_patches(name: str) -> _Probe:
@@ -296,7 +310,7 @@ def _of_vit(name: str, value: _Probe) -> tuple[str, _Probe]:
 
 _PROBES: tuple[tuple[str, _Probe], ...] = (
     ("num_classes", lambda net: getattr(net, "num_classes", None)),
-    ("in_chans", _stem),
+    ("in_chans", stem_channels),
     ("img_size", _of_patches("img_size")),
     ("patch_size", _of_patches("patch_size")),
     ("embed_dim", _width),

@@ -16,6 +16,7 @@ from PIL import Image
 from vitrim.cli.compose import CONF, register_resolvers
 from vitrim.cli.identity import contents_of, identity_of
 from vitrim.cli.recipe import Contents
+from vitrim.cli.teacher import teacher_of
 from vitrim.pipeline import Identity
 
 
@@ -52,7 +53,12 @@ def identified_of(cfg: DictConfig) -> Identified:
         for group in ("model", "method", "data")
     }
     job: Any = SimpleNamespace(
-        **parts, out=Path(cfg.out).absolute(), quantize=(), retrains=False, start=None
+        **parts,
+        out=Path(cfg.out).absolute(),
+        quantize=(),
+        retrains=False,
+        start=None,
+        teacher=teacher_of(cfg),
     )
     contents = contents_of(cfg, job)
     return Identified(cfg, *identity_of(cfg, job, contents), contents)

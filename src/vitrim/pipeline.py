@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,11 +26,13 @@ from vitrim.data import Data, bad_images, outputs
 from vitrim.deploy import quantize
 from vitrim.deploy.pictures import image_grid
 from vitrim.deploy.runfolder import DIAGNOSTICS
-from vitrim.files import PHASES, digest, writable, write
+from vitrim.files import PHASES, digest, writable
 from vitrim.jobs import distributed
+from vitrim.jobs.status import write_json
 from vitrim.measure import conditions, count, latencies
 from vitrim.method import Method, Recovers, TrainsWithLabels, scorer_of
 from vitrim.model.source import Timm
+from vitrim.model.teacher import Teacher
 from vitrim.model.weights import describe_weights
 from vitrim.network.skeleton import outline
 from vitrim.network.surgery import combine, cut
@@ -41,7 +42,8 @@ from vitrim.report.record import Accuracy, record
 from vitrim.store import save
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.control import control_entry
-from vitrim.trainer.phase import Phase, Scorer, check_scorer
+from vitrim.trainer.distillation import Distillation
+from vitrim.trainer.phase import Phase, Scorer, check_scorer, stage_name
 from vitrim.trainer.phases import PhaseRunner
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker, Wandb
@@ -89,6 +91,7 @@ class Job:
         evaluates: whether the networks are evaluated on labelled images.
         wandb: where W&B keeps the run.
         control: whether the dense network is trained for as long as the compact one, to compare.
+        teacher: from which the fine-tuning learns as well as from the labels; None: none.
     """
 
     model: Timm
@@ -109,6 +112,7 @@ class Job:
     evaluates: bool = True
     wandb: Wandb = field(default_factory=Wandb)
     control: bool = False
+    teacher: Teacher | None = None
 
     @property
     def retrains(self) -> bool:
@@ -121,6 +125,10 @@ class Job:
         if self.control and isinstance(self.method, TrainsWithLabels):
             return self.method.labelled_training
         return ()
+
+    def distillation(self) -> Distillation | None:
+        """Return the teacher with its weights; None where there is none to learn from."""
+        return self.teacher.build(self.model.spec()) if self.teacher and self.data else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,17 +176,16 @@ def run(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
     """
     started = time.perf_counter()
     runner = _runner(job, identity, folder)
+    distillation = job.distillation()
     seed_everything(job.seed, verbose=False)  # for weights that are drawn
     dense, dense_accuracy = _dense(job, identity, runner)
     cost = _cost(job, dense)
     compressed = _compressed(job, identity, runner, dense, cost, folder)
-    stages = _stages(job, runner, compressed, dense_accuracy, folder)
+    stages = _stages(job, runner, compressed, dense_accuracy, folder, distillation)
     compressed = _with_int8_layers(job, runner, compressed, stages, folder)
     plan = _final_plan(job, identity, compressed.plan)
     int8 = _quantized(job, runner, compressed.net, plan)
-    control = control_entry(
-        runner, dense, job.control_recipes, key=identity.start_key, n_classes=job.model.n_classes
-    )
+    control = control_entry(runner, dense, job.control_recipes, identity.start_key, distillation)
     if not distributed.is_main_process():
         return {}
     _save(compressed, plan, int8, folder)
@@ -297,6 +304,7 @@ def _stages(
     compressed: CutNetwork,
     dense_accuracy: Accuracy,
     folder: Path,
+    distillation: Distillation | None,
 ) -> dict[str, Accuracy]:
     """Run the recovery; return the accuracy after the cut and after each phase, by its name."""
     stages: dict[str, Accuracy] = {"cut": dense_accuracy}
@@ -305,17 +313,12 @@ def _stages(
     net, n_classes = compressed.net, job.data.n_classes
     stages["cut"] = runner.evaluate(folder / PHASES / "cut", net, n_classes)
     for phase in compressed.recovery:
-        name = _stage_name(phase, stages)
+        name = stage_name(phase, stages)
+        if isinstance(phase, Classify):
+            phase.learn_from(distillation)
         runner.run_or_load(folder / PHASES / name, phase, name=name)
         stages[name] = runner.evaluate(folder / PHASES / name, net, n_classes)
     return stages
-
-
-def _stage_name(phase: Phase, stages: Iterable[str]) -> str:
-    """Return the name of a phase; further phases of one class are numbered from 2."""
-    kind = type(phase).__name__.lower()
-    number = 1 + sum(name.split("-")[0] == kind for name in stages)
-    return kind if number == 1 else f"{kind}-{number}"
 
 
 def _with_int8_layers(
@@ -368,7 +371,8 @@ def _save(
     save(folder, compressed.net, plan)
     for scheme, quantized in int8.items():
         save(folder / scheme, quantized.net, quantized.plan)
-    _write_json(folder / DIAGNOSTICS, compressed.proposal.diagnostics)
+    if compressed.proposal.diagnostics:
+        write_json(folder / DIAGNOSTICS, compressed.proposal.diagnostics)
 
 
 def _predicted(job: Job, cost: Cost, plan: Plan) -> dict[str, object]:
@@ -388,11 +392,5 @@ def _finish(folder: Path, report: Mapping[str, object], runner: PhaseRunner | No
     """Write the report and remove the run's own checkpoints."""
     if runner is not None:
         runner.tracker.close(report)
-    _write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report)
     shutil.rmtree(folder / PHASES, ignore_errors=True)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    if content:
-        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-        write(path, lambda file: file.write_text(text))

@@ -12,9 +12,11 @@ import torch
 
 from command import Command
 from conftest import small_net
+from identities import composed
 from phase_runner import DIGITS, runner
 from refusals import TINY, assert_refused
-from vitrim.cli.hardware import check_device, check_trainer
+from vitrim.cli.compose import build_job
+from vitrim.cli.hardware import check_device, check_trainer, threads
 from vitrim.errors import ConfigError, shown
 from vitrim.jobs.distributed import requested_processes
 from vitrim.measure import latencies
@@ -121,3 +123,31 @@ def test_a_share_of_one_batch_of_calibration_is_that_batch(tmp_path: Path) -> No
         net, sites=("blocks.0.mlp.hidden",), sampling=sampling, taylor=False, targets=False
     )
     phases.run_or_load(tmp_path / "score", scorer, name="score")
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "expected"),
+    [
+        ((), None, 1),
+        ((), 3, 3),
+        (("model=vit_tiny",), None, 2),  # 1.1 G MACs an image
+        (("model=vit_tiny",), 1, 1),
+    ],
+)
+def test_threads_are_chosen_by_the_work(
+    words: tuple[str, ...], number: int | None, expected: int
+) -> None:
+    job = build_job(composed(*words, "data=none"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads(number, job, 64) as chosen:
+            assert chosen == torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", ["0", "x", "1.5", "100000"])
+def test_a_number_of_threads_that_cannot_be_is_refused(command: Command, value: str) -> None:
+    assert_refused(command, *TINY, f"threads={value}", expected=[f"threads={value}", "null or"])

@@ -23,6 +23,7 @@ GROUPS = {
     "data": "Images: `data=`",
     "model": "Networks: `model=`",
     "trainer": "Trainers: `trainer=`",
+    "teacher": "Teachers: `teacher=`",
     "eval": "`vitrim-eval`",
     "hydra/launcher": "Launchers: `hydra/launcher=`",
 }

@@ -33,7 +33,7 @@ def dense() -> nn.Module:
 
 def entry(folder: Path, *recipes: Recipe, net: nn.Module | None = None) -> dict[str, object]:
     net = dense() if net is None else net
-    return control_entry(runner(folder), net, recipes, key="k", n_classes=10)
+    return control_entry(runner(folder), net, recipes, "k")
 
 
 def test_it_is_trained_by_all_recipes_and_the_network_is_left_alone(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_it_is_trained_by_all_recipes_and_the_network_is_left_alone(tmp_path: Pa
     assert len(folders) == 2
     assert sum((folder / "accuracy.json").is_file() for folder in folders) == 1
     assert entry(tmp_path) == {}
-    assert control_entry(None, net, RECIPES, key="k", n_classes=10) == {}
+    assert control_entry(None, net, RECIPES, "k") == {}
 
 
 def test_it_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_stopped_in_both_trainings_it_ends_the_same(tmp_path: Path) -> None:
     stopped = replace(plain, trainer=partial(plain.trainer, callbacks=[At(3, stop())]))
     for _ in RECIPES:
         with pytest.raises(signals.Preempted), signals.handled():
-            control_entry(stopped, dense(), RECIPES, key="k", n_classes=10)
+            control_entry(stopped, dense(), RECIPES, "k")
     assert entry(tmp_path / "stopped", *RECIPES) == expected
     states = [
         {path.parent.name: path.read_bytes() for path in (tmp_path / name).rglob("state.*")}

@@ -53,6 +53,7 @@ register_resolvers()
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
+    from vitrim.cli.hardware import threads
     from vitrim.cli.recipe import check_resumable
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
@@ -61,7 +62,11 @@ def run(cfg: DictConfig) -> Path:
 
     job, contents, identity, folder = _set_up(cfg)
     report = folder / "report.json"
-    with distributed.process_group(cfg.trainer), lock(writable(folder)):
+    with (
+        threads(cfg.threads, job, cfg.data.get("batch_size")),
+        distributed.process_group(cfg.trainer),
+        lock(writable(folder)),
+    ):
         first = distributed.is_main_process()
         if distributed.broadcast(report.is_file()):
             _log.info("finished before; delete the folder to run it again")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vitrim.errors import ConfigError
 
-PATHS = ("out", "from_run", "data.root", "model.checkpoint")
+PATHS = ("out", "from_run", "data.root", "model.checkpoint", "teacher.checkpoint")
 """Keys whose values are paths, in which `~` is the home folder."""
 _FOLDERS = ("config_dir", "config_path")
 

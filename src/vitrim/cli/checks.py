@@ -50,7 +50,7 @@ def _is_seed(value: object) -> bool:
 def check_shape(cfg: Config) -> list[str]:
     """Return what is wrong with the groups of keys: one that is a value, or lacks a key."""
     known = yaml.safe_load((CONF / "run.yaml").read_text(encoding="utf-8"))
-    choices: Config = {key: {} for key in ("model", "method", "data", "trainer")}
+    choices: Config = {key: {} for key in ("model", "method", "data", "trainer", "teacher")}
     for key in ("defaults", "hydra"):
         del known[key]
     return [*_misshapen(cfg, {**known, **choices}, "")]
@@ -75,6 +75,8 @@ def _is_path(value: object) -> bool:
 
 def check_keys(cfg: Config) -> list[str]:
     """Return what is wrong with the keys outside the groups."""
+    from vitrim.jobs.distributed import cores
+
     count, truth, latency = "a whole number from 1 on", "true or false", cfg["latency"]
     seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
     images, start = cfg["batchnorm_images"], cfg["from_run"]
@@ -110,6 +112,10 @@ def check_keys(cfg: Config) -> list[str]:
         wrong.append(f"sweep.jobs={shown(jobs)}: expected null or a whole number from 1 on")
     if wait is not None and not is_positive(wait):
         wrong.append(f"sweep.wait_minutes={shown(wait)}: expected null or a number above 0")
+    threads, most = cfg["threads"], cores()
+    if threads is not None and not (is_count(threads) and threads <= most):
+        allowed = f"null or a number from 1 to {most}, the cores of this process"
+        wrong.append(f"threads={shown(threads)}: expected {allowed}")
     return [*wrong, *_check_tracking(tracking), *check_metric(cfg), *_check_quantize(cfg)]
 
 

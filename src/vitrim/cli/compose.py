@@ -24,6 +24,7 @@ from vitrim.cli.checks import Config
 from vitrim.cli.config_files import CONF, leaves
 from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
+from vitrim.cli.teacher import problems_of, teacher_of
 from vitrim.errors import ConfigError, VitrimError, missing_package, shown
 from vitrim.files import PHASES, read_yaml, writable
 from vitrim.jobs import slurm
@@ -65,8 +66,12 @@ def build_job(cfg: DictConfig) -> Job:
     plugins.use(raw["plugins"], Path(HydraConfig.get().runtime.cwd))
     take_over(cfg)
     built, wrong = _build(cfg, GROUPS)
+    try:
+        built["teacher"] = teacher_of(cfg)
+    except VitrimError as error:
+        wrong.append(str(error))
     problems = [
-        *root_problems(raw, CONF / "run.yaml", GROUPS),
+        *root_problems(raw, CONF / "run.yaml", (*GROUPS, "teacher")),
         *checks.check_keys(raw),
         *hardware.check_device(cfg.latency.device),
         *wrong,
@@ -83,7 +88,8 @@ def build_job(cfg: DictConfig) -> Job:
             problems = [str(error)]
         else:
             choices = {group: choice(group) for group in GROUPS}
-            problems = [*checks.mismatches(job, raw, choices), *hardware.try_run(job)]
+            problems = [*checks.mismatches(job, raw, choices), *problems_of(job, choices)]
+            problems += hardware.try_run(job)
     if problems:
         raise ConfigError("\n".join(problems))
     return job
@@ -184,6 +190,7 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
         checkpoint_minutes=cfg.checkpoint.minutes,
         batchnorm_images=cfg.batchnorm_images,
         control=cfg.control,
+        teacher=built.get("teacher"),
     )
 
 
@@ -364,7 +371,7 @@ def _unknown_key(key: str, arguments: Sequence[str], config: str) -> str:
 
 def _known_keys(parent: str, arguments: Sequence[str], config: str) -> list[str]:
     """Return the keys below `parent`, or below its nearest ancestor, in what was asked for."""
-    kinds = (*GROUPS, "experiment")
+    kinds = (*GROUPS, "teacher", "experiment")
     groups = [arg for arg in arguments if arg.partition("=")[0] in kinds and "," not in arg]
     folders = [at_home(arguments[at + 1]) for at, word in enumerate(arguments) if word in _FOLDER]
     if folders:

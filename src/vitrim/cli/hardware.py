@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vitrim.errors import ConfigError, shown
@@ -17,7 +17,38 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", 32)
 """Precisions in which weights stay in float32, as surgery, closed forms and latency need them."""
+SMALL_WORK = 10**9
+"""MACs of a batch below which more threads only wait for each other."""
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+
+
+@contextmanager
+def threads(number: int | None, job: Job, batch: int | None) -> Iterator[int]:
+    """Compute with so many threads in this process; with as many as before at the end.
+
+    Args:
+        number: of threads; None: one on the CPU where a batch is little work (`SMALL_WORK`),
+            otherwise as many as PyTorch has.
+        job: its network is the work.
+        batch: images in a batch; None: there are no images.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    chosen = number or (1 if _is_little_work(job, batch or 1) else before)
+    torch.set_num_threads(chosen)
+    try:
+        yield chosen
+    finally:
+        torch.set_num_threads(before)
+
+
+def _is_little_work(job: Job, batch: int) -> bool:
+    """Whether a batch of the dense network is so small that one thread is best."""
+    from vitrim.budget.cost import shared_cost
+
+    cost = shared_cost(job.model.shared_skeleton(), job.model.spec().size, job.latency_table)
+    return cost.dense_count.macs * max(batch, job.latency.batch) < SMALL_WORK
 
 
 def check_trainer(options: Mapping[str, object]) -> list[str]:

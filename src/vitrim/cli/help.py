@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_GROUPS = ("model", "method", "data", "trainer", "experiment")
+_GROUPS = ("model", "method", "data", "trainer", "teacher", "experiment")
 _BASE = "base"
 """Folders of parts that choices share; they are no choices themselves."""
 

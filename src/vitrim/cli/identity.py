@@ -79,7 +79,7 @@ def identity_of(cfg: DictConfig, job: Job, contents: Contents) -> tuple[Identity
             "variant": _variant(job),
             **_limits(resolved),
             **({"plugins": of_plugins} if of_plugins else {}),
-            **_checkpoint_facts(job),
+            **_weights_facts(job, recipe),
             **versions(),
         },
     )
@@ -98,6 +98,7 @@ def contents_of(cfg: DictConfig, job: Job) -> Contents:
         checkpoint=job.model.fingerprint(),
         start=network_digest(cfg.from_run),
         images=content(job.data),
+        teacher=job.teacher.fingerprint() if job.teacher else None,
     )
 
 
@@ -128,19 +129,21 @@ def _limits(resolved: Config) -> dict[str, object]:
 def _overrides() -> list[str]:
     """Return the words of the command line that decide the result, without those with paths."""
     words = HydraConfig.get().overrides.task
-    unsaid = (*NOT_RECIPE, "data.root", "data.val_labels", "model.checkpoint", "from_run")
+    places = ("data.root", "data.val_labels", "model.checkpoint", "teacher.checkpoint", "from_run")
+    unsaid = (*NOT_RECIPE, *places)
     keys = {word: word.lstrip("+~").partition("=")[0] for word in words}
     return [w for w, key in keys.items() if not any(f"{key}.".startswith(f"{k}.") for k in unsaid)]
 
 
-def _checkpoint_facts(job: Job) -> dict[str, object]:
-    """Return what the report says of the checkpoint: the types in which it holds its weights."""
+def _weights_facts(job: Job, recipe: Config) -> dict[str, object]:
+    """Return what the report says of the checkpoint, the types of its weights, and of a teacher."""
     from vitrim.model.checkpoint import dtypes_of
 
     checkpoint = job.model.checkpoint
-    return (
-        {} if checkpoint is None else {"checkpoint_dtype": dtypes_of(checkpoint, job.model.weights)}
-    )
+    facts: dict[str, object] = {k: v for k, v in recipe.items() if k == "teacher"}
+    if checkpoint is not None:
+        facts["checkpoint_dtype"] = dtypes_of(checkpoint, job.model.weights)
+    return facts
 
 
 def _variant(job: Job) -> str:

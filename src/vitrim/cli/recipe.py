@@ -20,7 +20,7 @@ ADDED_TARGETS = (*LATENCY_TARGETS, "size_mb")
 """Targets that later versions added; recipes have them only where they are set."""
 NOT_RECIPE = (
     *("out", "tracking", "progress", "latency", "checkpoint", "sweep", "plugins"),
-    *("optimized_metric", "wandb"),
+    *("optimized_metric", "wandb", "threads"),
 )
 """Keys that change where and how a run works, not its result."""
 NOT_TRAINER = (
@@ -56,11 +56,13 @@ class Contents:
         checkpoint: SHA-256 of the file of weights; None: there is none.
         start: digest of the network of `from_run`; None: the dense network.
         images: `vitrim.data.content` of the data set; None: no images.
+        teacher: SHA-256 of the teacher's checkpoint; None: there is none.
     """
 
     checkpoint: str | None
     start: str | None
     images: Mapping[str, object] | None
+    teacher: str | None = None
 
 
 def identifying(resolved: Config, contents: Contents) -> Config:
@@ -71,6 +73,11 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     """
     known = cast(Config, _without(without_addresses(resolved), _is_neutral))
     recipe = {key: value for key, value in known.items() if key not in (*NOT_RECIPE, "from_run")}
+    teacher = recipe.pop("teacher", None)
+    if teacher and teacher["name"] is not None:  # its checkpoint is identified by what it contains
+        left_out = ("checkpoint", "sha256")
+        recipe["teacher"] = {k: v for k, v in teacher.items() if k not in left_out}
+        recipe["teacher"]["checkpoint_sha256"] = contents.teacher
     for key in ("quantize", "control"):  # folders of runs without them keep their names
         if not recipe.get(key):
             recipe.pop(key, None)

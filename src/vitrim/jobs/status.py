@@ -72,7 +72,7 @@ def write_refusal(reason: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replace `path` by a JSON object in one step."""
-    text = json.dumps(value, indent=1, sort_keys=True)
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     write(path, lambda part: part.write_text(text))
 
 

@@ -138,7 +138,10 @@ class TrainsWithLabels(Protocol):
 
     @property
     def labelled_training(self) -> Sequence[Recipe]:
-        """The recipes of this training, in order; none with settings that do without labels."""
+        """The recipes of this training, in order; none with settings that do without labels.
+
+        The last one is the fine-tuning, in which a teacher may help (`teacher.name`).
+        """
         ...
 
 

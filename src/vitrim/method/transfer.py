@@ -45,6 +45,11 @@ class Transfer:
         """Return no edits."""
         return Proposal(edits=())
 
+    @property
+    def labelled_training(self) -> tuple[Recipe, ...]:
+        """The training of the network."""
+        return (self.training,)
+
     def recovery(
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> list[Phase]:

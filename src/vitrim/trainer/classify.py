@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vitrim.trainer.distillation import Distillation
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine
 
@@ -34,11 +35,19 @@ class Classify(LightningModule):
         )
         self.images = SumMetric()
         self.n_evaluated = 0
+        self._distillation: Distillation | None = None
+
+    def learn_from(self, distillation: Distillation | None) -> None:
+        """Learn from a teacher as well as from the labels; None: from the labels alone."""
+        self._distillation = distillation
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch: images (B, C, H, W) and targets."""
         images, targets = batch
-        loss = F.cross_entropy(self.net(images), targets)
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, targets)
+        if self._distillation is not None:
+            loss = self._distillation.loss(images, logits, loss)
         self.log("loss", loss)
         return loss
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from vitrim.files import digest
 from vitrim.trainer.classify import Classify
+from vitrim.trainer.distillation import Distillation
 from vitrim.trainer.phases import PhaseRunner
 from vitrim.trainer.recipe import Recipe
 
@@ -23,9 +24,8 @@ def control_entry(
     runner: PhaseRunner | None,
     dense: nn.Module,
     recipes: Sequence[Recipe],
-    *,
     key: str,
-    n_classes: int,
+    distillation: Distillation | None = None,
 ) -> dict[str, object]:
     """Train a copy of `dense` by the recipes, in order; return what reports say of it.
 
@@ -37,18 +37,21 @@ def control_entry(
         dense: the network that is compressed; not changed.
         recipes: of the training that the compact network has with labels.
         key: digest of what decides the dense network and its images.
-        n_classes: of the images.
+        distillation: the teacher in the last training, which is the fine-tuning.
     """
     if runner is None or not recipes:
         return {}
     net, accuracy = copy.deepcopy(dense), None
     for number, recipe in enumerate(recipes, 1):
-        before = [before.settings() for before in recipes[:number]]
-        folder = runner.shared / f"{NAME}-{digest([key, before])}"
-        phase = Classify(net, recipe=recipe, n_classes=n_classes)
+        phase = Classify(net, recipe=recipe, n_classes=int(str(dense.num_classes)))
+        decided: list[object] = [before.settings() for before in recipes[:number]]
+        if number == len(recipes) and distillation is not None:
+            phase.learn_from(distillation)
+            decided.append(distillation.settings)
+        folder = runner.shared / f"{NAME}-{digest([key, decided])}"
         runner.run_or_load(folder, phase, name=NAME if number == 1 else f"{NAME}-{number}")
         if number == len(recipes):
-            accuracy = runner.evaluate(folder, net, n_classes)
+            accuracy = runner.evaluate(folder, net, int(str(dense.num_classes)))
     epochs = sum(recipe.epochs for recipe in recipes)
     percent = {name: None if accuracy is None else accuracy[name] for name in ("top1", "top5")}
     return {NAME: {**percent, "epochs": epochs}}

@@ -135,6 +135,13 @@ PHASE = ("net", "epochs", "calibration_images", "resumes_at", "clip_norm", "trai
 SCORER = (*PHASE, "settings", "evidence")
 
 
+def stage_name(phase: Phase, stages: Iterable[str]) -> str:
+    """Return the name of a phase; further phases of one class are numbered from 2."""
+    kind = type(phase).__name__.lower()
+    number = 1 + sum(name.split("-")[0] == kind for name in stages)
+    return kind if number == 1 else f"{kind}-{number}"
+
+
 def check_phase(phase: object, members: tuple[str, ...] = PHASE) -> None:
     """Refuse a phase that does not follow its protocol.
 

@@ -28,14 +28,14 @@ def csv(folder: Path, group: str, config: Mapping[str, object]) -> Logger:
 def mlflow(folder: Path, group: str, config: Mapping[str, object]) -> Logger:
     """Return what writes a run of MLflow, one for each run folder, in the experiment `group`.
 
-    MLFLOW_TRACKING_URI says where; without it, the folder mlruns beside the series of run folders.
+    MLFLOW_TRACKING_URI says where; without it, mlflow.db beside the series of run folders.
     """
     known = folder / _RUN_ID
-    store = folder.absolute().parents[1] / "mlruns"
+    out = folder.absolute().parents[1]
     logger = MLFlowLogger(
         experiment_name=group,
         run_name=folder.name,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or store.as_uri(),
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out / 'mlflow.db'}",
         run_id=known.read_text() if known.is_file() else None,
     )
     run_id = str(logger.run_id)  # starts the run

@@ -155,7 +155,12 @@ def test_a_pinned_checkpoint_must_be_the_one(command: Command) -> None:
 def test_one_run_from_command_line_to_a_network_that_loads(command: Command) -> None:
     done = command(*TINY, EVERY_IMAGE, "strength=3")
     assert done.code == 0
-    assert done.output.splitlines()[-1] == str(done.report)
+    lines = done.output.splitlines()
+    assert lines[-1] == str(done.report)
+    first = "vtp on vit_tiny_patch16_224: 0.7 of the units (strength 3), seed 0"
+    assert lines[0] == first
+    assert lines[1].startswith("epochs: dense 1, scoring 1, fine-tuning 1;")
+    assert [line.split()[0] for line in lines[-5:-1]] == ["top-1", "dense", "after", "final"]
     report = json.loads(done.report.read_text())
     net, plan = vitrim.load(done.report.parent)
     assert plan.edits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from conftest import small_net
 from phase_runner import DIGITS, runner
+from vitrim.trainer import progress
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.progress import starved
 from vitrim.trainer.recipe import Recipe
@@ -31,6 +33,17 @@ def test_the_speed_is_recorded_and_the_bar_names_the_phase(
     shown = capsys.readouterr().out
     assert "dense, epoch 1/1" in shown
     assert "v_num" not in shown
+
+
+def test_the_time_that_remains_is_logged_once_it_can_be_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "WORTH_SAYING_S", 0.0)
+    recipe = Recipe(epochs=4, lr=1e-3, weight_decay=0.0, warmup_epochs=0, clip_norm=0.0)
+    phase = Classify(small_net(dtype=torch.float32, **DIGITS), recipe=recipe, n_classes=10)
+    with caplog.at_level(logging.INFO, "vitrim"):
+        runner(tmp_path).run_or_load(tmp_path / "x", phase, name="dense")
+    assert sum("dense: about " in line for line in caplog.messages) == 1
 
 
 def test_the_warning_names_the_way_out() -> None:

@@ -54,11 +54,13 @@ register_resolvers()
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
     from vitrim.cli.hardware import threads
+    from vitrim.cli.opening import opening_lines
     from vitrim.cli.recipe import check_resumable
     from vitrim.data import bad_images
     from vitrim.jobs import distributed
     from vitrim.jobs.lock import lock
     from vitrim.pipeline import run as compress
+    from vitrim.report.console import result_table
 
     job, contents, identity, folder = _set_up(cfg)
     report = folder / "report.json"
@@ -82,7 +84,9 @@ def run(cfg: DictConfig) -> Path:
                 _in(folder),
             ):
                 write(folder / "recipe.yaml", lambda path: path.write_text(text))
-                compress(job, identity, folder)
+                for line in opening_lines(job, identity):
+                    _log.info("%s", line)
+                sys.stdout.write(f"{result_table(compress(job, identity, folder))}\n")
         else:
             with _in(folder):
                 compress(job, identity, folder)

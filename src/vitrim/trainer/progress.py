@@ -21,6 +21,10 @@ READ_EVERY = 50
 STARVED = 0.3
 """Share of the time spent waiting for images above which a warning is logged, on a GPU."""
 _AFTER_S = 20.0
+ESTIMATED_AFTER = 20
+"""Batches of a phase after which the time that remains is logged."""
+WORTH_SAYING_S = 60.0
+"""Seconds that remain below which it is not."""
 
 
 class Speed(Callback):
@@ -76,6 +80,8 @@ class Speed(Callback):
             **_memory(trainer.strategy.root_device),
         }
         self._tracker.extra = {name: float(f"{x:.4g}") for name, x in self.found.items()}
+        if self._batches == ESTIMATED_AFTER and self.found["eta_s"] >= WORTH_SAYING_S:
+            _log.info("%s: about %s left", self._tracker.phase, _duration(self.found["eta_s"]))
         on_gpu = trainer.strategy.root_device.type != "cpu"
         if on_gpu and seconds > _AFTER_S and share > STARVED and not self._warned:
             self._warned = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +41,7 @@ settings.register_profile(
     "vitrim",
     derandomize=True,
     deadline=None,
-    max_examples=8,
+    max_examples=6,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
     suppress_health_check=[HealthCheck.too_slow],  # slow on a busy machine only
 )
@@ -48,6 +49,29 @@ settings.register_profile("nightly", settings.get_profile("vitrim"), max_example
 settings.load_profile("vitrim")
 torch.set_num_threads(1)  # networks this small are slower on two
 registry.entry_points = cache(metadata.entry_points)  # each Trainer reads those of all packages
+
+
+
+SLOW = tuple(
+    line
+    for line in Path(__file__).with_name("slow.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow.txt."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the million objects of the imported libraries to no further garbage collection."""
+    gc.collect()
+    gc.freeze()
+
 
 SIZE = 32
 TINY = {

@@ -110,8 +110,20 @@ def test_strength_0_is_the_identity(command: Command, subject: Subject) -> None:
     assert report["cut"]["top1"] == report["dense"]["top1"] == report["compact"]["top1"]
 
 
-@pytest.mark.parametrize("model", [("model=vit_digits",), swin("[2,2]")], ids=["vit", "swin"])
-@pytest.mark.parametrize("subject", REMOVING, indirect=True)
+@pytest.mark.parametrize(
+    ("subject", "model"),
+    [pytest.param(name, ("model=vit_digits",), id=f"{name}-vit") for name in REMOVING]
+    + [
+        pytest.param(
+            name,
+            swin("[2,2]"),
+            id=f"{name}-swin",
+            marks=() if name in ("joint", "dcvit") or PACKAGE else pytest.mark.slow,
+        )
+        for name in REMOVING
+    ],
+    indirect=["subject"],
+)
 def test_every_method_runs_from_yaml_to_report(
     command: Command, subject: Subject, model: tuple[str, ...]
 ) -> None:
@@ -151,7 +163,7 @@ def test_no_method_grows_with_strength(subject: Subject) -> None:
         edits = () if target.is_identity else method.plan(net, evidence, cost, target).edits
         return count(cut(net, Plan(model={}, edits=edits)), SIZE).params
 
-    sizes = [params(strength) for strength in (0, 1, 2, 3, 4, 5)]
+    sizes = [params(strength) for strength in (0, 1, 3, 5)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes) or method.granularity == "block"
 

@@ -8,14 +8,11 @@ import pytest
 from fresh import python
 
 SLOW = (
+    "kill -9 anywhere",
     *("kill -9 of few images", "kill -9 in a sweep", "kill -9 of one of two"),
     *("a sweep", "cut against masked", "requests to stop", "full disk"),
 )
-ROWS = (
-    "kill -9 anywhere",
-    "kill -9 while saving",
-    "damaged files",
-)
+ROWS = ("kill -9 while saving", "damaged files")
 
 
 @pytest.mark.parametrize("rows", [ROWS, pytest.param(SLOW, marks=pytest.mark.slow)])

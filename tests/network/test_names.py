@@ -28,9 +28,9 @@ def sampled() -> list[tuple[str, dict[str, Any]]]:
 
 
 def parameters() -> list[Any]:
-    """Return what is sampled; two of three names without a small network are slow tests."""
+    """Return what is sampled; five of six names without a small network are slow tests."""
     large = [case for case in sampled() if not case[1]]
-    slow = [case for place, case in enumerate(large) if place % 3]
+    slow = [case for place, case in enumerate(large) if place % 6]
     return [
         pytest.param(*case, marks=pytest.mark.slow if case in slow else ()) for case in sampled()
     ]

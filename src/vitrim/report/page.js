@@ -157,6 +157,6 @@
   for (const [, one] of filters) one.addEventListener("change", filter);
   axis.addEventListener("change", draw);
   addEventListener("resize", draw);
-  document.getElementById("controls").hidden = false;
+  document.getElementById("filters").hidden = false;
   draw();
 })();

@@ -51,7 +51,6 @@ torch.set_num_threads(1)  # networks this small are slower on two
 registry.entry_points = cache(metadata.entry_points)  # each Trainer reads those of all packages
 
 
-
 SLOW = tuple(
     line
     for line in Path(__file__).with_name("slow.txt").read_text().splitlines()

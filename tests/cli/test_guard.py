@@ -155,7 +155,9 @@ ARTEFACTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "two checksums",
     ),
     "300,000 tensors": (
-        tampered(WEIGHTS, lambda _: header({f"t{at}": tensor([0], size=0) for at in range(300_000)})),
+        tampered(
+            WEIGHTS, lambda _: header({f"t{at}": tensor([0], size=0) for at in range(300_000)})
+        ),
         "its header is larger",
     ),
     "a tensor of terabytes": (of_weights(header({"t": tensor([2**40], size=2**42)})), "readable"),

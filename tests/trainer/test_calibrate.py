@@ -102,6 +102,12 @@ def test_sampled_tokens_are_spread_and_differ_between_images(
     assert (len({tuple(row.tolist()) for row in index}) > 1) == (count < 196)
 
 
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_of_a_class_token_alone_that_is_sampled(tokens: int | None) -> None:
+    sampling = Sampling(images=1, tokens=tokens, class_token_weight=1.0)
+    assert sampling.index(torch.empty(5, 1, 7), 1, 0).tolist() == [[0]] * 5
+
+
 @pytest.mark.parametrize(("given", "each"), [(None, 3), (9, 3), (8, 3), (5, 3), (4, 6), (1, 24)])
 def test_of_fewer_images_more_tokens_are_taken(given: int | None, each: int) -> None:
     sampling = Sampling(images=8, tokens=3, class_token_weight=1.0, available_images=given)

@@ -71,12 +71,12 @@ class Sampling:
         """Return which tokens of x are sampled, (B, n).
 
         Args:
-            x: the stream, (B, N, D) or (B, H, W, D).
+            x: the stream, (B, N, D) or (B, H, W, D); of a classifier's input, N may be 1.
             n_prefix_tokens: how many tokens come before the patches; they are always sampled.
             seen: how many images came before these.
         """
         patches, most = x.shape[1:-1].numel() - n_prefix_tokens, self.tokens_per_image
-        stride = 1 if most is None else max(1, patches // min(most, patches))
+        stride = 1 if most is None or not patches else max(1, patches // min(most, patches))
         image = seen + torch.arange(len(x), device=x.device)
         spaced = torch.arange(patches // stride, device=image.device) * stride
         first = torch.arange(n_prefix_tokens, device=image.device).expand(len(image), -1)

@@ -157,8 +157,7 @@ def test_one_run_from_command_line_to_a_network_that_loads(command: Command) -> 
     assert done.code == 0
     lines = done.output.splitlines()
     assert lines[-1] == str(done.report)
-    first = "vtp on vit_tiny_patch16_224: 0.7 of the units (strength 3), seed 0"
-    assert lines[0] == first
+    assert lines[0] == "vtp on vit_digits: 0.7 of the units (strength 3), seed 0"
     assert lines[1].startswith("epochs: dense 1, scoring 1, fine-tuning 1;")
     assert [line.split()[0] for line in lines[-5:-1]] == ["top-1", "dense", "after", "final"]
     report = json.loads(done.report.read_text())

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 def opening_lines(job: Job, identity: Identity) -> Iterator[str]:
     """Iterate over the lines."""
     target = (job.target.metric, job.target.keep)
-    line = opening(identity.method, job.model.name, target, identity.strength, job.seed)
+    line = opening(identity.method, network_of(job, identity), target, identity.strength, job.seed)
     yield escape.terminal(line)
     phases = _phases(job)
     if phases:
         yield f"epochs: {', '.join(phases)}; what finished before is loaded"
+
+
+def network_of(job: Job, identity: Identity) -> str:
+    """Return the network as the command names it: what `model=` chose, or timm's name."""
+    choices = identity.facts.get("choices")
+    chosen = choices.get("model") if isinstance(choices, dict) else None
+    return job.model.name if chosen in (None, "timm") else str(chosen)
 
 
 def _phases(job: Job) -> list[str]:

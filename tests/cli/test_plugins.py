@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,6 +233,37 @@ def test_jobs_of_a_sweep_get_the_plugins(
     done = command("-m", *package.words, "method=mine", *DRY)
     assert done.code == 0, done.message
     assert len(list(command.out.rglob("report.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
+def test_jobs_of_launchers_get_the_plugins(launcher: str, package: Package) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    done = typed("-m", *package.words, f"hydra/launcher={launcher}", "method=mine", *DRY)
+    assert done.returncode == 0, done.stderr
+    (report,) = (package.folder / "outputs").rglob("report.json")
+    assert str(report.relative_to(package.folder)) in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_get_the_plugins(package: Package) -> None:
+    words = (*package.words, *QUICK, "data=blobs", "model.num_classes=2", "method=oneshot")
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "method.sampling.images=16")
+    done = typed(*words, *two)
+    assert done.returncode == 0, done.stderr
+    (report,) = (package.folder / "outputs").rglob("report.json")
+    assert json.loads(report.read_text())["plugins"] == {"data": [package.name]}
+
+
+def typed(*words: str) -> subprocess.CompletedProcess[str]:
+    """Return what the command does in a process of its own, in the current folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "vitrim", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_data_module_of_ones_own(command: Command, package: Package) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Command
+from command import QUICK, Command
 from compacts import compact, plan
 from fresh import python
 from vitrim import save
@@ -63,7 +63,11 @@ def test_a_network_is_loaded_without_the_packages_of_extras(tmp_path: Path) -> N
     ("missing", "words", "message"),
     [
         ("sklearn", ["tracking=none"], r"data=digits: sklearn .* pip install 'vitrim\[digits\]'"),
-        ("wandb", ["data=none"], r"tracking=offline: wandb .*'vitrim\[track\]', or tracking=none"),
+        (
+            "wandb",
+            ["data=none", "tracking=offline"],
+            r"tracking=offline: wandb .*'vitrim\[track\]', or tracking=none",
+        ),
         ("mlflow", ["data=none", "tracking=mlflow"], r"tracking=mlflow: .*'vitrim\[mlflow\]'"),
     ],
 )
@@ -76,8 +80,10 @@ def test_a_run_names_the_extra_that_it_needs(
 ) -> None:
     monkeypatch.delitem(sys.modules, "vitrim.data.digits", raising=False)
     monkeypatch.delattr("vitrim.data.digits", raising=False)
+    for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    done = command(*words)
+    done = command(*QUICK, *words)
     assert done.code == 1
     assert re.search(message, done.message)
     assert not list(command.out.rglob("recipe.yaml"))

@@ -17,7 +17,7 @@ from vitrim.cli.app import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHORT = (
-    *("experiment=demo", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
+    *("experiment=demo", "control=false", "method.gating.epochs=1", "method.fine_tuning.epochs=1"),
     *(*QUICK, EVERY_IMAGE),
 )
 

@@ -82,7 +82,7 @@ def check_keys(cfg: Config) -> list[str]:
     images, start = cfg["batchnorm_images"], cfg["from_run"]
     rules = (
         ("seed", seed, "a whole number from 0 to 4294967295", _is_seed(seed)),
-        ("tracking", tracking, f"one of {', '.join(TRACKING)}", tracking in TRACKING),
+        ("tracking", tracking, f"one of {', '.join(TRACKING)}", str(tracking) in TRACKING),
         ("out", cfg["out"], "the name of a folder", _is_path(cfg["out"])),
         ("from_run", start, "null or the name of a folder", start is None or _is_path(start)),
         ("progress", progress, truth, isinstance(progress, bool)),

@@ -24,6 +24,7 @@ from vitrim.files import WEIGHTS, sha256
 from vitrim.method.dcvit.accounting import paper_macs
 from vitrim.plan import Plan
 
+pytestmark = pytest.mark.slow  # the options one by one are in test_dcvit.py and test_trials.py
 DATA = Path(__file__).parents[4] / "shared" / "data"
 TAR, CHECKPOINT = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"
 ROWS: dict[str, tuple[str, ...]] = {
@@ -156,7 +157,7 @@ def vit_tiny(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return Table(rows, dense.eval(), images)
 
 
-@pytest.fixture(scope="module", params=["digits", pytest.param("vit_tiny", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["digits", "vit_tiny"])
 def nine(request: pytest.FixtureRequest) -> Table:
     found: Table = request.getfixturevalue(request.param)
     return found

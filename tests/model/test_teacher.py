@@ -104,6 +104,8 @@ def test_the_teacher_sees_images_as_it_expects_them() -> None:
         ({"sha256": "0"}, "teacher.sha256"),
         ({"mean": [0.5]}, r"teacher.mean=\[0.5\]: expected 3 numbers"),
         ({"args": {"depht": 3}}, "teacher.name=resnet18.*depht"),
+        ({"args": {"checkpoint_path": "net.pth"}}, "checkpoint_path are not allowed"),
+        ({"args": {"pretrained_cfg": {"file": "net.pth"}}}, "pretrained_cfg are not allowed"),
         ({"checkpoint": "https://x.org/y.pth"}, "teacher.checkpoint=https.*an address"),
     ],
 )
@@ -132,6 +134,10 @@ def test_numbers_left_out_are_those_of_the_paper(checkpoint: str) -> None:
         (["teacher=regnety_160"], ["1000 classes", "10", "teacher.checkpoint"]),
         (["teacher=regnety_160"], ["3 channels", "have 1"]),
         ([*KEYS, "teacher.checkpoint=/none.pth"], ["teacher.checkpoint=/none.pth: no such file"]),
+        (
+            [*KEYS, "teacher.checkpoint=/none/model.safetensors"],
+            ["teacher.checkpoint=/none/model.safetensors: no such file"],
+        ),
     ],
 )
 def test_a_run_is_refused_before_it_starts(

@@ -59,7 +59,7 @@ class Timm:
     training: Recipe
 
     def __post_init__(self) -> None:
-        if not timm.is_model(_architecture(self.name)):
+        if not timm.is_model(architecture(self.name)):
             similar = get_close_matches(self.name, timm.list_models(), n=5, cutoff=0.3)
             raise ConfigError(
                 f"model.name={self.name}: timm {timm.__version__} has no such network; "
@@ -77,8 +77,7 @@ class Timm:
         skeleton = self.shared_skeleton()
         structure(skeleton)
         spec = self.spec()
-        _check_pixels("mean", self.mean, spec.channels, least=-math.inf)
-        _check_pixels("std", self.std, spec.channels, least=0.0)
+        check_pixels("model", self.mean, self.std, spec.channels)
         for side, patch in zip(spec.size, _patch(skeleton), strict=True):
             if side % patch:
                 raise ConfigError(
@@ -107,18 +106,8 @@ class Timm:
 
     def spec(self) -> ImageSpec:
         """Return how images are prepared: timm's settings of this network, and those set here."""
-        config = resolve_model_data_config(self.shared_skeleton())
-        channels, height, width = config["input_size"]
-        in_chans = self.args.get("in_chans")
-        height, width = _sides(self.image_size) or (height, width)
-        return ImageSpec(
-            channels=in_chans if isinstance(in_chans, int) else channels,
-            size=(height, width),
-            mean=config["mean"] if self.mean is None else self.mean,
-            std=config["std"] if self.std is None else self.std,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-        )
+        sides = _sides(self.image_size)
+        return image_spec(self.shared_skeleton(), self.args, sides, self.mean, self.std)
 
     def fingerprint(self) -> str | None:
         """Return the SHA-256 of the checkpoint, checked against `sha256`.
@@ -181,10 +170,10 @@ class Timm:
 
     def _untagged(self) -> dict[str, object]:
         """Return the description without the tag of timm's weights."""
-        return {"name": _architecture(self.name), "args": self._arguments()}
+        return {"name": architecture(self.name), "args": self._arguments()}
 
 
-def _architecture(name: str) -> str:
+def architecture(name: str) -> str:
     """Return a name of timm without the tag of its weights."""
     return name.split(".")[0]
 
@@ -208,18 +197,49 @@ def _check_size(image_size: int | Sequence[int] | None, args: Mapping[str, objec
         )
 
 
-def _check_pixels(
-    name: str, values: Sequence[float] | None, channels: int, *, least: float
+def image_spec(
+    skeleton: nn.Module,
+    args: Mapping[str, object],
+    sides: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> ImageSpec:
+    """Return how images are prepared for a network of timm; None stands for timm's settings.
+
+    Args:
+        skeleton: the network without weights.
+        args: of timm.create_model, that it was built with.
+        sides: height and width in pixels.
+        mean: per channel, for the normalisation.
+        std: per channel, as `mean`.
+    """
+    config = resolve_model_data_config(skeleton)
+    channels, height, width = config["input_size"]
+    in_chans = args.get("in_chans")
+    height, width = sides or (height, width)
+    return ImageSpec(
+        channels=in_chans if isinstance(in_chans, int) else channels,
+        size=(height, width),
+        mean=config["mean"] if mean is None else mean,
+        std=config["std"] if std is None else std,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def check_pixels(
+    group: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> None:
-    """Raise ConfigError unless `values` is None or has one number above `least` per channel."""
-    if values is None:
-        return
-    numbers = all(type(value) in (int, float) and least < value < math.inf for value in values)
-    if len(values) != channels or not numbers:
-        raise ConfigError(
-            f"model.{name}={values}: expected {channels} numbers"
-            f"{' above 0' if least == 0.0 else ''}, or null"
-        )
+    """Raise ConfigError unless `mean` and `std` are None or have a number for each channel."""
+    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        if values is None:
+            continue
+        numbers = all(type(value) in (int, float) and least < value < math.inf for value in values)
+        if len(values) != channels or not numbers:
+            raise ConfigError(
+                f"{group}.{name}={values}: expected {channels} numbers"
+                f"{' above 0' if least == 0.0 else ''}, or null"
+            )
 
 
 def takes_any_size(name: str) -> bool:

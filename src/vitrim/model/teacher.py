@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import ParamSpec, TypeVar, get_args
 
 import timm
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
 from vitrim.model.checkpoint import check_path, fingerprint_of, read_checkpoint
-from vitrim.model.source import takes_any_size
-from vitrim.network.skeleton import on_meta
+from vitrim.model.source import architecture, check_pixels, image_spec, takes_any_size
+from vitrim.network.skeleton import shared_skeleton
+from vitrim.plan import Plan, PlanError
+from vitrim.store import assign
 from vitrim.trainer.distillation import Distillation, Kind
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_KEY = re.compile(r"\bmodel\.(?=(?:checkpoint|sha256|num_classes)\b)")
 ALPHA: Mapping[Kind, float] = {"hard": 0.5, "soft": 0.1}
 TEMPERATURE = 3.0
 
@@ -57,7 +60,7 @@ class Teacher:
 
     def __post_init__(self) -> None:
         name = str(self.name)
-        if not timm.is_model(name.split(".")[0]):
+        if not timm.is_model(architecture(name)):
             similar = get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
             raise ConfigError(
                 f"teacher.name={name}: timm {timm.__version__} has no such network; similar "
@@ -85,8 +88,7 @@ class Teacher:
         )
         if self.checkpoint is not None:
             with_own_key(check_path, self.checkpoint)
-        self.skeleton()
-        _check_pixels(self)
+        check_pixels("teacher", self.mean, self.std, self.spec().channels)
 
     @property
     def n_classes(self) -> int:
@@ -94,32 +96,20 @@ class Teacher:
         return int(self.skeleton().num_classes)  # type: ignore[arg-type]
 
     def skeleton(self) -> nn.Module:
-        """Return the network without weights, on the meta device.
+        """Return the network without weights, built once: callers must not modify it.
 
         Raises:
-            ConfigError: timm cannot make it of these arguments.
+            ConfigError: timm cannot make it of these arguments, or they would load weights.
         """
         try:
-            with on_meta():
-                net: nn.Module = timm.create_model(self.name.split(".")[0], **self._arguments())
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            return shared_skeleton(self._description())
+        except PlanError as error:
             raise ConfigError(f"teacher.name={self.name}: {error}") from None
-        return net
 
     def spec(self) -> ImageSpec:
         """Return how it expects its images."""
-        config = resolve_model_data_config(self.skeleton())
-        channels, height, width = config["input_size"]
-        in_chans = self.args.get("in_chans")
-        size = (height, width) if self.image_size is None else (self.image_size,) * 2
-        return ImageSpec(
-            channels=in_chans if isinstance(in_chans, int) else channels,
-            size=size,
-            mean=config["mean"] if self.mean is None else self.mean,
-            std=config["std"] if self.std is None else self.std,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-        )
+        sides = None if self.image_size is None else (self.image_size, self.image_size)
+        return image_spec(self.skeleton(), self.args, sides, self.mean, self.std)
 
     def fingerprint(self) -> str | None:
         """Return the SHA-256 of the checkpoint, checked against `sha256`.
@@ -149,23 +139,26 @@ class Teacher:
         )
 
     def _network(self) -> nn.Module:
-        arguments = self._arguments()
         if self.checkpoint is not None:
-            model = {"name": self.name.split(".")[0], "args": arguments}
+            model, skeleton = self._description(), copy.deepcopy(self.skeleton())
             state = with_own_key(
-                read_checkpoint, self.checkpoint, model, self.skeleton(), reset_head=False
+                read_checkpoint, self.checkpoint, model, skeleton, reset_head=False
             )
-            net: nn.Module = timm.create_model(self.name.split(".")[0], **arguments)
-            net.load_state_dict(state)
-            return net
+            return assign(skeleton, state, Plan(model=model, edits=()))
         try:
-            pretrained: nn.Module = timm.create_model(self.name, pretrained=True, **arguments)
+            pretrained: nn.Module = timm.create_model(
+                self.name, pretrained=True, **self._arguments()
+            )
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 f"teacher.name={self.name}: could not download its weights ({error}); "
                 "teacher.checkpoint=FILE.safetensors loads a local copy"
             ) from None
         return pretrained
+
+    def _description(self) -> dict[str, object]:
+        """Return `name`, without the tag of timm's weights, and `args` of timm.create_model."""
+        return {"name": architecture(self.name), "args": self._arguments()}
 
     def _arguments(self) -> dict[str, object]:
         arguments = dict(self.args)
@@ -181,15 +174,4 @@ def with_own_key(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
     try:
         return function(*args, **kwargs)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("model.", "teacher.")) from None
-
-
-def _check_pixels(teacher: Teacher) -> None:
-    """Refuse a normalisation that does not have a number for each channel."""
-    channels = teacher.spec().channels
-    for name, values, least in (("mean", teacher.mean, -math.inf), ("std", teacher.std, 0.0)):
-        if values is None:
-            continue
-        numbers = all(type(value) in (int, float) and least < value < math.inf for value in values)
-        if len(values) != channels or not numbers:
-            raise ConfigError(f"teacher.{name}={values}: expected {channels} numbers, or null")
+        raise ConfigError(_KEY.sub("teacher.", str(error))) from None

@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
+from conftest import MODEL
+from vitrim import Drop, Keep, LowRank, Plan
 from vitrim.cli.report import main
 
 NO_WANDB = ("--wandb", "disabled")
+PLAN = Plan(
+    model=MODEL,
+    edits=(
+        Keep(site="blocks.0.mlp.hidden", index=tuple(range(12))),
+        LowRank(linear="blocks.0.attn.proj", rank=6),
+        Drop(branch="blocks.1.attn"),
+    ),
+)
 
 
 def document(

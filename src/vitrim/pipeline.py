@@ -120,11 +120,14 @@ class Job:
         return self.method.granularity == "none"
 
     @property
+    def labelled_training(self) -> Sequence[Recipe]:
+        """The trainings of the method on labelled images; the last is the fine-tuning."""
+        return self.method.labelled_training if isinstance(self.method, TrainsWithLabels) else ()
+
+    @property
     def control_recipes(self) -> Sequence[Recipe]:
         """The trainings of the control; none where none is asked for, or the method has none."""
-        if self.control and isinstance(self.method, TrainsWithLabels):
-            return self.method.labelled_training
-        return ()
+        return self.labelled_training if self.control else ()
 
     def distillation(self) -> Distillation | None:
         """Return the teacher with its weights; None where there is none to learn from."""

@@ -8,22 +8,14 @@ from pathlib import Path
 import pytest
 
 from conftest import MODEL
-from reports import save
-from vitrim import Drop, Keep, LowRank, Plan, count
+from reports import PLAN, save
+from vitrim import Plan, count
 from vitrim.budget.cost import Cost
 from vitrim.deploy.runfolder import read_run
 from vitrim.network.skeleton import dense_skeleton, skeleton
 from vitrim.plan import dumps
 from vitrim.report.block_figure import bars, block_numbers, figure
 
-PLAN = Plan(
-    model=MODEL,
-    edits=(
-        Keep(site="blocks.0.mlp.hidden", index=tuple(range(12))),
-        LowRank(linear="blocks.0.attn.proj", rank=6),
-        Drop(branch="blocks.1.attn"),
-    ),
-)
 EMPTY = Plan(model=MODEL, edits=())
 
 

@@ -14,21 +14,13 @@ from urllib.parse import unquote
 import pytest
 
 from conftest import MODEL
-from reports import NO_WANDB, save
-from vitrim import Drop, Keep, LowRank, Plan
+from reports import NO_WANDB, PLAN, save
+from vitrim import Plan
 from vitrim.cli.report import main
 from vitrim.plan import dumps
 from vitrim.report.heatmap import Cell, heatmap
 
 EVIL = "<script>document.title='owned'</script>\"&'"
-PLAN = Plan(
-    model=MODEL,
-    edits=(
-        Keep(site="blocks.0.mlp.hidden", index=tuple(range(12))),
-        LowRank(linear="blocks.0.attn.proj", rank=6),
-        Drop(branch="blocks.1.attn"),
-    ),
-)
 VOID = {"meta", "link", "img", "br"}
 
 

@@ -31,14 +31,11 @@ def network_of(job: Job, identity: Identity) -> str:
 
 def _phases(job: Job) -> list[str]:
     """Return the trainings with labels and their epochs, in the order of the run."""
-    from vitrim.method import TrainsWithLabels
-
     if job.data is None:
         return []
     dense = job.model.training.epochs if not (job.model.trained or job.retrains) else 0
-    method, recipes = job.method, []
-    if isinstance(method, TrainsWithLabels) and (job.retrains or not job.target.is_identity):
-        recipes = [recipe.epochs for recipe in method.labelled_training]
+    trains = job.retrains or not job.target.is_identity
+    recipes = [recipe.epochs for recipe in job.labelled_training] if trains else []
     named = [("dense", dense), *(("scoring", epochs) for epochs in recipes[:-1])]
     named += [("fine-tuning", recipes[-1])] if recipes else []
     named += [("control", sum(recipe.epochs for recipe in job.control_recipes))]

@@ -39,14 +39,11 @@ def teacher_of(cfg: DictConfig) -> Teacher | None:
 
 def problems_of(job: Job, choices: Mapping[str, str | None]) -> list[str]:
     """Return why the fine-tuning cannot learn from the teacher."""
-    from vitrim.method import TrainsWithLabels
-
     teacher = job.teacher
     if teacher is None:
         return []
-    name, trains = f"teacher.name={teacher.name}", isinstance(job.method, TrainsWithLabels)
-    recipes = job.method.labelled_training if isinstance(job.method, TrainsWithLabels) else ()
-    if job.data is None or not trains or not recipes or not recipes[-1].epochs:
+    name, recipes = f"teacher.name={teacher.name}", job.labelled_training
+    if job.data is None or not recipes or not recipes[-1].epochs:
         where = "data=none" if job.data is None else f"method={choices['method']}"
         return [f"{name}: {where} has no fine-tuning with labels here: leave the teacher out"]
     problems = []

@@ -5,8 +5,6 @@ A kind is a data set, a method, and whether training images are few.
 
 from __future__ import annotations
 
-import json
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +14,15 @@ import yaml
 from omegaconf import OmegaConf
 from torchvision.datasets import CIFAR10
 
-from command import QUICK, Command, Done
+from command import QUICK, Command
 from contract import PACKAGE
 from contract import subject as build
 from identities import composed, identified_of, write_images
+from stopping import comparable, stopped
 from vitrim.cli.compose import CONF
 from vitrim.cli.recipe import check_resumable
 from vitrim.data import cifar
-from vitrim.files import PHASES, WEIGHTS, sha256
-from vitrim.trainer import resume
+from vitrim.files import PHASES
 
 ROOT = CONF / "experiment"
 NAMES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
@@ -158,29 +156,3 @@ def test_a_stopped_run_of_every_kind_resumes_to_the_same_bits(
 def small(words: list[str]) -> list[str]:
     """Return the words that choose the network and keep a run short."""
     return [word for word in words if word.startswith(("model.", "model=", "latency.", "progress"))]
-
-
-def stopped(
-    command: Command, words: list[str], *, at: int | None, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Done, int]:
-    """Run a command that gets a signal at one of its checks for signals; return their number."""
-    checks = 0
-
-    def received() -> int | None:
-        nonlocal checks
-        checks += 1
-        return signal.SIGTERM if at is not None and checks >= at else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resume.signals, "received", received)
-        return command(*words), checks
-
-
-def comparable(report: Path) -> dict[str, Any]:
-    """Return the digest of the weights, and what a report says but for times and places."""
-    numbers = json.loads(report.read_text())
-    for side in ("dense", "compact"):
-        for key in [key for key in numbers[side] if key.startswith(("latency", "blocks_ms"))]:
-            del numbers[side][key]
-    del numbers["seconds"]
-    return {**numbers, "weights": sha256(report.parent / WEIGHTS)}

@@ -24,7 +24,7 @@ _EXTRAS = {
     **dict.fromkeys(("lightning", "torchmetrics", "hydra", "omegaconf", "rich"), "train"),
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
     **{"wandb": "track", "tensorboard": "tensorboard", "mlflow": "mlflow"},
-    **{"sklearn": "digits", "scipy": "digits"},
+    **{"sklearn": "digits", "scipy": "digits", "datasets": "huggingface"},
 }
 """Packages that vitrim.load does without, by their name in Python, and their extra."""
 

@@ -32,6 +32,7 @@ FUNCTIONS = (
     "vitrim.data.cifar.cifar",
     "vitrim.data.torchvision_sets.torchvision_set",
     "vitrim.data.imagefolder.image_folder",
+    "vitrim.data.huggingface.huggingface_set",
 )
 """Functions that a `_target_` may name."""
 CLASSES: Mapping[str, tuple[str, ...] | None] = {

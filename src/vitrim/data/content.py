@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os.path import commonpath
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 from vitrim.data import Data
+from vitrim.data.encoded import EncodedImages
 from vitrim.data.few_shot import FewShotSubset
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.listing import noted
@@ -47,21 +48,28 @@ def content(data: Data | None) -> Mapping[str, object] | None:
 def _split(images: object) -> dict[str, object] | None:
     if isinstance(images, TolerantDataset | StrictDataset):
         number = len(images.names)
-        return {"images": number, "digest": _digest(images.names, images.labels)}
+        inside = images.dataset.files.size if isinstance(images.dataset, EncodedImages) else None
+        return {"images": number, "digest": _digest(images.names, images.labels, inside)}
     if isinstance(images, CIFAR10):  # its files are checked against their MD5
         return {"images": len(images)}
     return None
 
 
-def _digest(names: Sequence[str], labels: Sequence[int]) -> str:
+def _digest(
+    names: Sequence[str], labels: Sequence[int], inside: Callable[[int], int] | None
+) -> str:
     """Return a digest of the files `names`, and of their labels.
 
-    It is that of [[[name, label], ...], [size, ...]] (`vitrim.files.digest`), without that list.
+    `inside` has their sizes by index where they lie in a larger file. The digest is that of
+    [[[name, label], ...], [size, ...]] (`vitrim.files.digest`), without that list.
     """
     order = noted("order", names, None, lambda: _order(names))
     known = names if order is None else [names[index] for index in order]
     step = -(-len(known) // MAX_SIZES)
-    sizes = [_size(known[index]) for index in range(0, len(known), step)]
+    sizes = [
+        _size(known[at]) if inside is None else inside(at if order is None else order[at])
+        for at in range(0, len(known), step)
+    ]
     facts = [checksum_of(labels), sizes]
     in_order = labels if order is None else [labels[index] for index in order]
     return noted("content", names, facts, lambda: _digest_of(known, in_order, sizes))

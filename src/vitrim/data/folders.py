@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from vitrim.data.dataset import Example
 from vitrim.data.listing import Listing, remembered
 from vitrim.data.paths import Labels, Paths
-from vitrim.data.reading import extensions, is_new, read_image, read_pixels
+from vitrim.data.reading import checked_exif, extensions, is_new, read_image, read_pixels
 from vitrim.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -56,11 +56,9 @@ class ImageList(Dataset[Example]):
     as_pixels = False
 
     def __init__(self, paths: Sequence[str], targets: Labels, *, exif_orientation: bool) -> None:
-        if not isinstance(exif_orientation, bool):
-            raise ConfigError(f"data.exif_orientation={exif_orientation}: expected true or false")
         self.paths = paths
         self.targets = cast(Sequence[int], targets)
-        self._exif_orientation = exif_orientation
+        self._exif_orientation = checked_exif(exif_orientation)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import functional
 from vitrim.data import ImageSpec, Loaders, sample_indices
 from vitrim.data.augmentation import Augmentation, Drawn
 from vitrim.data.dataset import Example, ImageDataset, LabelledImages, MapDataset, Transform
+from vitrim.data.encoded import EncodedImages
 from vitrim.data.few_shot import FewShotSubset, KeptItems
 from vitrim.data.folders import ImageList
 from vitrim.data.loader import IN_THIS_PROCESS, plain_then_augmented, sequential, subset
@@ -300,7 +301,7 @@ def _as_pixels(dataset: Any) -> Any:
     """Return a copy of `dataset` whose images, if they are files, are read as tensors."""
     dataset = copy.copy(dataset)
     match dataset:
-        case ImageList():
+        case ImageList() | EncodedImages():
             dataset.as_pixels = True
         case FewShotSubset() | TolerantDataset() | StrictDataset():
             dataset.dataset = _as_pixels(dataset.dataset)

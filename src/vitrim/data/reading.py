@@ -7,14 +7,18 @@ here by their range.
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode
+
+from vitrim.errors import ConfigError
 
 _KNOWN = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What version 0.1.0 read."""
@@ -34,6 +38,17 @@ def is_new(name: str) -> bool:
     return not name.lower().endswith(_KNOWN)
 
 
+def checked_exif(setting: object) -> bool:
+    """Return the setting data.exif_orientation.
+
+    Raises:
+        ConfigError: it is neither true nor false.
+    """
+    if not isinstance(setting, bool):
+        raise ConfigError(f"data.exif_orientation={setting}: expected true or false")
+    return setting
+
+
 def read_image(path: str, *, exif_orientation: bool = False) -> Image.Image:
     """Return the image in a file as RGB; `exif_orientation` turns it as its camera was held.
 
@@ -41,11 +56,16 @@ def read_image(path: str, *, exif_orientation: bool = False) -> Image.Image:
         ValueError: the image has no pixels, or pixels of an unknown range.
     """
     with Path(path).open("rb") as file:
-        image = Image.open(file)
-        image.load()
-        wide = image.format in ("PNG", "PPM")  # whose mode I holds 16 bits
-        turned = ImageOps.exif_transpose(image) if exif_orientation else image
-        return _rgb(turned, wide=wide)
+        return decode_image(file, exif_orientation=exif_orientation)
+
+
+def decode_image(file: BinaryIO, *, exif_orientation: bool = False) -> Image.Image:
+    """Return the image in an open file as `read_image` does."""
+    image = Image.open(file)
+    image.load()
+    wide = image.format in ("PNG", "PPM")  # whose mode I holds 16 bits
+    turned = ImageOps.exif_transpose(image) if exif_orientation else image
+    return _rgb(turned, wide=wide)
 
 
 def _rgb(image: Image.Image, *, wide: bool) -> Image.Image:
@@ -89,7 +109,11 @@ def read_pixels(path: str, *, exif_orientation: bool = False) -> Tensor:
     Raises:
         ValueError: as `read_image`.
     """
-    content = Path(path).read_bytes()
+    return decode_pixels(Path(path).read_bytes(), exif_orientation=exif_orientation)
+
+
+def decode_pixels(content: bytes, *, exif_orientation: bool = False) -> Tensor:
+    """Return the image of a file's content as `read_pixels` does."""
     if _is_plain_jpeg(content):
         try:
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -99,7 +123,7 @@ def read_pixels(path: str, *, exif_orientation: bool = False) -> Tensor:
             return pixels
         except (RuntimeError, AttributeError):
             pass  # Pillow says what is wrong with it
-    image = read_image(path, exif_orientation=exif_orientation)
+    image = decode_image(io.BytesIO(content), exif_orientation=exif_orientation)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

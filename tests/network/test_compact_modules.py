@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from compacts import NETS, compact, dense, plan, x
 from conftest import MODEL, TINY, images, relative_error
 from vitrim import LowRank, Plan, cut, load, save
+from vitrim.errors import ConfigError
 from vitrim.files import WEIGHTS
 from vitrim.network.attention import GatheredLinear
+from vitrim.network.head_runs import ARRANGEMENTS, SlicedHeads, arrange_heads, sliced_attentions
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -66,6 +68,38 @@ def test_compact_networks_are_scripted_where_dense_ones_are(family: str) -> None
 @each
 def test_compact_networks_are_traced_where_dense_ones_are(family: str) -> None:
     check_translated(family, torch.fx.symbolic_trace)
+
+
+@attentive
+def test_heads_compute_the_same_however_they_are_run(family: str) -> None:
+    net, state = copy.deepcopy(compact(family)), compact(family).state_dict()
+    attentions = sliced_attentions(net).values()
+    with torch.no_grad():
+        expected = compact(family)(x(family))
+        for arrangement in ("fused", "padded"):
+            assert relative_error(arrange_heads(net, arrangement)(x(family)), expected) < 1e-6
+            assert net.state_dict().keys() == state.keys()
+            assert all(len(a.head_runs) == 1 for a in attentions if arrangement == "padded")
+        assert max(len(a.head_runs) for a in arrange_heads_of(net)) > 1
+        assert torch.equal(net(x(family)), expected)
+
+
+def arrange_heads_of(net: nn.Module) -> list[SlicedHeads]:
+    return [*sliced_attentions(arrange_heads(net, "runs")).values()]
+
+
+@pytest.mark.parametrize(
+    "family", ["vit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("swin", "beit"))]
+)
+def test_arranged_heads_are_scripted_and_traced(family: str) -> None:
+    for translate in (torch.jit.script, torch.fx.symbolic_trace):
+        for how in ARRANGEMENTS[1:]:
+            check_translated(family, lambda net, f=translate, how=how: f(arrange_heads(net, how)))
+
+
+def test_an_unknown_arrangement_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected one of runs, fused, padded"):
+        arrange_heads(compact("vit"), "sorted")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])

@@ -10,15 +10,15 @@ the number of windows of a batch and L that of an image (1 where all have the sa
 
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from vitrim.network.attention_maps import attend, attention_map, window_bias, window_map
+from vitrim.network.attention_maps import window_bias, window_map
 from vitrim.network.factored import widths_of_layer
+from vitrim.network.head_runs import SlicedHeads, heads_from
 
 
 class GatheredLinear(nn.Module):
@@ -115,61 +115,14 @@ class Sliced(Protocol):
     v_dims: tuple[int, ...]
 
 
-class SlicedHeads:
-    """What all cut attentions share: heads of several widths, computed in runs of equal heads.
-
-    The softmax scale is the dense network's and is passed to the kernel, which would otherwise
-    compute it from the new width.
-    """
-
-    if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
-        attn_drop: nn.Dropout
-        scale: float
-        fused_attn: bool
-        training: bool
-
-    def set_widths(self, qk_dims: tuple[int, ...], v_dims: tuple[int, ...]) -> None:
-        """Set the query-key and the value width of every head, each of shape (heads,)."""
-        self.qk_dims = qk_dims
-        self.v_dims = v_dims
-        self.num_heads = len(v_dims)
-        self.head_runs = head_runs(qk_dims, v_dims)
-        self.qkv_sizes = [sum(qk_dims), sum(qk_dims), sum(v_dims)]
-
-    def attended(
-        self,
-        q_BHNK: Tensor,
-        k_BHNK: Tensor,
-        v_BHNW: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        k: int,
-        w: int,
-    ) -> Tensor:
-        """Return the output of a run of heads with K = `k` and W = `w`, shape (B, H, N, W).
-
-        Equal widths use the fused kernel; others, and all where it is switched off, call the
-        dropout module on the attention map, where hooks can read it.
-        """
-        if self.fused_attn and k == w:
-            dropout = self.attn_drop.p if self.training else 0.0
-            return attend(q_BHNK, k_BHNK, v_BHNW, mask, is_causal, self.scale, dropout)
-        attn_BHNN = attention_map(q_BHNK, k_BHNK, mask, is_causal, self.scale, k == 0)
-        out_BHNW: Tensor = self.attn_drop(attn_BHNN) @ v_BHNW
-        return out_BHNW
-
-    def extra_repr(self) -> str:
-        """Show the widths per head."""
-        return f"qk_dims={self.qk_dims}, v_dims={self.v_dims}"
-
-
 class SlicedAttention(SlicedHeads, nn.Module):
     """timm's self-attention after a cut: every head has its own query-key and value width.
 
     The modules and parameter names are those of the attention that it replaces. Neighbouring heads
-    of equal widths run together. Equal query-key and value widths use the fused kernel; others use
-    three plain operations, which on CPU are faster than the fused kernel's fallback. A head without
-    query-key dims attends to every token equally.
+    of equal widths run together (`vitrim.network.head_runs` has other arrangements). Equal
+    query-key and value widths use the fused kernel; others use three plain operations, which on CPU
+    are faster than the fused kernel's fallback. A head without query-key dims attends to every
+    token equally.
     """
 
     if TYPE_CHECKING:  # TorchScript cannot read annotations of modules
@@ -195,7 +148,7 @@ class SlicedAttention(SlicedHeads, nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); `attn_mask` and `is_causal` as in timm."""
-        q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.spread(self.qkv(x)), self.qkv_sizes, dim=-1)
         outputs = []
         for _, h, qk, k, v, w in self.head_runs:
             q_BHNK = self.q_norm(heads_from(q_BNQ, qk, h, k))
@@ -203,7 +156,7 @@ class SlicedAttention(SlicedHeads, nn.Module):
             v_BHNW = heads_from(v_BNV, v, h, w)
             out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        out_BNV = self.norm(join_runs(outputs))
+        out_BNV = self.norm(self.gathered(outputs))
         if self.gate is not None:
             out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))
@@ -233,21 +186,21 @@ class SlicedWindowAttention(SlicedHeads, WindowAttention):  # type: ignore[misc]
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows (B, N, D) to (B, N, D); `mask` (windows of an image, N, N) is added."""
         bias_HNN = self.relative_position_bias_table[self.relative_position_index].movedim(-1, 0)
-        q_BNQ, k_BNQ, v_BNV = torch.split(self.qkv(x), self.qkv_sizes, dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.spread(self.qkv(x)), self.qkv_sizes, dim=-1)
         outputs = []
         for first, h, qk, k, v, w in self.head_runs:
             q_BHNK = heads_from(q_BNQ, qk, h, k)
             k_BHNK = heads_from(k_BNQ, qk, h, k)
             v_BHNW = heads_from(v_BNV, v, h, w)
             run_HNN = bias_HNN[first : first + h]
-            if mask is None or (self.fused_attn and k == w):
+            if mask is None or self.is_fused(k, w):
                 bias_BHNN = window_bias(run_HNN, mask, q_BHNK.shape[0])
                 out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, bias_BHNN, False, k, w)
             else:
                 attn_BHNN = window_map(q_BHNK, k_BHNK, run_HNN, mask, self.scale, k == 0)
                 out_BHNW = self.attn_drop(attn_BHNN) @ v_BHNW
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
+        out_BND: Tensor = self.proj_drop(self.proj(self.gathered(outputs)))
         return out_BND
 
 
@@ -265,43 +218,11 @@ def take_over(attn: nn.Module, dense: nn.Module, *, optional: Sequence[str] = ()
             attn.register_module(name, None)
 
 
-HeadRun = tuple[int, int, int, int, int, int]
-"""Neighbouring heads of equal widths: index of the first head, number of heads, first column and
-width of each head in the queries (and keys), first column and width of each head in the values."""
-
-
-def head_runs(qk_dims: Sequence[int], v_dims: Sequence[int]) -> list[HeadRun]:
-    """Return the runs of heads of equal widths, in order.
-
-    >>> head_runs((2, 2, 1), (4, 4, 4))
-    [(0, 2, 0, 2, 0, 4), (2, 1, 4, 1, 8, 4)]
-    """
-    runs = []
-    head = qk = v = 0
-    for (k, w), group in groupby(zip(qk_dims, v_dims, strict=True)):
-        h = len(list(group))
-        runs.append((head, h, qk, k, v, w))
-        head, qk, v = head + h, qk + h * k, v + h * w
-    return runs
-
-
 def with_biases(qkv_BNC: Tensor, q_bias: Tensor | None, v_bias: Tensor | None) -> Tensor:
     """Add the biases of queries and values that an attention keeps outside of its layer."""
     if q_bias is None or v_bias is None:
         return qkv_BNC
     return qkv_BNC + torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-
-
-def heads_from(x_BNC: Tensor, start: int, n_heads: int, head_dim: int) -> Tensor:
-    """Return `n_heads` heads from column `start`, shape (B, H, N, head_dim)."""
-    run_BNC = x_BNC[..., start : start + n_heads * head_dim]
-    b, n = x_BNC.shape[0], x_BNC.shape[1]
-    return run_BNC.view(b, n, n_heads, head_dim).transpose(1, 2)
-
-
-def join_runs(outputs_BNV: list[Tensor]) -> Tensor:
-    """Return the outputs of all runs of heads, concatenated: (B, N, V)."""
-    return outputs_BNV[0] if len(outputs_BNV) == 1 else torch.cat(outputs_BNV, dim=-1)
 
 
 @singledispatch

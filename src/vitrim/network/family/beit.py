@@ -8,15 +8,9 @@ import torch
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
-from vitrim.network.attention import (
-    SlicedHeads,
-    heads_from,
-    join_runs,
-    sliced,
-    take_over,
-    with_biases,
-)
+from vitrim.network.attention import sliced, take_over, with_biases
 from vitrim.network.dispatch import UnsupportedArchitecture, stream, structure
+from vitrim.network.head_runs import SlicedHeads, heads_from
 from vitrim.network.heads import attention_of, steps_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.stream import Stream
@@ -48,7 +42,7 @@ class SlicedBeitAttention(SlicedHeads, Attention):  # type: ignore[misc]
             own_1HNN = self._get_rel_pos_bias()
             bias_1HNN = own_1HNN if bias_1HNN is None else own_1HNN + bias_1HNN
         qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
-        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.spread(qkv_BNC), self.qkv_sizes, dim=-1)
         outputs = []
         for first, h, qk, k, v, w in self.head_runs:
             q_BHNK = heads_from(q_BNQ, qk, h, k)
@@ -57,7 +51,7 @@ class SlicedBeitAttention(SlicedHeads, Attention):  # type: ignore[misc]
             run_1HNN = None if bias_1HNN is None else bias_1HNN[..., first : first + h, :, :]
             out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, run_1HNN, False, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
+        out_BND: Tensor = self.proj_drop(self.proj(self.gathered(outputs)))
         return out_BND
 
 

@@ -13,15 +13,9 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from vitrim.network.attention import (
-    SlicedHeads,
-    heads_from,
-    join_runs,
-    sliced,
-    take_over,
-    with_biases,
-)
+from vitrim.network.attention import sliced, take_over, with_biases
 from vitrim.network.dispatch import UnsupportedArchitecture, fix_input_size, stream, structure
+from vitrim.network.head_runs import SlicedHeads, heads_from
 from vitrim.network.heads import attention_of, steps_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.stream import Stream
@@ -69,7 +63,7 @@ class SlicedEvaAttention(SlicedHeads, nn.Module):
             qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
         else:
             qkv_BNC = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.spread(qkv_BNC), self.qkv_sizes, dim=-1)
         outputs = []
         for _, h, qk, k, v, w in self.head_runs:
             v_BHNW = heads_from(v_BNV, v, h, w)
@@ -77,7 +71,7 @@ class SlicedEvaAttention(SlicedHeads, nn.Module):
             k_BHNK = self._rotated(self.k_norm(heads_from(k_BNQ, qk, h, k)), rope).type_as(v_BHNW)
             out_BHNW = self.attended(q_BHNK, k_BHNK, v_BHNW, attn_mask, is_causal, k, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        out_BNV = self.norm(join_runs(outputs))
+        out_BNV = self.norm(self.gathered(outputs))
         if self.gate is not None:
             out_BNV = out_BNV * self.gate(x).sigmoid()
         out_BND: Tensor = self.proj_drop(self.proj(out_BNV))

@@ -18,16 +18,10 @@ from timm.models.swin_transformer_v2 import (
 )
 from torch import Tensor, nn
 
-from vitrim.network.attention import (
-    SlicedHeads,
-    heads_from,
-    join_runs,
-    sliced,
-    take_over,
-    with_biases,
-)
+from vitrim.network.attention import sliced, take_over, with_biases
 from vitrim.network.dispatch import UnsupportedArchitecture, structure
 from vitrim.network.factored import widths_of_layer
+from vitrim.network.head_runs import SlicedHeads, heads_from
 from vitrim.network.heads import attention_of
 from vitrim.network.mlp import mlp_of
 from vitrim.network.structure import Layer, Part, Structure, full, joined
@@ -55,7 +49,7 @@ class SlicedCosineAttention(SlicedHeads, WindowAttention):  # type: ignore[misc]
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)
         bias_HNN = 16 * table[self.relative_position_index].movedim(-1, 0).sigmoid()
         qkv_BNC = with_biases(self.qkv(x), self.q_bias, self.v_bias)
-        q_BNQ, k_BNQ, v_BNV = torch.split(qkv_BNC, self.qkv_sizes, dim=-1)
+        q_BNQ, k_BNQ, v_BNV = torch.split(self.spread(qkv_BNC), self.qkv_sizes, dim=-1)
         outputs = []
         for first, h, qk, k, v, w in self.head_runs:
             q_BHNK = F.normalize(heads_from(q_BNQ, qk, h, k), dim=-1)
@@ -67,7 +61,7 @@ class SlicedCosineAttention(SlicedHeads, WindowAttention):  # type: ignore[misc]
                 attn_BHNN = by_image.flatten(0, 1)
             out_BHNW = self.attn_drop(self.softmax(attn_BHNN)) @ heads_from(v_BNV, v, h, w)
             outputs.append(out_BHNW.transpose(1, 2).flatten(2))
-        out_BND: Tensor = self.proj_drop(self.proj(join_runs(outputs)))
+        out_BND: Tensor = self.proj_drop(self.proj(self.gathered(outputs)))
         return out_BND
 
 

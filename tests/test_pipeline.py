@@ -15,7 +15,7 @@ from vitrim.budget.target import Target
 from vitrim.data.digits import Digits
 from vitrim.method.fskd import FSKD
 from vitrim.model.source import Timm
-from vitrim.pipeline import LatencySettings
+from vitrim.measure import LatencySettings
 from vitrim.trainer.recipe import Recipe
 
 out = Path(sys.argv[1])

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from vitrim.measure import count as count
     from vitrim.model.huggingface import from_hf as from_hf
     from vitrim.network.adapters import adapter_targets as adapter_targets
+    from vitrim.network.head_runs import arrange_heads as arrange_heads
     from vitrim.network.masking import masked as masked
     from vitrim.network.surgery import combine as combine
     from vitrim.network.surgery import cut as cut
+    from vitrim.network.timing import fastest_heads as fastest_heads
     from vitrim.pipeline import Identity as Identity
     from vitrim.pipeline import Job as Job
     from vitrim.pipeline import run as run
@@ -57,6 +59,8 @@ _HOME = {
     "combine": "vitrim.network.surgery",
     "count": "vitrim.measure",
     "adapter_targets": "vitrim.network.adapters",
+    "arrange_heads": "vitrim.network.head_runs",
+    "fastest_heads": "vitrim.network.timing",
     "from_hf": "vitrim.model.huggingface",
     "from_pretrained": "vitrim.deploy.hub",
     "push_to_hub": "vitrim.deploy.hub",

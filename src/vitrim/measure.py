@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrim.network import UnsupportedArchitecture, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, SplitLinear
+from vitrim.network.head_runs import Arrangement, arranged
 from vitrim.network.proof import stem_channels
 from vitrim.network.structure import blocks_of
+from vitrim.network.timing import (
+    PRECISIONS,
+    Clock,
+    Heads,
+    Stop,
+    clock_of,
+    fastest_heads,
+    forward_pass,
+    interleaved_times,
+)
 
 InputSize = int | Sequence[int]
 """Pixels: a side, (height, width) or (channels, height, width)."""
@@ -48,9 +60,10 @@ class LayerCounts(NamedTuple):
 def count(net: nn.Module, input_size: InputSize) -> Count:
     """Count the parameters, and the multiply-accumulates and FLOPs of one image's forward pass.
 
-    Convolutions, Linears and the two attention matmuls are counted; norms, biases, activations and
-    softmax are not. FLOPs are twice the MACs. Runs on the meta device, in seconds and without
-    memory, because on CPU the fused attention kernel hides its matmuls from the counter.
+    Convolutions, Linears and the two attention matmuls are counted; norms, biases, activations,
+    softmax and the padding of heads are not. FLOPs are twice the MACs. Runs on the meta device, in
+    seconds and without memory, because on CPU the fused attention kernel hides its matmuls from the
+    counter.
 
     ViT-B/16 at 224 px: 86,567,656 params, 17,563,828,224 MACs, 35,127,656,448 FLOPs.
     """
@@ -78,7 +91,7 @@ def count_layers(net: nn.Module, input_size: InputSize, layers: Sequence[str]) -
     modes = {module: module.training for module in net.modules()}
     try:
         net.eval()
-        with torch.no_grad(), counter:
+        with arranged(net, "runs"), torch.no_grad(), counter:
             functional_call(net, tensors, (image,))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -119,13 +132,30 @@ def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencySettings:
+    """How the latency of the dense and the compact network is measured; see `latencies`."""
+
+    batch: int
+    repeats: int
+    device: str
+    blocks: bool
+    heads: Heads = "runs"
+    precision: str | None = None
+    graphs: bool = False
+
+
 class Latency(NamedTuple):
-    """Milliseconds of one forward pass over its repetitions, and of residual blocks by path."""
+    """Milliseconds of one forward pass over its repetitions, and of residual blocks by path.
+
+    `heads` says how cut attentions were run (`vitrim.network.head_runs`).
+    """
 
     median: float
     mean: float
     std: float
     blocks: Mapping[str, Latency] = {}
+    heads: Arrangement = "runs"
 
 
 def latencies(
@@ -136,79 +166,126 @@ def latencies(
     repeats: int,
     device: str,
     blocks: bool,
+    heads: Heads = "runs",
+    precision: str | None = None,
+    graphs: bool = False,
 ) -> list[Latency]:
     """Return how long each network takes for one forward pass of `batch` images.
 
     The passes of the networks are interleaved, so that changes of the machine's speed affect all of
-    them equally; one untimed pass each comes first. With `blocks` every residual block is timed in
-    further passes. The networks are moved to `device` in place.
+    them equally; untimed passes come first. The networks are moved to `device` in place, except
+    where another precision needs a copy.
+
+    Args:
+        nets: the networks.
+        input_size: of the images.
+        batch: images in a pass.
+        repeats: timed passes of each network.
+        device: cpu, cuda, or a GPU of several, cuda:1.
+        blocks: whether every residual block is timed, in further passes.
+        heads: how cut attentions are run; `fastest`: as a short measurement before says.
+        precision: fp32 or bf16; None: that of the weights.
+        graphs: whether the passes are replayed from CUDA graphs.
     """
-    nets = [net.to(device).eval() for net in nets]
-    x = torch.zeros(batch, *image_shape(nets[0], input_size), device=device, dtype=_dtype(nets[0]))
-    totals: list[list[float]] = [[] for _ in nets]
+    moved = [in_precision(net, device, precision).eval() for net in nets]
+    clock = clock_of(device)
+    images = [zeros_for(net, batch, input_size) for net in moved]
     of_blocks: list[dict[str, list[float]]] = [{} for _ in nets]
-    with torch.inference_mode():
-        for repetition in range(repeats + 1):
-            for net, times in zip(nets, totals, strict=True):
-                start = _synchronised_ms(x)
-                net(x)
-                if repetition:
-                    times.append(_synchronised_ms(x) - start)
-        for _ in range(repeats):
-            for net, block_times in zip(nets if blocks else (), of_blocks, strict=False):
-                with _timed_blocks(net, x, block_times):
+    with torch.inference_mode(), ExitStack() as arrangements:
+        chosen = [_choice(net, x, heads) for net, x in zip(moved, images, strict=True)]
+        for net, how in zip(moved, chosen, strict=True):
+            arrangements.enter_context(arranged(net, how))
+        passes = [forward_pass(*pair, graphs=graphs) for pair in zip(moved, images, strict=True)]
+        totals = interleaved_times(passes, repeats, clock=clock)
+        for _ in range(repeats if blocks else 0):
+            for net, x, block_times in zip(moved, images, of_blocks, strict=True):
+                with _timed_blocks(net, clock, block_times):
                     net(x)
     return [
-        _latency(times)._replace(blocks={name: _latency(ms) for name, ms in block_times.items()})
-        for times, block_times in zip(totals, of_blocks, strict=True)
+        _latency(times)._replace(
+            blocks={name: _latency(ms) for name, ms in block_times.items()}, heads=how
+        )
+        for times, block_times, how in zip(totals, of_blocks, chosen, strict=True)
     ]
 
 
-def conditions(net: nn.Module) -> dict[str, object]:
-    """Return what a latency depends on besides its settings: precision and threads of PyTorch."""
-    types = {tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()}
+def in_precision(net: nn.Module, device: str, precision: str | None) -> nn.Module:
+    """Return `net` on a device, moved in place, or a copy of it in another precision."""
+    if precision is None or PRECISIONS[precision] == _dtype(net):
+        return net.to(device)
+    return copy.deepcopy(net).to(device, PRECISIONS[precision])
+
+
+def zeros_for(net: nn.Module, batch: int, input_size: InputSize) -> Tensor:
+    """Return images of zeros on the device and in the precision of `net`."""
+    device = next((p.device for p in net.parameters()), None)
+    return torch.zeros(batch, *image_shape(net, input_size), device=device, dtype=_dtype(net))
+
+
+def _choice(net: nn.Module, x: Tensor, heads: Heads) -> Arrangement:
+    return fastest_heads(net, x) if heads == "fastest" else heads
+
+
+def latency_entry(
+    settings: LatencySettings, compact: nn.Module, heads: Arrangement
+) -> dict[str, object]:
+    """Return how latency was measured, as reports have it: what latencies are compared by.
+
+    `precision` is that of the weights by default, and says what a GPU computed in TF32 in place of
+    fp32; `device` says whether passes came from CUDA graphs; `heads` is how those of the compact
+    network were run.
+    """
+    types = {tensor.dtype for tensor in compact.parameters() if tensor.is_floating_point()}
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    precision = "+".join(sorted(names.get(kind, str(kind)) for kind in types))
-    return {"precision": precision or "fp32", "threads": torch.get_num_threads()}
+    own = "+".join(sorted(names.get(kind, str(kind)) for kind in types)) or "fp32"
+    precision = settings.precision or own
+    if torch.device(settings.device).type == "cuda" and precision == "fp32" and tf32() != "off":
+        precision = f"fp32, TF32 {tf32()}"
+    return {
+        "batch": settings.batch,
+        "repeats": settings.repeats,
+        "device": f"{settings.device}, graphs" if settings.graphs else settings.device,
+        "blocks": settings.blocks,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "heads": heads,
+    }
 
 
-def interleaved_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Return milliseconds of `repeats` interleaved rounds of all calls, after an untimed round."""
-    durations: list[list[float]] = [[] for _ in calls]
-    for repetition in range(repeats + 1):
-        for call, times in zip(calls, durations, strict=True):
-            start = time.perf_counter()
-            call()
-            if repetition:
-                times.append(1e3 * (time.perf_counter() - start))
-    return durations
+def tf32() -> str:
+    """Return what GPUs compute in TF32 where tensors are fp32.
+
+    "off", "in matmuls", "in convolutions" or "everywhere".
+    """
+    matmuls = torch.get_float32_matmul_precision() != "highest"
+    convolutions = bool(torch.backends.cudnn.allow_tf32)
+    names = {
+        (True, True): "everywhere",
+        (True, False): "in matmuls",
+        (False, True): "in convolutions",
+    }
+    return names.get((matmuls, convolutions), "off")
 
 
 def _latency(times: Sequence[float]) -> Latency:
     return Latency(statistics.median(times), statistics.mean(times), statistics.pstdev(times))
 
 
-def _synchronised_ms(x: Tensor) -> float:
-    """Return the clock in milliseconds once all work on the device of `x` is done."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return 1e3 * time.perf_counter()
-
-
 @contextmanager
-def _timed_blocks(net: nn.Module, x: Tensor, times: dict[str, list[float]]) -> Iterator[None]:
+def _timed_blocks(net: nn.Module, clock: Clock, times: dict[str, list[float]]) -> Iterator[None]:
     """Record in `times` how long each residual block takes in this context."""
-    starts: dict[str, float] = {}
+    running: dict[str, Stop] = {}
+    finished: list[tuple[str, Callable[[], float]]] = []
 
     def begin(name: str) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, args: object) -> None:
-            starts[name] = _synchronised_ms(x)
+            running[name] = clock.start()
 
         return hook
 
     def end(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
-            times.setdefault(name, []).append(_synchronised_ms(x) - starts[name])
+            finished.append((name, running[name]()))
 
         return hook
 
@@ -222,3 +299,5 @@ def _timed_blocks(net: nn.Module, x: Tensor, times: dict[str, list[float]]) -> I
     finally:
         for handle in handles:
             handle.remove()
+    for name, milliseconds in finished:
+        times.setdefault(name, []).append(milliseconds())

@@ -29,7 +29,7 @@ from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.files import PHASES, digest, writable
 from vitrim.jobs import distributed
 from vitrim.jobs.status import write_json
-from vitrim.measure import conditions, count, latencies
+from vitrim.measure import LatencySettings, count, latencies, latency_entry
 from vitrim.method import Method, Recovers, TrainsWithLabels, scorer_of
 from vitrim.model.source import Timm
 from vitrim.model.teacher import Teacher
@@ -56,16 +56,6 @@ class Start(NamedTuple):
 
     net: nn.Module
     plan: Plan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatencySettings:
-    """How the latency of the dense and the compact network is measured, interleaved."""
-
-    batch: int
-    repeats: int
-    device: str
-    blocks: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +192,7 @@ def run(job: Job, identity: Identity, folder: Path) -> dict[str, object]:
         **control,
         **identity.facts,
         "weights": _weights(job, dense),
-        "latency": {**asdict(job.latency), **conditions(compressed.net)},
+        "latency": latency_entry(job.latency, compressed.net, times[1].heads),
         **outputs.report_entry(job.data),
         **bad_images.report_entry(job.data),
         "seconds": {"total": round(time.perf_counter() - started, 3)},

@@ -1,4 +1,7 @@
-"""SlicedAttention after three kinds of cut: forward time, and MACs, over the dense attention's."""
+"""SlicedAttention after three kinds of cut: forward time, and MACs, over the dense attention's.
+
+Each is timed in every arrangement of its heads that makes a difference, for one image and for 64.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
+from vitrim.network.head_runs import Arrangement, arrange_heads
 
 from .timing import Row, Side, take_turns
 
-BATCH, TOKENS, EMBED, HEADS, DIM = 8, 197, 768, 12, 64
+BATCHES, TOKENS, EMBED, HEADS, DIM = (1, 64), 197, 768, 12, 64
 KEPT = 0.6
 
 
@@ -21,27 +25,39 @@ def rows(repeats: int) -> list[Row]:
     """Return the forward times over that of timm's attention, at the width of ViT-B."""
     torch.manual_seed(0)
     net = timm.create_model("vit_base_patch16_224", depth=1).eval()
-    dense = net.blocks[0].attn
-    x_BND = torch.randn(BATCH, TOKENS, EMBED)
-    cuts = {
-        "equal heads": (_alike(int(KEPT * DIM)), _alike(int(KEPT * DIM))),
-        "query-key 30, value 46": (_alike(30), _alike(46)),
-        "ragged heads": (_ragged(0), _ragged(1)),
+    equal, unequal = (_alike(38), _alike(38)), (_alike(30), _alike(46))
+    ragged = (_ragged(0), _ragged(1))
+    cuts: dict[str, tuple[tuple[Tensor, Tensor], tuple[Arrangement, ...]]] = {
+        "equal heads": (equal, ("runs",)),
+        "query-key 30, value 46": (unequal, ("runs", "fused")),
+        "ragged heads": (ragged, ("runs", "fused", "padded")),
     }
-    attentions = {name: _cut(net, *kept) for name, kept in cuts.items()}
-    sides = {name: _forward(module, x_BND) for name, module in attentions.items()}
-    seconds = take_turns({"dense": _forward(dense, x_BND), **sides}, 5 * repeats)
-    return [
-        Row(
-            name=f"attention, {name}",
-            peer="timm's dense attention",
-            ours_s=seconds[name],
-            peer_s=seconds["dense"],
-            kind="cost",
-            note=f"MACs {_macs(module, x_BND) / _macs(dense, x_BND):.2f}",
-        )
-        for name, module in attentions.items()
-    ]
+    attentions = {
+        f"{name}, {arrangement}": (_cut(net, *kept), arrangement)
+        for name, (kept, arrangements) in cuts.items()
+        for arrangement in arrangements
+    }
+    modules = {name: arrange_heads(module, how) for name, (module, how) in attentions.items()}
+    macs = {name: _macs(module) for name, module in modules.items()}
+    dense = net.blocks[0].attn
+    found = []
+    for batch in BATCHES:
+        x_BND = torch.randn(batch, TOKENS, EMBED)
+        sides = {name: _forward(module, x_BND) for name, module in modules.items()}
+        turns = 5 * repeats if batch == 1 else repeats
+        seconds = take_turns({"dense": _forward(dense, x_BND), **sides}, turns)
+        found += [
+            Row(
+                name=f"attention, {name}, batch {batch}",
+                peer="timm's dense attention",
+                ours_s=seconds[name],
+                peer_s=seconds["dense"],
+                kind="cost",
+                note=f"MACs {macs[name] / _macs(dense):.2f}",
+            )
+            for name in modules
+        ]
+    return found
 
 
 def _alike(dims: int) -> Tensor:
@@ -74,7 +90,9 @@ def _forward(module: nn.Module, x_BND: Tensor) -> Side:
     return Side(work=work)
 
 
-def _macs(module: nn.Module, x_BND: Tensor) -> int:
+def _macs(module: nn.Module) -> int:
+    """Return the multiply-accumulates for one image, without those of padding."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(module).to("meta")(x_BND.to("meta"))
+        twin = arrange_heads(copy.deepcopy(module), "runs").to("meta")
+        twin(torch.empty(1, TOKENS, EMBED, device="meta"))
     return counter.get_total_flops() // 2

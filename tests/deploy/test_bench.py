@@ -14,7 +14,7 @@ from vitrim.deploy import engine
 from vitrim.deploy.bench import advice
 from vitrim.deploy.engine import Setting, prepare
 from vitrim.errors import ConfigError
-from vitrim.measure import interleaved_times
+from vitrim.network.timing import interleaved_times
 
 KEPT = {"blocks.0.mlp.hidden": range(13), "blocks.1.attn.qk": [0, 1, 2, 8, 9, 10, 16, 17]}
 
@@ -43,6 +43,15 @@ def test_dense_and_compact_side_by_side(run: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert printed.count("eager ") == 4
     assert printed.count("advice: ") == 3
+
+
+def test_heads_run_in_the_fastest_arrangement(run: Path) -> None:
+    main([str(run), "--repeats", "1", "--heads", "fastest"])
+    (row,) = json.loads((run / "bench.json").read_text())["rows"]
+    assert row["heads"] in ("runs", "fused", "padded")
+    main([str(run), "--repeats", "1", "--heads", "padded"])
+    (row,) = json.loads((run / "bench.json").read_text())["rows"]
+    assert row["heads"] == "padded"
 
 
 def test_advice_names_what_hurts(run: Path) -> None:
@@ -120,6 +129,7 @@ def test_a_bad_flag_ends_with_2(
     [
         ({"engine": "tflite"}, "--engine tflite: expected some of eager,compile"),
         ({"precision": "fp8"}, "--precision fp8: expected some of fp32,bf16"),
+        ({"engine": "graph"}, "--engine graph: CUDA graphs run on --device cuda only"),
         ({"batch": 0}, "--batch 0: expected whole numbers from 1 on"),
     ],
 )

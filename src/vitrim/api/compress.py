@@ -14,9 +14,10 @@ from vitrim.api.quiet import trainers, undisturbed
 from vitrim.api.request import Options, Request, latency_settings, request
 from vitrim.budget.target import METRICS
 from vitrim.files import digest, write
+from vitrim.measure import LatencySettings
 from vitrim.method import Method
 from vitrim.model.identify import at_path, identify
-from vitrim.pipeline import Identity, Job, LatencySettings, run
+from vitrim.pipeline import Identity, Job, run
 from vitrim.plan import Plan
 from vitrim.store import load, save
 from vitrim.versions import versions

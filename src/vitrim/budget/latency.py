@@ -19,7 +19,7 @@ import copy
 import json
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import ge
 from pathlib import Path
@@ -31,11 +31,19 @@ from torch import Tensor, nn
 from vitrim.errors import VitrimError, is_positive, require
 from vitrim.files import digest, write
 from vitrim.jobs.lock import lock
-from vitrim.measure import InputSize, image_shape, interleaved_times
+from vitrim.measure import InputSize, in_precision, tf32, zeros_for
 from vitrim.network import structure
+from vitrim.network.head_runs import arrange_heads
 from vitrim.network.structure import Attention, Site, Structure, of_kind
 from vitrim.network.surgery import cut
 from vitrim.network.survivors import Kept, resolve
+from vitrim.network.timing import (
+    Heads,
+    clock_of,
+    fastest_heads,
+    forward_pass,
+    interleaved_times,
+)
 from vitrim.plan import Keep, Plan
 
 _FILE = "latency_table.json"
@@ -149,14 +157,21 @@ def load_or_measure(
     batch: int,
     repeats: int,
     device: str,
+    heads: Heads = "runs",
+    precision: str | None = None,
+    graphs: bool = False,
 ) -> LatencyTable:
     """Return the table of the dense `net` that `model` describes, measured if it is not on disk.
 
     It is kept below `shared`, in a folder named after everything that it depends on: the network,
-    the points, the batch, the device and the threads.
+    the points, the batch, the device, the threads and how heads are run.
     """
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     machine = [device, gpu, platform.node(), torch.get_num_threads(), torch.__version__]
+    if (heads, precision, graphs) != ("runs", None, False):
+        machine += [heads, precision, graphs]
+    if precision is None and gpu:
+        machine.append(tf32())
     folder = shared / f"latency-{digest([model, input_size, asdict(grid), batch, machine])}"
     with lock(folder):
         path = folder / _FILE
@@ -164,7 +179,15 @@ def load_or_measure(
         if known is not None:
             return known
         table = measure_table(
-            net, input_size, grid=grid, batch=batch, repeats=repeats, device=device
+            net,
+            input_size,
+            grid=grid,
+            batch=batch,
+            repeats=repeats,
+            device=device,
+            heads=heads,
+            precision=precision,
+            graphs=graphs,
         )
         text = json.dumps(asdict(table), indent=1)
         write(path, lambda file: file.write_text(text))
@@ -187,8 +210,13 @@ def measure_table(
     batch: int,
     repeats: int,
     device: str,
+    heads: Heads = "runs",
+    precision: str | None = None,
+    graphs: bool = False,
 ) -> LatencyTable:
     """Measure the table of a dense network; its weights do not matter.
+
+    The settings are those of `vitrim.measure.latencies`.
 
     Raises:
         LatencyError: a network without attentions, or MLPs, that can be cut.
@@ -199,16 +227,17 @@ def measure_table(
             f"target.latency: nothing in {type(net).__name__} has a width whose latency can be "
             "predicted (convolutional networks have none): choose target.macs"
         )
-    dense = copy.deepcopy(net).to(device).eval()
-    x = torch.zeros(batch, *image_shape(net, input_size), device=device)
+    dense = in_precision(copy.deepcopy(net), device, precision).eval()
+    x = zeros_for(dense, batch, input_size)
     savings: dict[str, list[tuple[Fractions, float]]] = {}
     dense_times: list[float] = []
     for names, points in shapes:
         for fractions, keeps in points:
             saved = 0.0
             if keeps:
-                smaller = cut(net, Plan(model={}, edits=keeps)).to(device).eval()
-                times = _interleaved([dense, smaller], x, repeats)
+                smaller = cut(dense, Plan(model={}, edits=keeps)).eval()
+                arrange_heads(smaller, fastest_heads(smaller, x) if heads == "fastest" else heads)
+                times = _interleaved([dense, smaller], x, repeats, graphs=graphs)
                 dense_times += times[0]
                 saved = 1 - statistics.median(b / a for a, b in zip(*times, strict=True))
             for name in names:
@@ -234,19 +263,13 @@ def monotone(points: Sequence[tuple[Fractions, float]]) -> list[tuple[Fractions,
     ]
 
 
-def _interleaved(nets: Sequence[nn.Module], x: Tensor, repeats: int) -> list[list[float]]:
+def _interleaved(
+    nets: Sequence[nn.Module], x: Tensor, repeats: int, *, graphs: bool
+) -> list[list[float]]:
     """Return milliseconds of every network's forward passes, whose runs are interleaved."""
-
-    def forward(net: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            net(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-
-        return run
-
     with torch.inference_mode():
-        return interleaved_times([forward(net) for net in nets], repeats)
+        passes = [forward_pass(net, x, graphs=graphs) for net in nets]
+        return interleaved_times(passes, repeats, clock=clock_of(x.device))
 
 
 def _shapes(described: Structure, grid: LatencyGrid) -> Iterator[tuple[list[str], Points]]:

@@ -17,9 +17,11 @@ from vitrim.cli.arguments import (
     use_utf8,
 )
 from vitrim.deploy.bench import bench, show
-from vitrim.deploy.engine import ENGINES, PRECISIONS, Setting
+from vitrim.deploy.engine import ENGINES, Setting
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.files import escape
+from vitrim.network.head_runs import ARRANGEMENTS
+from vitrim.network.timing import PRECISIONS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_plugins(options.plugins)
         settings = _settings(options)
         for folder in options.runs:
-            show(bench(folder, settings, repeats=options.repeats))
+            show(bench(folder, settings, repeats=options.repeats, heads=options.heads))
     except (VitrimError, OSError) as error:
         sys.exit(f"vitrim-bench: {escape.lines(error)}")
 
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=count_of, help="of PyTorch and the other engines (default: PyTorch's)")
     add("--repeats", type=count_of, default=20, help="timed passes of each network (default: 20)")
+    add(
+        "--heads",
+        choices=(*ARRANGEMENTS, "fastest"),
+        default="runs",
+        help="how heads of several widths are run; fastest measures it (default: runs)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: cpu)")
     add_plugins(parser)
     return parser

@@ -39,6 +39,9 @@ TRACKING: Mapping[str, str | None] = {
 }
 """What a run can be tracked by, and the package that it needs."""
 
+HEADS = ("runs", "fused", "padded", "fastest")
+"""How cut attentions may be run where latency is measured."""
+
 _MAX_SEED, _MAX_BATCH, _MAX_REPEATS = 2**32 - 1, 2**16, 10**6
 
 
@@ -80,6 +83,7 @@ def check_keys(cfg: Config) -> list[str]:
     count, truth, latency = "a whole number from 1 on", "true or false", cfg["latency"]
     seed, tracking, progress = cfg["seed"], cfg["tracking"], cfg["progress"]
     images, start = cfg["batchnorm_images"], cfg["from_run"]
+    heads, precision = latency["heads"], latency["precision"]
     rules = (
         ("seed", seed, "a whole number from 0 to 4294967295", _is_seed(seed)),
         ("tracking", tracking, f"one of {', '.join(TRACKING)}", str(tracking) in TRACKING),
@@ -95,13 +99,22 @@ def check_keys(cfg: Config) -> list[str]:
                 ("repeats", latency["repeats"], _MAX_REPEATS),
             )
         ),
-        ("latency.blocks", latency["blocks"], truth, isinstance(latency["blocks"], bool)),
+        *(
+            (f"latency.{key}", latency[key], truth, isinstance(latency[key], bool))
+            for key in ("blocks", "graphs")
+        ),
+        ("latency.heads", heads, f"one of {', '.join(HEADS)}", heads in HEADS),
+        ("latency.precision", precision, "null, fp32 or bf16", precision in (None, "fp32", "bf16")),
     )
     wrong = [
         f"{key}={shown(value)}: expected {allowed}"
         for key, value, allowed, fits in rules
         if not fits
     ]
+    if latency["graphs"] is True and not str(latency["device"]).startswith("cuda"):
+        wrong.append("latency.graphs=true: CUDA graphs need a GPU: set latency.device=cuda")
+    if precision == "bf16" and cfg["quantize"]:
+        wrong.append("latency.precision=bf16: int8 networks are timed in fp32: leave quantize out")
     every, limit = cfg["checkpoint"]["minutes"], cfg["sweep"]["minutes"]
     if not is_rate(every):
         wrong.append(f"checkpoint.minutes={shown(every)}: expected a number from 0 on")

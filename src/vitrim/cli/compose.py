@@ -162,7 +162,8 @@ def _target(cfg: DictConfig, method: object) -> Target:
 
 def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
     """Return the job of built groups and their target; the network to start from is loaded."""
-    from vitrim.pipeline import Job, LatencySettings
+    from vitrim.measure import LatencySettings
+    from vitrim.pipeline import Job
     from vitrim.trainer.tracking import Wandb
 
     model, method, target = built["model"], built["method"], built["target"]
@@ -206,6 +207,9 @@ def _latency_table(model: Timm, latency: Config, grid: Config, out: Path) -> Lat
         batch=latency["batch"],
         repeats=latency["repeats"],
         device=latency["device"],
+        heads=latency["heads"],
+        precision=latency["precision"],
+        graphs=latency["graphs"],
         grid=LatencyGrid(**grid),
     )
 

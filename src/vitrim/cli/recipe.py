@@ -83,7 +83,7 @@ def identifying(resolved: Config, contents: Contents) -> Config:
             recipe.pop(key, None)
     recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in ADDED_TARGETS or v}
     if any(map(recipe["target"].get, LATENCY_TARGETS)):
-        recipe["latency"] = {key: resolved["latency"][key] for key in ("batch", "device")}
+        recipe["latency"] = _identifying_latency(resolved["latency"])
     if recipe["data"].get("samples") is None or contents.images is None:
         recipe["method"].get("sampling", {}).pop("available_images", None)
     _identify_model(recipe["model"], images=contents.images is not None)
@@ -145,6 +145,13 @@ def _identify_model(model: Config, *, images: bool) -> None:
         model.pop(key, None)
     if not images or (loaded and not model.get("reset_head")):
         model.pop("training", None)
+
+
+def _identifying_latency(latency: Config) -> Config:
+    """Return what decides a plan for a time; folders of runs without the newer keys stay."""
+    newer = {"heads": "runs", "precision": None, "graphs": False}
+    given = {key: latency[key] for key, value in newer.items() if latency[key] != value}
+    return {key: latency[key] for key in ("batch", "device")} | given
 
 
 def _identifying_data(recipe: Config, images: Mapping[str, object]) -> Config:

@@ -21,17 +21,22 @@ import numpy as np
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.deploy.engine import Setting, prepare
 from vitrim.deploy.runfolder import read_recipe
 from vitrim.deploy.table import terminal_table
 from vitrim.files import escape, write
-from vitrim.measure import InputSize, count, image_shape, interleaved_times
+from vitrim.measure import InputSize, count, image_shape, tf32
 from vitrim.network import structure
+from vitrim.network.head_runs import ARRANGEMENTS, Arrangement, arranged
+from vitrim.network.timing import Heads, clock_of, interleaved_times
 from vitrim.plan import Plan
 from vitrim.store import load
 from vitrim.versions import versions
+
+FEW = 5
+"""Passes that decide how heads are run."""
 
 
 class Side(TypedDict):
@@ -50,26 +55,37 @@ class BenchRow(TypedDict):
     precision: str
     batch: int
     device: str
+    heads: Arrangement
     dense: Side
     compact: Side
     latency_ratio: float
 
 
 class Benchmark(TypedDict):
-    """The content of bench.json, but for the versions."""
+    """The content of bench.json, but for the versions; `tf32` is None on CPU."""
 
     format: int
     run: str
     machine: str
     threads: int
+    tf32: str | None
     repeats: int
     macs_ratio: float
     advice: list[str]
     rows: list[BenchRow]
 
 
-def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> Benchmark:
+def bench(
+    folder: Path, settings: Sequence[Setting], *, repeats: int, heads: Heads = "runs"
+) -> Benchmark:
     """Time both networks of a run in every setting, write bench.json into `folder`, return it.
+
+    Args:
+        folder: of the run.
+        settings: the lines of the table.
+        repeats: timed passes of each network.
+        heads: how those of the compact network are run (`vitrim.network.head_runs`); `fastest`: as
+            is fastest in a measurement of `FEW` passes before, in each setting.
 
     Raises:
         VitrimError: no complete folder of a run, or an engine that cannot run its network.
@@ -84,10 +100,11 @@ def bench(folder: Path, settings: Sequence[Setting], *, repeats: int) -> Benchma
         "run": str(folder),
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "tf32": tf32() if any(one.device != "cpu" for one in settings) else None,
         "repeats": repeats,
         "macs_ratio": counts[1].macs / counts[0].macs,
         "advice": advice(compact),
-        "rows": [_row(setting, (dense, compact), size, repeats) for setting in settings],
+        "rows": [_row(one, dense, compact, size, repeats, heads) for one in settings],
     }
     text = json.dumps({**result, **versions()}, indent=1, sort_keys=True, allow_nan=False)
     write(folder / "bench.json", lambda path: path.write_text(text))
@@ -116,26 +133,50 @@ def advice(net: nn.Module) -> list[str]:
     return [f"{len(names)} sites ({names[0]}, ...) have {text}" for names, text in reasons if names]
 
 
-def _row(setting: Setting, nets: Sequence[nn.Module], size: InputSize, repeats: int) -> BenchRow:
+def _row(
+    setting: Setting,
+    dense: nn.Module,
+    compact: nn.Module,
+    size: InputSize,
+    repeats: int,
+    heads: Heads,
+) -> BenchRow:
     """Return times, memory and ratio of both networks in one setting."""
-    shape = image_shape(nets[0], size)
-    x = torch.randn(setting.batch, *shape, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        passes = [prepare(net, x, setting, Path(scratch) / str(i)) for i, net in enumerate(nets)]
-        times = interleaved_times([call for call, _ in passes], repeats)
-    ratios = [after / before for before, after in zip(*times, strict=True)]
-    dense, compact = (
-        _side(milliseconds, memory) for milliseconds, (_, memory) in zip(times, passes, strict=True)
+    x = torch.randn(
+        setting.batch, *image_shape(dense, size), generator=torch.Generator().manual_seed(0)
     )
+    clock = clock_of(setting.device)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        how = _fastest(setting, compact, x, Path(scratch)) if heads == "fastest" else heads
+        with arranged(compact, how):
+            passes = [
+                prepare(net, x, setting, Path(scratch) / name)
+                for name, net in (("dense", dense), ("compact", compact))
+            ]
+        times = interleaved_times([call for call, _ in passes], repeats, clock=clock)
+    ratios = [after / before for before, after in zip(*times, strict=True)]
+    sides = [_side(ms, memory) for ms, (_, memory) in zip(times, passes, strict=True)]
     return {
         "engine": setting.engine,
         "precision": setting.precision,
         "batch": setting.batch,
         "device": setting.device,
-        "dense": dense,
-        "compact": compact,
+        "heads": how,
+        "dense": sides[0],
+        "compact": sides[1],
         "latency_ratio": statistics.median(ratios),
     }
+
+
+def _fastest(setting: Setting, net: nn.Module, x: Tensor, scratch: Path) -> Arrangement:
+    """Return the arrangement of heads that is fastest in a setting."""
+    calls = []
+    for how in ARRANGEMENTS:
+        with arranged(net, how):
+            calls.append(prepare(net, x, setting, scratch / how)[0])
+    times = interleaved_times(calls, FEW, clock=clock_of(setting.device))
+    medians = [statistics.median(each) for each in times]
+    return ARRANGEMENTS[medians.index(min(medians))]
 
 
 def _side(milliseconds: Sequence[float], memory_mb: float | None) -> Side:
@@ -150,6 +191,7 @@ def show(result: Benchmark) -> None:
     width = None if sys.stdout.isatty() else 140
     console = Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=True)
     title = f"{result['run']}: {result['threads']} threads, {result['repeats']} repeats"
+    title += "" if result["tf32"] is None else f", TF32 {result['tf32']}"
     console.print(escape.terminal(title))
     rows = [_cells(row, result["macs_ratio"]) for row in result["rows"]]
     console.print(terminal_table([_HEAD, *rows], left=1))
@@ -158,7 +200,7 @@ def show(result: Benchmark) -> None:
 
 
 _HEAD = (
-    *("engine", "precision", "batch", "dense ms", "compact ms"),
+    *("engine", "precision", "batch", "heads", "dense ms", "compact ms"),
     *("ratio", "MACs", "ratio/MACs", "dense MB", "compact MB"),
 )
 
@@ -168,7 +210,7 @@ def _cells(row: BenchRow, macs_ratio: float) -> list[str]:
     times = [f"{s['median_ms']:.2f} [{s['low_ms']:.2f}, {s['high_ms']:.2f}]" for s in sides]
     ratio = row["latency_ratio"]
     return [
-        *(row["engine"], row["precision"], str(row["batch"])),
+        *(row["engine"], row["precision"], str(row["batch"]), row["heads"]),
         *times,
         *(f"{value:.3f}" for value in (ratio, macs_ratio, ratio / macs_ratio)),
         *("-" if s["memory_mb"] is None else f"{s['memory_mb']:.1f}" for s in sides),

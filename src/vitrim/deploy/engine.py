@@ -1,4 +1,7 @@
-"""The engines that run a network: PyTorch, torch.compile, onnxruntime, OpenVINO; peak memory.
+"""The engines that run a network, and peak memory.
+
+eager and compile are PyTorch's, graph replays a CUDA graph of eager; onnxruntime and OpenVINO read
+ONNX.
 
 Memory is in 1e6 bytes. In PyTorch (eager, compile) it is the weights and buffers plus the rise of
 the memory peak in one pass: of what torch allocates on a GPU, of what is resident on CPU, after
@@ -26,9 +29,9 @@ from torch import Tensor, nn
 
 from vitrim.deploy.formats import open_onnx, write_onnx
 from vitrim.errors import ConfigError
+from vitrim.network.timing import PRECISIONS, forward_pass
 
-ENGINES = ("eager", "compile", "onnxruntime", "openvino")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ENGINES = ("eager", "compile", "graph", "onnxruntime", "openvino")
 Call = Callable[[], object]
 T = TypeVar("T")
 
@@ -58,6 +61,8 @@ class Setting:
                     f"--engine compile: there is no C++ compiler ({compiler}), which torch.compile "
                     "needs on CPU: install g++, or omit this engine"
                 )
+        if self.engine == "graph" and torch.device(self.device).type != "cuda":
+            raise ConfigError("--engine graph: CUDA graphs run on --device cuda only")
         if self.engine in ("onnxruntime", "openvino"):
             if self.device != "cpu":
                 raise ConfigError(f"--engine {self.engine}: runs on --device cpu only")
@@ -76,7 +81,8 @@ def _require(engine: str, *packages: str) -> None:
 def prepare(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Call, float | None]:
     """Return the forward pass to be timed, after a first pass, and the memory that it needs.
 
-    `path` is where a file may be written.
+    The pass does not wait for a GPU (`vitrim.network.timing.CudaClock` does). `path` is where a
+    file may be written.
     """
     if setting.engine in ("onnxruntime", "openvino"):
         write_onnx(net, (x.shape[1], x.shape[2], x.shape[3]), path)
@@ -85,15 +91,12 @@ def prepare(net: nn.Module, x: Tensor, setting: Setting, path: Path) -> tuple[Ca
     moved = copy.deepcopy(net).to(setting.device, PRECISIONS[setting.precision])
     images = x.to(setting.device, PRECISIONS[setting.precision])
     forward = torch.compile(moved) if setting.engine == "compile" else moved
-
-    def call() -> None:
-        forward(images)
-        if images.is_cuda:
-            torch.cuda.synchronize()
-
+    call = forward_pass(forward, images)
     call()
     _, rise = _peak(call, images.device)
     weights = sum(tensor.nbytes for tensor in (*moved.parameters(), *moved.buffers())) / 1e6
+    if setting.engine == "graph":
+        call = forward_pass(moved, images, graphs=True)
     return call, None if rise is None else weights + rise
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vitrim.deploy.formats import max_error, open_onnx, quiet, shape_of, write_onnx
 from vitrim.deploy.runfolder import INT8_EXPORT, Document
 from vitrim.deploy.saved import SavedNetwork
-from vitrim.measure import interleaved_times
 from vitrim.network import structure
+from vitrim.network.timing import interleaved_times
 from vitrim.versions import versions
 
 _REPEATS = 20

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group
-from vitrim.measure import interleaved_times
 from vitrim.method.practise.adaptors import Skip, adapted
+from vitrim.network.timing import clock_of, interleaved_times
 from vitrim.plan import Evidence
 
 _LEAST = 1e-6  # what seems to save nothing is dropped last
@@ -31,7 +31,8 @@ def latency_shares(
         repeats: timed passes of each network.
     """
     calls = [_pass(net, group, images) for group in ((), *groups)]
-    whole, *others = map(statistics.median, interleaved_times(calls, repeats))
+    times = interleaved_times(calls, repeats, clock=clock_of(images.device))
+    whole, *others = map(statistics.median, times)
     return [max(1 - other / whole, _LEAST) for other in others]
 
 
@@ -59,7 +60,5 @@ def _pass(net: nn.Module, group: Group, images: Tensor) -> Callable[[], None]:
     def run() -> None:
         with adapted(net, {block: Skip() for block in group}, {}):
             net(images)
-        if images.is_cuda:
-            torch.cuda.synchronize()
 
     return run

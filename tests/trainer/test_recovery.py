@@ -24,6 +24,7 @@ from vitrim.trainer.kept_states import KeptStates
 from vitrim.trainer.low_rank_updates import LowRankUpdates, matrices
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.phase import AllButHeldOut
+from vitrim.trainer.phase_images import training_batches
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.recovery import HeldOut, Network, Outputs, Recovery, RecoverySettings
 from vitrim.trainer.views import Views
@@ -288,7 +289,7 @@ def test_mimicking_before_a_recovery_does_not_see_what_it_holds_out(
     teacher = small_net(dtype=torch.float32, **DIGITS)
     images = AllButHeldOut(of=how.images(64)) if fine_tune else None
     mimic = Mimic(teacher, teacher, recipe=replace(RECIPE, epochs=1), images=images)
-    assert run._loader(mimic, mimic.calibration_images) is None
+    assert training_batches(mimic, run.data, seed=run.seed, repeats=1) is None
     loader = run.data.train_dataloader()
     assert isinstance(loader, ResumableLoader)
     _, held_out = run.data.split_dataloaders(64, run.seed, held_out=0.1, place=(0, 1))
@@ -297,7 +298,7 @@ def test_mimicking_before_a_recovery_does_not_see_what_it_holds_out(
         for part in (loader, held_out)
     )
     assert bool(later & trained_on) is not fine_tune
-    run._loader(phase(), 8)
+    assert training_batches(phase(), run.data, seed=run.seed, repeats=1) is not None
     assert not run.data.left_out
 
 

@@ -93,7 +93,10 @@ def new_trainer(make: Callable[..., Trainer], **options: object) -> Trainer:
     from vitrim.jobs import distributed
     from vitrim.trainer.phases import quiet_lightning
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+        "check_val_every_n_epoch": 1,
+    }
     try:
         with quiet_lightning():
             trainer = make(plugins=[distributed.cluster_environment()], **{**quiet, **options})

@@ -190,5 +190,11 @@ def _limits(trainer: Config) -> Iterator[str]:
     for key in ("accumulate_grad_batches", "num_nodes"):
         if not is_count(trainer.get(key, 1)):
             yield f"trainer.{key}={trainer[key]}: expected a whole number from 1 on"
+    every = trainer.get("check_val_every_n_epoch")
+    if every is not None and not is_count(every):
+        yield (
+            f"trainer.check_val_every_n_epoch={every}: expected null, or a whole number of epochs "
+            "from 1 on"
+        )
     if trainer.get("_partial_") is not True:
         yield f"trainer._partial_={trainer.get('_partial_')}: expected true"

@@ -43,7 +43,7 @@ from vitrim.network import structure
 from vitrim.network.attention import own_name
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, Keep, Proposal
-from vitrim.trainer.classify import Classify
+from vitrim.trainer.classify import Classify, log_hits
 from vitrim.trainer.phase import Phase, ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine, images_per_step
 
@@ -132,6 +132,7 @@ class GateTraining(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
+    judged_by = "top1"
 
     folded: Tensor
 
@@ -179,6 +180,10 @@ class GateTraining(LightningModule):
         penalty = torch.cat([gate.abs() for gate in self.gates]).sum()
         self.log_dict({"loss": loss, "gates": penalty})
         return loss + self.l1 * penalty
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Log top-1 and top-5 of the gated network on one batch, in percent."""
+        log_hits(self, self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW over the weights and, without decay and with their own rate, the gates.

@@ -2,6 +2,7 @@
 
     phase.py     the protocols of a phase; a phase that lacks a member is refused
     phases.py    PhaseRunner: runs one phase with a Trainer of its own, or loads its finished result
+    phase_images.py, trainer_options.py   its images, and the options of its Trainer
     resume.py    checkpoints within a phase            tracking.py   metrics.jsonl, W&B, TensorBoard
     recipe.py    AdamW with warm-up and cosine decay   batchnorm.py  statistics of folded BatchNorms
     classify.py  supervised training, evaluation       mimic.py      training towards a teacher

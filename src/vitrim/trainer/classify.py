@@ -20,6 +20,7 @@ class Classify(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
+    judged_by = "top1"
 
     def __init__(self, net: nn.Module, *, recipe: Recipe, n_classes: int) -> None:
         super().__init__()
@@ -74,6 +75,21 @@ class Classify(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe."""
         return adamw_cosine(self.net, self.recipe, self.trainer)
+
+
+def log_hits(phase: LightningModule, logits: Tensor, labels: Tensor) -> None:
+    """Log top-1 and top-5 of a batch of a validation, in percent.
+
+    They become means over the images of all processes.
+
+    Args:
+        phase: in its `validation_step`.
+        logits: (B, classes).
+        labels: (B,).
+    """
+    hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+    metrics = {f"top{k}": 100 * hits[:, :k].any(-1).float().mean() for k in (1, 5)}
+    phase.log_dict(metrics, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(labels))
 
 
 def validate(

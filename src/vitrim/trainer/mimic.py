@@ -38,6 +38,24 @@ class FeatureLoss(NamedTuple):
         return loss
 
 
+def log_agreement(phase: LightningModule, logits: Tensor, target: Tensor, loss: Tensor) -> None:
+    """Log a batch of a validation: the share of images of which two networks say the same class.
+
+    It becomes `agreement`, in percent, and the loss becomes `val_loss`; both are means over the
+    images of all processes. Networks without a classifier have no `agreement`.
+
+    Args:
+        phase: in its `validation_step`.
+        logits: of the network in training, (B, classes).
+        target: the teacher's.
+        loss: a mean over the batch.
+    """
+    metrics = {"val_loss": loss.float()}
+    if getattr(phase.net, "num_classes", 1):
+        metrics["agreement"] = 100 * (logits.argmax(-1) == target.argmax(-1)).float().mean()
+    phase.log_dict(metrics, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=len(logits))
+
+
 class Mimic(LightningModule):
     """Train `net` to have the teacher's features: mean squared error over all tokens.
 
@@ -54,6 +72,7 @@ class Mimic(LightningModule):
 
     resumes_at: ResumePoint = "batch"
     trains = True
+    judged_by = "agreement"
 
     def __init__(
         self,
@@ -106,6 +125,17 @@ class Mimic(LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Log agreement and loss on one batch (`log_agreement`)."""
+        images = batch[0]
+        teacher = self._teacher[0].to(images.device).eval()
+        features, target = (net.forward_features(images) for net in (self.net, teacher))  # type: ignore[operator]
+        logits, wanted = self.net.forward_head(features), teacher.forward_head(target)  # type: ignore[operator]
+        loss = self.loss.of(self.net, teacher, features, target)
+        if self.logits_weight:
+            loss = loss + self.logits_weight * soft_loss(logits, wanted, self.temperature)
+        log_agreement(self, logits, wanted, loss)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe, for what is not frozen."""
         for name, parameter in self.net.named_parameters():
@@ -119,6 +149,7 @@ class Distill(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
+    judged_by = "agreement"
 
     def __init__(
         self, net: nn.Module, teacher: nn.Module, *, recipe: Recipe, temperature: float
@@ -140,6 +171,13 @@ class Distill(LightningModule):
         loss = soft_loss(self.net(images), target, self.temperature)
         self.log("loss", loss)
         return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Log agreement and loss on one batch (`log_agreement`)."""
+        images = batch[0]
+        target = self._teacher[0].to(images.device).eval()(images)
+        logits = self.net(images)
+        log_agreement(self, logits, target, soft_loss(logits, target, self.temperature))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe."""

@@ -115,6 +115,14 @@ class HoldsOut(Protocol):
         ...
 
 
+@runtime_checkable
+class Validated(Protocol):
+    """A phase that can be validated while it trains: it has a `validation_step`."""
+
+    judged_by: str
+    """The metric of a validation, in percent, of which a higher one is better."""
+
+
 class Scorer(Phase, Protocol):
     """A phase that learns what matters in `net`."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -28,18 +26,18 @@ from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.average import WeightAverage
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
-from vitrim.trainer.phase import (
-    AllButHeldOut,
-    AugmentedImages,
-    HoldsOut,
-    Phase,
-    SplitImages,
-    check_phase,
-)
+from vitrim.trainer.phase import Phase, check_phase
+from vitrim.trainer.phase_images import training_batches, validation_batches
 from vitrim.trainer.progress import Bar, Speed
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
+from vitrim.trainer.trainer_options import (
+    callbacks_of,
+    epochs_between_validations,
+    limits,
+    options_of,
+)
 
 _log = logging.getLogger(__name__)
 _STATE = "state.safetensors"
@@ -47,6 +45,7 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
     (".*does not have many workers.*", Warning),  # data.workers is a choice
     (".*no `validation_step`.*", Warning),  # scorers have none
+    (".*have no `val_dataloader`.*", Warning),  # validation is a choice
     (".*configure_optimizers` returned `None`.*", Warning),  # nor optimisers
     (".*find_unused_parameters=True was specified.*", Warning),
     (".*smaller than the logging interval.*", Warning),  # steps are counted over epochs
@@ -155,7 +154,12 @@ class PhaseRunner:
         resume = Resume(
             checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
-        loader = self._loader(phase, phase.calibration_images)
+        recipe = _recipe_of(phase)
+        repeats = 1 if recipe is None else recipe.repeats
+        loader = training_batches(phase, self.data, seed=self.seed, repeats=repeats)
+        options = options_of(self.trainer)
+        validates = epochs > 0 and self.evaluates
+        between = epochs_between_validations(options, phase) if validates else 0
         with quiet_lightning():
             speed = Speed(self.tracker)
             trainer = self._trainer(
@@ -165,10 +169,12 @@ class PhaseRunner:
                 *_average(phase, epochs),
                 *callbacks,
                 max_epochs=epochs,
+                check_val_every_n_epoch=between or 1,
+                **({} if between else {"limit_val_batches": 0}),
                 logger=self.tracker,
                 gradient_clip_val=phase.clip_norm or None,
                 **({} if phase.automatic_optimization else {"accumulate_grad_batches": 1}),
-                **({} if loader is None else self._at_least_one(len(loader))),
+                **({} if loader is None else limits(options, len(loader))),
             )
             if epochs and phase.trains:
                 estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))
@@ -176,49 +182,11 @@ class PhaseRunner:
             trainer.fit(
                 phase,
                 loader,
+                validation_batches(self.data, trainer) if loader is not None and between else None,
                 datamodule=self.data if loader is None else None,
                 ckpt_path=_newest(checkpoints),
                 weights_only=True,
             )
-
-    def _at_least_one(self, batches: int) -> dict[str, int]:
-        """Return the limit of one batch, where the trainer's share of `batches` would be none."""
-        settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
-        share = settings.get("limit_train_batches", 1.0)
-        none = isinstance(share, float) and int(batches * share) < 1
-        return {"limit_train_batches": 1} if none else {}
-
-    def _loader(
-        self, phase: Phase, images: int | AugmentedImages | SplitImages | AllButHeldOut | None
-    ) -> DataLoader[object] | None:
-        """Return batches of that many training images; hand over those that are held out.
-
-        None: the batches are those of the training set, without those to be left out.
-        """
-        self.data.left_out = ()
-        recipe = _recipe_of(phase)
-        self.data.repeats = 1 if recipe is None else recipe.repeats
-        match images:
-            case None:
-                return None
-            case AllButHeldOut(of=split):
-                self.data.left_out = self.data.held_out_indices(
-                    split.images, self.seed, split.held_out
-                )
-                return None
-            case AugmentedImages():
-                return self.data.augmented_dataloader(images.images, self.seed)
-            case SplitImages():
-                assert isinstance(phase, HoldsOut)
-                training, held_out = self.data.split_dataloaders(
-                    images.images,
-                    self.seed,
-                    held_out=images.held_out,
-                    place=distributed.place(),
-                )
-                phase.hold_out(cast(Iterable[Sequence[Tensor]], held_out))
-                return training
-        return self._calibration(images)
 
     def _calibration(self, images: int) -> DataLoader[object]:
         """Return batches of that many training images, plain and in order."""
@@ -260,18 +228,17 @@ class PhaseRunner:
             return validate(net, trainer, self.data, n_classes=n_classes)
 
     def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
-        settings = self.trainer.keywords if isinstance(self.trainer, partial) else {}
-        own = copy.deepcopy(settings.get("callbacks") or [])  # each phase has its own
-        if settings.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
+        of_run = options_of(self.trainer)
+        if of_run.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
             options["strategy"] = "ddp_find_unused_parameters_true"
         return self.trainer(
             default_root_dir=self.folder,
-            callbacks=[*callbacks, *own],
+            callbacks=[*callbacks, *callbacks_of(of_run)],
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share
             plugins=[SafeCheckpointIO(), distributed.cluster_environment()],
-            **options,
+            **{"check_val_every_n_epoch": 1, **options},
         )
 
 

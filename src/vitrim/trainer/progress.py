@@ -87,6 +87,10 @@ class Speed(Callback):
             self._warned = True
             _log.warning("%s", starved(share))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not take the time of a validation for waiting."""
+        self._ended = time.perf_counter()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add nothing to what is logged later."""
         self._tracker.extra = {}

@@ -31,7 +31,7 @@ from vitrim.jobs import distributed
 from vitrim.trainer.calibrate import Sampling, classifiers
 from vitrim.trainer.kept_states import KeptStates
 from vitrim.trainer.low_rank_updates import LowRankUpdates
-from vitrim.trainer.mimic import soft_loss
+from vitrim.trainer.mimic import log_agreement, soft_loss
 from vitrim.trainer.phase import ResumePoint, SplitImages
 from vitrim.trainer.recipe import Recipe, adamw_cosine
 from vitrim.trainer.views import Views
@@ -208,15 +208,18 @@ class RecoveryLoss:
     settings: RecoverySettings
     has_logits: bool
 
-    def of(self, found: Outputs, target: Outputs) -> Tensor:
-        """Return the weighted sum of the errors of features and logits."""
+    def of(self, found: Outputs, target: Outputs, *, of_all: bool = True) -> Tensor:
+        """Return the weighted sum of the errors of features and logits.
+
+        With `of_all` errors are relative to variances over all processes (`relative_error`).
+        """
         how = self.settings
         loss = torch.zeros((), device=found.pooled.device)
         if how.token_weight:
-            error = relative_error(found.features, target.features, of_all=True)
+            error = relative_error(found.features, target.features, of_all=of_all)
             loss = loss + how.token_weight * error
         if how.pooled_weight:
-            error = relative_error(found.pooled, target.pooled, of_all=True)
+            error = relative_error(found.pooled, target.pooled, of_all=of_all)
             loss = loss + how.pooled_weight * error
         if how.logits_weight:
             loss = loss + how.logits_weight * self.distance(found, target)
@@ -281,6 +284,7 @@ class Recovery(LightningModule):
 
     resumes_at: ResumePoint = "batch"
     trains = True
+    judged_by = "agreement"
 
     def __init__(
         self, net: nn.Module, teacher: nn.Module, *, settings: RecoverySettings, images: int
@@ -308,7 +312,7 @@ class Recovery(LightningModule):
         if self.how.held_out:
             self._held_out.keep_targets(self._teacher)
             if not self.states.history:
-                self._evaluate()
+                _evaluate(self.states, self._held_out, self._student)
             self.trainer.should_stop |= self.states.is_stale(self.how.patience)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
@@ -320,6 +324,15 @@ class Recovery(LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Log agreement and loss of the state, or the average, on one batch."""
+        images = batch[0]
+        with self.states.averaged():
+            found = self._student(images)
+        target = self._teacher(images)
+        loss = self.loss.of(found, target, of_all=False)
+        log_agreement(self, found.logits, target.logits, loss)
+
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         """Do one step, and move the average of the weights."""
         super().optimizer_step(*args, **kwargs)  # type: ignore[arg-type]
@@ -328,7 +341,7 @@ class Recovery(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Evaluate the state on held-out images; keep the best, and stop if none is better."""
         if self.how.held_out:
-            self._evaluate()
+            _evaluate(self.states, self._held_out, self._student)
             self.log("held_out", self.states.history[-1], prog_bar=True)
             self.trainer.should_stop |= self.states.is_stale(self.how.patience)
 
@@ -363,10 +376,10 @@ class Recovery(LightningModule):
             parameter.requires_grad_(self.how.trained == "all" or parameter.ndim <= 1)
         return adamw_cosine(self, self.how.training, self.trainer)
 
-    def _evaluate(self) -> None:
-        """Compare the state, or the average, with the teacher; keep it if it is the best."""
-        with self.states.averaged():
-            self.net.eval()
-            distance = self._held_out.distance(self._student)
-            self.states.keep_if_best(distributed.broadcast(distance))
-            self.net.train()
+
+def _evaluate(states: KeptStates, held_out: HeldOut, student: Network) -> None:
+    """Compare the state, or the average, with the teacher; keep it if it is the best."""
+    with states.averaged():
+        student.net.eval()
+        states.keep_if_best(distributed.broadcast(held_out.distance(student)))
+        student.net.train()

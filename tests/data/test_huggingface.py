@@ -285,6 +285,7 @@ def test_workers_and_other_processes_read_the_same(saved: Path) -> None:
     assert turned[0][0].shape == (3, 24, 20)
 
 
+@pytest.mark.slow  # that of test_webdataset goes through the same code
 def test_a_stopped_run_resumes_to_the_same_bits(
     command: Command, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ FUNCTIONS = (
     "vitrim.data.torchvision_sets.torchvision_set",
     "vitrim.data.imagefolder.image_folder",
     "vitrim.data.huggingface.huggingface_set",
+    "vitrim.data.webdataset.webdataset_shards",
 )
 """Functions that a `_target_` may name."""
 CLASSES: Mapping[str, tuple[str, ...] | None] = {

@@ -1,9 +1,10 @@
 """Data sets: what a run needs to know about one, and how its images reach a network.
 
 A data set is a dataclass or a function that returns one: `digits`, `imagefolder`, `cifar`,
-`torchvision_sets` and `huggingface`. `loader` makes batches that can be resumed, `few_shot` draws a
-fixed number of training images, `defects` says what makes an image bad, `quarantine` keeps bad
-images out of training and evaluation, and `bad_images` records those that a run met.
+`torchvision_sets`, `huggingface` and `webdataset`. `loader` makes batches that can be resumed,
+`few_shot` draws a fixed number of training images, `defects` says what makes an image bad,
+`quarantine` keeps bad images out of training and evaluation, and `bad_images` records those that a
+run met.
 
 May import: files, versions and errors. It knows neither networks nor jobs.
 """

@@ -56,7 +56,7 @@ def _split(images: object) -> dict[str, object] | None:
 
 
 def _digest(
-    names: Sequence[str], labels: Sequence[int], inside: Callable[[int], int] | None
+    names: Sequence[str], labels: Sequence[int], inside: Callable[[int], int] | None = None
 ) -> str:
     """Return a digest of the files `names`, and of their labels.
 

@@ -32,7 +32,8 @@ KEPT_FROM = 10_000
 _SETTLED_NS = 2 * 10**9
 """Age of a change at which the times of folders say that nothing has changed since."""
 _WAIT_S = 900
-_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+"""What reading a damaged file of the cache raises."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +77,7 @@ def remembered(folder: Path, extensions: Sequence[str], scan: Callable[[], Listi
         return scan()
     key = digest([FORMAT, os.path.realpath(folder), str(folder), *extensions])
     path = place / f"{key}.npz"
-    with _one_at_a_time(path):
+    with one_at_a_time(path):
         kept = _read(path, folder)
         if kept is not None:
             return kept
@@ -101,7 +102,7 @@ def noted(kind: str, names: Sequence[str], facts: object, find: Callable[[], T])
         return find()
     key = digest([FORMAT, kind, names.prefix, names.checksum(), facts])
     path = place / f"{kind}-{key}.json"
-    with suppress(*_DAMAGED):
+    with suppress(*DAMAGED):
         known: T = json.loads(path.read_text())
         return known
     found = find()
@@ -121,7 +122,7 @@ def cache_folder() -> Path | None:
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path) -> Iterator[None]:
     """Let one of several processes of a run go on at a time; a lone process goes on at once."""
     lock = None
     if _is_one_of_several():
@@ -165,12 +166,13 @@ def _keep(path: Path, found: Listing, begun: int) -> None:
     }
     try:
         own_folder(path.parent)
-        write(path, lambda part: _save(part, arrays))
+        write(path, lambda part: save_arrays(part, arrays))
     except (OSError, ValueError) as error:
         _log.info("%s: the listing is not kept (%s)", found.directories[0], error)
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a file whose name need not end in npz."""
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -196,7 +198,7 @@ def _read(path: Path, folder: Path) -> Listing | None:
             and sum(found.classes.values()) == len(paths)
         )
         return found if sound else None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         _log.info("%s: not a listing, listed again (%s)", path, error)
         return None
 

@@ -152,6 +152,23 @@ def test_an_array_of_jobs_of_two_processes_survives_a_kill(slurm: Slurm) -> None
         assert len(steps) == len({*steps}) or out == killed
 
 
+@pytest.mark.slurm
+def test_a_job_that_waits_for_shared_phases_gives_its_node_back(slurm: Slurm) -> None:
+    out = slurm.folder / "waiting"
+    words = ("strength=1,3", "sweep.wait_minutes=0.02", "hydra.launcher.name=waiting")
+    command = [VITRIM, *SWEEP, *words, f"out={out}"]
+    done = subprocess.run(command, env=slurm.env, check=False, timeout=500)
+    assert done.returncode == 0
+    assert len([*out.glob("vit*/*/report.json")]) == 2
+    restarts = [int(job["Restarts"]) for job in slurm.jobs("waiting")]
+    assert 0 in restarts  # the one that trains the dense network
+    assert max(restarts) >= 1
+    assert max(restarts) < 20  # a requeued job does not come back at once
+    lines = [json.loads(line) for line in _metrics(out).splitlines()]
+    steps = [line["step"] for line in lines if line["phase"] == "dense" and "loss" in line]
+    assert len(steps) == len({*steps}) > 0
+
+
 def _of_the_lock(out: Path) -> str:
     """Return the number of the job that trains the dense network."""
     (lock_file,) = out.glob("phases/dense-*/.lock")

@@ -113,9 +113,7 @@ def test_strength_0_is_the_identity(command: Command, subject: Subject) -> None:
 @pytest.mark.parametrize(
     "subject",
     [
-        pytest.param(
-            name, marks=() if name in ("joint", "dcvit") or PACKAGE else pytest.mark.slow, id=name
-        )
+        pytest.param(name, marks=() if PACKAGE else pytest.mark.slow, id=name)
         for name in REMOVING
     ],
     indirect=True,

@@ -14,6 +14,11 @@ import pytest
 from vitrim import versions as own
 
 
+@pytest.fixture(autouse=True)
+def _not_asked_before() -> None:
+    own._revision.cache_clear()
+
+
 def git(folder: Path, *args: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
     done = subprocess.run(
@@ -107,6 +112,8 @@ def test_the_commit_of_vitrim_itself_is_recorded(repository: Path) -> None:
     recorded = checkout.versions()
     assert recorded["commit"] == git(repository, "rev-parse", "HEAD")
     (repository / "notes.txt").write_text("changed")
+    assert checkout.versions()["dirty"] is False  # this process has begun with the commit
+    checkout._revision.cache_clear()
     assert checkout.versions()["dirty"] is True
 
 

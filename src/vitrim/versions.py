@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tomllib
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def versions() -> dict[str, object]:
 
     The commit is that of vitrim's own checkout, with whether it has changes; for an installed
     vitrim it is the one that pip recorded, if it installed from a repository. Both are None where
-    they are not known.
+    they are not known. Both are as at the first call: a process goes on with the code it has.
     """
     names = ("torch", "timm", "lightning", "hydra-core", "torchmetrics")
     commit, dirty = _revision(Path(__file__).resolve())
@@ -35,6 +36,7 @@ def versions() -> dict[str, object]:
     }
 
 
+@cache
 def _revision(file: Path) -> tuple[str | None, bool | None]:
     """Return the commit that `file` is of, and whether its checkout has changes.
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import logging
 import math
@@ -35,14 +37,15 @@ def markdown_table(root: Path) -> list[dict[str, str]]:
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a root with two methods, three strengths and two seeds, and an unfinished run."""
+    root = tmp_path_factory.mktemp("sweep")
     for method in ("vtp", "mixed_rank"):
         for strength in (0.0, 2.5, 5.0):
             for seed in (0, 1):
                 save(
-                    tmp_path / method / f"s{strength:g}-seed{seed}",
+                    root / method / f"s{strength:g}-seed{seed}",
                     method=method,
                     strength=strength,
                     target={"metric": "units", "keep": 1 - strength / 10},
@@ -51,9 +54,18 @@ def sweep(tmp_path: Path) -> Path:
                     cut=98.0 - 16 * strength,
                     macs=10_000_000 - int(strength * 1_000_000),
                 )
-    (tmp_path / "vtp" / "s4-seed0").mkdir()
-    (tmp_path / "vtp" / "s4-seed0" / "recipe.yaml").write_text("seed: 0\n")
-    return tmp_path
+    (root / "vtp" / "s4-seed0").mkdir()
+    (root / "vtp" / "s4-seed0" / "recipe.yaml").write_text("seed: 0\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def printed(sweep: Path) -> list[str]:
+    """Return what the command prints of the sweep, whose report it writes."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        main([str(sweep), *NO_WANDB])
+    return output.getvalue().splitlines()
 
 
 def test_spread_of_known_numbers() -> None:
@@ -159,8 +171,8 @@ def test_rows_are_sorted_by_series_then_strength_then_target(tmp_path: Path) -> 
     assert budgets == [(5, 0.7), (0, 0.7), (1, 0.7), (2.5, 0.7), (None, 0.6), (None, 0.3)]
 
 
+@pytest.mark.usefixtures("printed")
 def test_markdown_table(sweep: Path) -> None:
-    main([str(sweep), *NO_WANDB])
     rows = markdown_table(sweep)
     assert [(row["method"], row["strength"]) for row in rows] == [
         (method, strength) for method in ("mixed_rank", "vtp") for strength in ("0", "2.5", "5")
@@ -188,19 +200,17 @@ def test_markdown_table(sweep: Path) -> None:
     assert "12 finished; 1 unfinished" in text
 
 
-def test_printed_output(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(sweep), *NO_WANDB])
-    lines = capsys.readouterr().out.splitlines()
-    split = lines.index("unfinished: 1")
-    table = lines[:split]
+def test_printed_output(sweep: Path, printed: list[str]) -> None:
+    split = printed.index("unfinished: 1")
+    table = printed[:split]
     assert max(map(len, table)) <= 100
     assert table[0] == "vit_digits on digits"
     assert sum("96.00 ± 0.71" in line for line in table) == 2
-    assert lines[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}: unfinished"
+    assert printed[split + 1] == f"  {sweep / 'vtp' / 's4-seed0'}: unfinished"
     names = ("curve.png", "pareto.png", "ranks.png", "report.md", "report.csv")
-    assert lines[split + 2 : split + 7] == [str(sweep / "report" / name) for name in names]
-    assert lines[-1] == f"{sweep / 'vtp' / 's5-seed1'}  strength=5 seed=1"
-    assert len(lines) == split + 7 + 12
+    assert printed[split + 2 : split + 7] == [str(sweep / "report" / name) for name in names]
+    assert printed[-1] == f"{sweep / 'vtp' / 's5-seed1'}  strength=5 seed=1"
+    assert len(printed) == split + 7 + 12
 
 
 def test_gigamacs_for_large_nets(tmp_path: Path) -> None:
@@ -212,8 +222,8 @@ def test_gigamacs_for_large_nets(tmp_path: Path) -> None:
     assert markdown_table(tmp_path)[0]["MACs G"] == "9.000"
 
 
+@pytest.mark.usefixtures("printed")
 def test_csv_has_every_number_in_full(sweep: Path) -> None:
-    main([str(sweep), *NO_WANDB])
     with (sweep / "report" / "report.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12
@@ -227,8 +237,8 @@ def test_csv_has_every_number_in_full(sweep: Path) -> None:
         assert line["choices.experiment"] == ""
 
 
+@pytest.mark.usefixtures("printed")
 def test_png_is_fit_for_print(sweep: Path) -> None:
-    main([str(sweep), *NO_WANDB])
     with Image.open(sweep / "report" / "curve.png") as image:
         image.load()
         assert image.format == "PNG"

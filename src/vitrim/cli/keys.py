@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -68,9 +69,14 @@ def root_problems(cfg: Config, file: Path, groups: Collection[str]) -> list[str]
         file: the yaml that has all its keys.
         groups: the keys that are groups.
     """
+    return [*_beyond(cfg, {**_root(file), **{group: None for group in groups}}, "")]
+
+
+@cache
+def _root(file: Path) -> Config:
+    """Return the keys of a yaml of vitrim's own and their values, read once in a process."""
     known = yaml.safe_load(file.read_text())
-    known = {key: value for key, value in known.items() if key not in ("defaults", "hydra")}
-    return [*_beyond(cfg, {**known, **{group: None for group in groups}}, "")]
+    return {key: value for key, value in known.items() if key not in ("defaults", "hydra")}
 
 
 def _beyond(node: Config, known: Config, where: str) -> Iterator[str]:
@@ -110,7 +116,7 @@ def _of_call(node: Config, where: str) -> Iterator[str]:
     for key, child in node.items():
         if key in _OF_TIMM and where == "data" and not _is_for_timm(function):
             continue
-        yield from _of_child(child, f"{where}.{key}", _hint(function, key))
+        yield from _of_child(child, f"{where}.{key}", _hints(function).get(key))
 
 
 def _is_for_timm(function: object) -> bool:
@@ -151,11 +157,12 @@ def _of_any_data() -> list[str]:
     return [name for function in (*functions, Digits) for name in signature(function).parameters]
 
 
-def _hint(function: object, name: str) -> object:
+@cache
+def _hints(function: Callable[..., object]) -> Mapping[str, object]:
     try:
-        return get_type_hints(function).get(name)
+        return get_type_hints(function)
     except (NameError, TypeError):  # names that only the type checker imports
-        return None
+        return {}
 
 
 def _surplus(

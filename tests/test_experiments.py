@@ -54,8 +54,9 @@ def _first(arguments: list[str]) -> Iterator[str]:
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    """Compose a run, and build its method: that checks the values of its keys."""
+    """Compose a run, and build its network's source and method: that checks their keys."""
     cfg = compose("run", overrides=[*overrides])
+    instantiate(cfg.model, _convert_="all")
     check_method(instantiate(cfg.method, _convert_="all"))
     return cfg
 

@@ -23,6 +23,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vitrim.data.dataset import MapDataset
+from vitrim.data.kept import KeptImages
 from vitrim.data.loader import (
     IN_THIS_PROCESS,
     ResumableBatchSampler,
@@ -105,6 +106,7 @@ class Loaders(LightningDataModule, ABC):
         all_images = self._all_images(seed)
         images, batch_size = all_images.images, all_images.batches.batch_size
         first, last = _split_indices(len(images), samples, seed, held_out)
+        kept, kept_last = (self.kept_images(part) if len(part) else None for part in (first, last))
         batches = ResumableBatchSampler(
             len(first),
             batch_size=max(1, min(batch_size, len(first) // place[1])),
@@ -114,8 +116,13 @@ class Loaders(LightningDataModule, ABC):
             world=place[1],
         )
         loading = all_images.loading
-        training = ResumableLoader(subset(images, first), batches, loading=loading)
-        return training, sequential(subset(images, last), batch_size, loading=loading)
+        training = ResumableLoader(subset(images, first), batches, loading=loading, kept=kept)
+        held_out_images = subset(images, last)
+        return training, sequential(held_out_images, batch_size, loading=loading, kept=kept_last)
+
+    def kept_images(self, indices: Sequence[int]) -> KeptImages | None:
+        """Return what keeps the plain training images at `indices` in memory; None: nothing."""
+        return None
 
     def held_out_indices(self, samples: int, seed: int, held_out: float) -> list[int]:
         """Return which training images `split_dataloaders` holds out."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrim.data.dataset import Example, LabelledImages, MapDataset, Transform, transformed
+from vitrim.data.dataset import Example, LabelledImages, Transform, transformed
 from vitrim.errors import ConfigError, is_count
+
+DECODED_BYTES = 2**32
+"""What decoded images may take in a process; others are decoded again when they are used."""
 
 
 class FewShotSubset(Dataset[Example]):
-    """The images of `dataset` at `indices`, cached in memory when they are first used.
+    """The images of `dataset` at `indices`, kept in memory when they are first used.
 
-    Copies with another `transform` share the cache; every worker process has its own. A thousand
-    images of ImageNet take about 0.6 GB.
+    Copies with another `transform` share what is kept, and so do worker processes that are forked
+    later. A thousand images of ImageNet take about 0.6 GB; no more than `DECODED_BYTES` are kept.
     """
 
     def __init__(
@@ -25,38 +31,59 @@ class FewShotSubset(Dataset[Example]):
         self.indices = indices
         self.names = names
         self.transform: Transform | None = None
-        self._cache: dict[int, Example] = {}
+        self.forget()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
-        if index not in self._cache:
-            self._cache[index] = self.dataset[self.indices[index]]
-        return transformed(self._cache[index], self.transform)
+        return transformed(self._decoded(index), self.transform)
+
+    def decode(self, threads: int) -> None:
+        """Decode all images that are not kept yet, as far as they may be kept."""
+        missing = [index for index in range(len(self)) if index not in self._kept.examples]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(self._unless_full, missing):
+                pass
 
     def forget(self) -> None:
         """Begin a cache of its own: the images of `dataset` are decoded otherwise."""
-        self._cache = {}
+        self._kept = _Decoded()
+
+    def _unless_full(self, index: int) -> None:
+        if self._kept.n_bytes < DECODED_BYTES:
+            self._decoded(index)
+
+    def _decoded(self, index: int) -> Example:
+        example = self._kept.examples.get(index)
+        if example is None:
+            example = self.dataset[self.indices[index]]
+            self._kept.add(index, example)
+        return example
 
 
-class KeptItems(Dataset[object]):
-    """The items of `dataset`, for whose transform nothing is drawn: each is made once, and kept.
+class _Decoded:
+    """Decoded images by index, with their labels."""
 
-    Tensors are handed out as they are kept: who changes one in place changes it for all.
-    """
+    def __init__(self) -> None:
+        self.examples: dict[int, Example] = {}
+        self.n_bytes = 0
 
-    def __init__(self, dataset: MapDataset) -> None:
-        self.dataset = dataset
-        self._items: dict[int, object] = {}
+    def add(self, index: int, example: Example) -> None:
+        """Keep an image if there is room for it."""
+        n_bytes = self.n_bytes + _bytes_of(example[0])
+        if n_bytes <= DECODED_BYTES:
+            self.examples[index], self.n_bytes = example, n_bytes
 
-    def __len__(self) -> int:
-        return len(self.dataset)
 
-    def __getitem__(self, index: int) -> object:
-        if index not in self._items:
-            self._items[index] = self.dataset[index]
-        return self._items[index]
+def _bytes_of(image: object) -> int:
+    """Return the bytes of decoded pixels; 0: it is not known how an image has them."""
+    match image:
+        case Image.Image():
+            return image.width * image.height * len(image.getbands())
+        case Tensor():
+            return image.nbytes
+    return 0
 
 
 def few_shot(

@@ -31,17 +31,16 @@ from vitrim.data import ImageSpec, Loaders, sample_indices
 from vitrim.data.augmentation import Augmentation, Drawn
 from vitrim.data.dataset import Example, ImageDataset, LabelledImages, MapDataset, Transform
 from vitrim.data.encoded import EncodedImages
-from vitrim.data.few_shot import FewShotSubset, KeptItems
+from vitrim.data.few_shot import FewShotSubset
 from vitrim.data.folders import ImageList
+from vitrim.data.kept import KeptImages, KeptSets
 from vitrim.data.loader import IN_THIS_PROCESS, plain_then_augmented, sequential, subset
-from vitrim.data.loading import Loading
+from vitrim.data.loading import Loading, cores
 from vitrim.data.quarantine import StrictDataset, TolerantDataset
 from vitrim.errors import ConfigError, is_count
 
 BACKENDS = ("pil", "tensor")
 """What augments training images: timm on Pillow's images, or `vitrim.data.augmentation`."""
-KEPT_BYTES = 2**30
-"""Plain images of a few-shot set are kept as tensors if they take no more; 1000 take 0.6 GB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,10 +183,10 @@ class _ImageLoaders(Loaders):
                 self.train_set = _prepared(
                     images.train, self.augmentation, images.outputs, as_pixels=True
                 )
-            plain_set = _prepared(images.train, plain, images.outputs, as_pixels=as_pixels)
-            few = isinstance(images.train, FewShotSubset)
-            kept = few and 4 * spec.channels * prod(spec.size) * len(plain_set) <= KEPT_BYTES
-            self.calibration_set = KeptItems(plain_set) if kept else plain_set
+            self.calibration_set = _prepared(
+                images.train, plain, images.outputs, as_pixels=as_pixels
+            )
+        self.kept = KeptSets(4 * spec.channels * prod(spec.size))
         self.mix = (
             Mixup(num_classes=images.n_classes, **images.mixing) if images.mixes_pairs else None
         )
@@ -195,6 +194,7 @@ class _ImageLoaders(Loaders):
     def train_dataloader(self) -> DataLoader[object]:
         """Return the shuffled, augmented training batches without an incomplete last one."""
         assert self.train_set is not None
+        _decode_few(self.train_set, self.images.loading)
         return self.shuffled(self.train_set, self.images.batch_size, loading=self.images.loading)
 
     def val_dataloader(self) -> DataLoader[object]:
@@ -205,10 +205,14 @@ class _ImageLoaders(Loaders):
         """Return `samples` training images, or all, prepared like validation images."""
         assert self.calibration_set is not None
         indices = sample_indices(len(self.calibration_set), samples, seed)
-        chosen = subset(self.calibration_set, indices)
-        kept = isinstance(self.calibration_set, KeptItems)
-        loading = IN_THIS_PROCESS if kept else self.images.loading
-        return sequential(chosen, self.images.batch_size, loading=loading)
+        chosen, kept = subset(self.calibration_set, indices), self.kept_images(indices)
+        is_few = isinstance(self.images.train, FewShotSubset)
+        loading = IN_THIS_PROCESS if is_few and kept is not None else self.images.loading
+        return sequential(chosen, self.images.batch_size, loading=loading, kept=kept)
+
+    def kept_images(self, indices: Sequence[int]) -> KeptImages | None:
+        """Return what keeps the plain images at `indices`; None: they are too many."""
+        return self.kept.of(indices)
 
     def augmented_dataloader(self, samples: int, seed: int) -> DataLoader[object]:
         """Return these images, after the first epoch augmented as `augmentation` says, unmixed."""
@@ -219,7 +223,15 @@ class _ImageLoaders(Loaders):
             subset(images, indices) for images in (self.calibration_set, self.augmented_set)
         )
         batch_size, loading = self.images.batch_size, self.images.loading
-        return plain_then_augmented(plain, augmented, batch_size, seed=seed, loading=loading)
+        _decode_few(self.augmented_set, loading)
+        return plain_then_augmented(
+            plain,
+            augmented,
+            batch_size,
+            seed=seed,
+            loading=loading,
+            kept=self.kept_images(indices),
+        )
 
     def transfer_batch_to_device(
         self, batch: tuple[Tensor | Drawn, Tensor], device: torch.device, dataloader_idx: int
@@ -308,6 +320,15 @@ def _as_pixels(dataset: Any) -> Any:
             if isinstance(dataset, FewShotSubset):
                 dataset.forget()
     return dataset
+
+
+def _decode_few(dataset: object, loading: Loading) -> None:
+    """Decode few images here, before there are workers, which would each decode all of them."""
+    match dataset:
+        case _Relabelled():
+            _decode_few(dataset.dataset, loading)
+        case FewShotSubset() if loading.n_workers:
+            dataset.decode(cores())
 
 
 def _on_pixels(transform: Compose) -> Transform:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vitrim.data.dataset import MapDataset
+from vitrim.data.kept import KeptImages
 from vitrim.data.loading import Loading
 
 IN_THIS_PROCESS = Loading(workers=0)
@@ -126,7 +129,11 @@ class SeededDataset(Dataset[object]):
 
 
 class ResumableLoader(DataLoader[object]):
-    """A loader in the order of its batch sampler; it saves its position and resumes from it."""
+    """A loader in the order of its batch sampler; it saves its position and resumes from it.
+
+    `kept` takes the images of `dataset`, for whose transform nothing is drawn, when they are first
+    made, and has them from then on.
+    """
 
     def __init__(
         self,
@@ -135,22 +142,77 @@ class ResumableLoader(DataLoader[object]):
         *,
         loading: Loading = IN_THIS_PROCESS,
         augmented: MapDataset | None = None,
+        kept: KeptImages | None = None,
     ) -> None:
+        options = loading.options(len(batches))
+        if kept is not None and augmented is None:
+            options["persistent_workers"] = False  # one epoch needs them
         super().__init__(
             SeededDataset(dataset, batches.seed, augmented),
             batch_sampler=batches,
-            **loading.options(len(batches)),  # type: ignore[arg-type]
+            **options,  # type: ignore[arg-type]
         )
         self.loading = loading
         self.batches = batches
         self.images = dataset
+        self.kept = kept
+        self._augments = augmented is not None
+        self._device = torch.device("cpu")
         self._n_yielded = 0
 
     def __iter__(self) -> Iterator[object]:  # type: ignore[override]
         self._n_yielded = self.batches.start
-        for batch in super().__iter__():
+        keeps = self.kept is not None and not (self._augments and self.batches.epoch)
+        for batch in self._kept_batches() if keeps else super().__iter__():
             self._n_yielded += 1
             yield batch
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep images that are kept on a device, where they fit; on the CPU: no longer on any."""
+        self._device = device
+        if self.kept is not None and device.type == "cpu":
+            self.kept.place(device)
+
+    def _kept_batches(self) -> Iterator[object]:
+        """Yield batches from memory; make those that are not there yet, and keep them.
+
+        In order they are kept as they go by; if they are shuffled, all images are made first.
+        """
+        kept, batches = self.kept, self.batches
+        assert kept is not None
+        made: Iterator[object] | None = None
+        for number, keys in enumerate(batches, batches.start):
+            index = [index for _, index in keys]
+            kept.check()
+            if made is None and max(index) >= kept.n_filled:
+                if batches.shuffle or index[0] > kept.n_filled:
+                    self._fill(kept)
+                else:
+                    made = self._made_from(number)
+            if made is None:
+                kept.place(self._device)
+                yield kept.batch(index)
+            else:
+                batch = cast(Sequence[Tensor], next(made))
+                kept.add(batch, index[0])
+                yield batch
+
+    def _made_from(self, number: int) -> Iterator[object]:
+        """Yield the batches of this epoch from `number` on, as they are made."""
+        start, self.batches.start = self.batches.start, number
+        made = super().__iter__()
+        try:
+            first = next(made)
+        finally:
+            self.batches.start = start
+        yield first
+        yield from made
+
+    def _fill(self, kept: KeptImages) -> None:
+        """Make all images that are not kept yet."""
+        rest = subset(self.images, range(kept.n_filled, kept.n))
+        for batch in sequential(rest, self.batches.batch_size, loading=self.loading):
+            kept.add(cast(Sequence[Tensor], batch), kept.n_filled)
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its batches that were yielded."""
@@ -164,15 +226,19 @@ class ResumableLoader(DataLoader[object]):
 
     def first_epoch(self) -> ResumableLoader:
         """Return the batches of the first epoch, of a loader that is not shuffled in it."""
-        return sequential(self.images, self.batches.batch_size)
+        return sequential(self.images, self.batches.batch_size, kept=self.kept)
 
 
 def sequential(
-    dataset: MapDataset, batch_size: int, *, loading: Loading = IN_THIS_PROCESS
+    dataset: MapDataset,
+    batch_size: int,
+    *,
+    loading: Loading = IN_THIS_PROCESS,
+    kept: KeptImages | None = None,
 ) -> ResumableLoader:
     """Return every item of `dataset` in order, all of them in every process."""
     batches = ResumableBatchSampler(len(dataset), batch_size=batch_size, seed=0, shuffle=False)
-    return ResumableLoader(dataset, batches, loading=loading)
+    return ResumableLoader(dataset, batches, loading=loading, kept=kept)
 
 
 def plain_then_augmented(
@@ -182,6 +248,7 @@ def plain_then_augmented(
     *,
     seed: int,
     loading: Loading = IN_THIS_PROCESS,
+    kept: KeptImages | None = None,
 ) -> ResumableLoader:
     """Return every item in every epoch and process: plain and in order, then augmented, reshuffled.
 
@@ -194,11 +261,12 @@ def plain_then_augmented(
         batch_size: of all batches but the last of an epoch.
         seed: of order and augmentation.
         loading: by which processes.
+        kept: where the plain items are kept; None: nowhere.
     """
     batches = ResumableBatchSampler(
         len(plain), batch_size=batch_size, seed=seed, shuffle=False, reshuffle=True
     )
-    return ResumableLoader(plain, batches, loading=loading, augmented=augmented)
+    return ResumableLoader(plain, batches, loading=loading, augmented=augmented, kept=kept)
 
 
 def n_held_out(images: int, share: float) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
+import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrim.data import Loaders
+from vitrim.data.loader import ResumableLoader
 from vitrim.jobs import distributed
 from vitrim.trainer.phase import AllButHeldOut, AugmentedImages, HoldsOut, Phase, SplitImages
 
@@ -45,6 +48,19 @@ def training_batches(
             return training
         case images:
             return data.calibration_dataloader(images, seed)
+
+
+@contextmanager
+def kept_on(device: torch.device, loader: DataLoader[object] | None) -> Iterator[None]:
+    """Let images that a loader keeps in memory lie on a device, where they fit."""
+    if not isinstance(loader, ResumableLoader):
+        yield
+        return
+    loader.place_on(device)
+    try:
+        yield
+    finally:
+        loader.place_on(torch.device("cpu"))
 
 
 def validation_batches(data: Loaders, trainer: Trainer) -> DataLoader[object]:

@@ -27,7 +27,7 @@ from vitrim.trainer.average import WeightAverage
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
 from vitrim.trainer.phase import Phase, check_phase
-from vitrim.trainer.phase_images import training_batches, validation_batches
+from vitrim.trainer.phase_images import kept_on, training_batches, validation_batches
 from vitrim.trainer.progress import Bar, Speed
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
@@ -179,14 +179,16 @@ class PhaseRunner:
             if epochs and phase.trains:
                 estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))
             phase.train()
-            trainer.fit(
-                phase,
-                loader,
-                validation_batches(self.data, trainer) if loader is not None and between else None,
-                datamodule=self.data if loader is None else None,
-                ckpt_path=_newest(checkpoints),
-                weights_only=True,
-            )
+            validates = loader is not None and between > 0
+            with kept_on(trainer.strategy.root_device, loader):
+                trainer.fit(
+                    phase,
+                    loader,
+                    validation_batches(self.data, trainer) if validates else None,
+                    datamodule=self.data if loader is None else None,
+                    ckpt_path=_newest(checkpoints),
+                    weights_only=True,
+                )
 
     def _calibration(self, images: int) -> DataLoader[object]:
         """Return batches of that many training images, plain and in order."""

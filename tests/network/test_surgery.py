@@ -174,6 +174,18 @@ def test_fused_and_plain_attention_agree(plan: Plan) -> None:
         assert relative_error(outputs(arrange_heads(fast, arrangement), x), expected) <= 1e-12
 
 
+@pytest.mark.parametrize("plan", [UNEQUAL, NO_QK], ids=["unequal", "no query-key dims"])
+def test_gradients_are_the_same_however_heads_are_run(plan: Plan) -> None:
+    small = cut(net(), plan)
+    gradients = []
+    for arrangement in ARRANGEMENTS:
+        small.zero_grad()
+        arrange_heads(small, arrangement)(images()).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in small.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-12
+    assert relative_error(gradients[2], gradients[0]) <= 1e-12
+
+
 @pytest.mark.parametrize("plan", EDGES, ids=IDS)
 def test_the_kernel_chosen_at_construction_survives_the_cut(
     plan: Plan, choose_kernel: Callable[[bool], None]

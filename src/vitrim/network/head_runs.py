@@ -80,9 +80,10 @@ class SlicedHeads:
         columns = self.padded_columns
         if columns is None:
             return qkv_BNC
-        # one column of zeros behind the others; rows, as in GatheredLinear
-        rows = F.pad(qkv_BNC.flatten(0, 1), (0, 1)).index_select(1, columns)
-        return torch.unflatten(rows, 0, qkv_BNC.shape[:2])
+        rows = qkv_BNC.flatten(0, 1)
+        wide = rows.new_zeros([rows.shape[0], 3 * self.qkv_sizes[0]])
+        wide.scatter_(1, columns.expand_as(rows), rows)
+        return torch.unflatten(wide, 0, qkv_BNC.shape[:2])
 
     def gathered(self, outputs_BNV: list[Tensor]) -> Tensor:
         """Return the outputs of all runs of heads, concatenated, without padding: (B, N, V)."""
@@ -192,17 +193,17 @@ def join_runs(outputs_BNV: list[Tensor]) -> Tensor:
 
 
 def _padding(qk_dims: Sequence[int], v_dims: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """Return the columns of padded queries, keys and values, and those of the output to keep.
+    """Return where the columns of queries, keys and values go, and the columns of outputs to keep.
 
-    The columns count in what the layer returns, (heads * width) three times; a padded one is the
-    column behind the last.
+    Both count in columns of padded heads, `width` each: those of queries, keys and values lie side
+    by side, (3 * heads * width).
     """
-    zeros = 2 * sum(qk_dims) + sum(v_dims)
-    padded: list[int] = []
-    start = 0
-    for dims in (qk_dims, qk_dims, v_dims):
-        for dim in dims:
-            padded += [*range(start, start + dim), *[zeros] * (width - dim)]
-            start += dim
+    h = len(v_dims)
+    columns = [
+        part * h * width + head * width + unit
+        for part, dims in enumerate((qk_dims, qk_dims, v_dims))
+        for head, dim in enumerate(dims)
+        for unit in range(dim)
+    ]
     kept = [head * width + unit for head, dim in enumerate(v_dims) for unit in range(dim)]
-    return torch.tensor(padded), torch.tensor(kept)
+    return torch.tensor(columns), torch.tensor(kept)

@@ -44,7 +44,7 @@ from vitrim.trainer.classify import Classify
 from vitrim.trainer.control import control_entry
 from vitrim.trainer.distillation import Distillation
 from vitrim.trainer.phase import Phase, Scorer, check_scorer, stage_name
-from vitrim.trainer.phases import PhaseRunner
+from vitrim.trainer.phases import LAST, PhaseRunner
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.tracking import Tracker, Wandb
 
@@ -382,8 +382,10 @@ def _weights(job: Job, dense: nn.Module) -> dict[str, object]:
 
 
 def _finish(folder: Path, report: Mapping[str, object], runner: PhaseRunner | None) -> None:
-    """Write the report and remove the run's own checkpoints."""
+    """Write the report and remove the run's own checkpoints; last weights beside the best stay."""
     if runner is not None:
         runner.tracker.close(report)
+    for state in (folder / PHASES).glob(f"*/{LAST}"):
+        state.replace(folder / f"{state.parent.name}-{LAST}")
     write_json(folder / "report.json", report)
     shutil.rmtree(folder / PHASES, ignore_errors=True)

@@ -50,6 +50,7 @@ def plain(files: tuple[str, ...]) -> Identified:
             "trainer.accelerator=auto", "trainer.strategy=ddp", "+trainer.num_nodes=1",
             "data.bad_images.limit=3",
         ),
+        ("model.training.keep=last",),
         ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=128"),
         ("trainer.devices=[0,1]", "+trainer.num_nodes=2", "data.batch_size=64"),
         ("+trainer.accumulate_grad_batches=4", "data.batch_size=64"),
@@ -73,12 +74,23 @@ def test_settings_of_speed_are_no_part_of_a_run(
         ("seed=1",),
         ("trainer.limit_train_batches=2",),
         ("model.training.lr=0.1",),
+        ("model.training.keep=best",),
     ],
 )
 def test_what_changes_the_result_is(
     files: tuple[str, ...], plain: Identified, words: tuple[str, ...]
 ) -> None:
     assert not {*keys(identified(*files, *words).identity)} & {*keys(plain.identity)}
+
+
+def test_validations_decide_the_result_of_a_run_that_keeps_the_best(
+    files: tuple[str, ...],
+) -> None:
+    best = ("model.training.keep=best",)
+    runs = [
+        identified(*files, *best, f"trainer.check_val_every_n_epoch={n}").identity for n in (1, 2)
+    ]
+    assert not {*keys(runs[0])} & {*keys(runs[1])}
 
 
 def test_images_are_known_by_their_content(root: Path, plain: Identified, tmp_path: Path) -> None:

@@ -78,6 +78,22 @@ from vitrim.jobs.distributed import check_processes, check_workers
             ["trainer.limit_val_batches=0", "+trainer.accumulate_grad_batches=0"],
             ["trainer.limit_val_batches=0: ", "trainer.accumulate_grad_batches=0: "],
         ),
+        (
+            ["trainer.check_val_every_n_epoch=0", "+trainer.accumulate_grad_batches=0"],
+            ["trainer.check_val_every_n_epoch=0: ", "trainer.accumulate_grad_batches=0: "],
+        ),
+        (
+            ["method=vtp", "method.gating.keep=best", "model.training.keep=best"],
+            [
+                "method.gating: keep=best has nothing to choose from: there is a validation every "
+                "10 epochs, and epochs=",
+                "model.training: keep=best has nothing",
+            ],
+        ),
+        (
+            ["method=vtp", "data=none", "method.gating.keep=best"],
+            ["method.gating.keep=best: data=none has no images to choose by: set keep=last"],
+        ),
     ],
 )  # fmt: skip
 def test_what_a_run_would_ignore_is_refused(

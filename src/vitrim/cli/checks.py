@@ -251,6 +251,7 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     """Return why the parts of a job do not go together, one sentence each."""
     problems = [*_check_target(job, cfg, choices["method"]), *_check_smooth(job)]
     problems += _check_control(job, choices["method"])
+    problems += _check_keep(job, cfg)
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:
@@ -292,6 +293,37 @@ def _check_control(job: Job, method: str | None) -> list[str]:
             "is what to compare with: set control=false"
         ]
     return []
+
+
+def _check_keep(job: Job, cfg: Config) -> list[str]:
+    """Return why the best weights of a training cannot be kept."""
+    from vitrim.trainer.trainer_options import VALIDATION_EPOCHS, nothing_to_choose
+
+    trainer = cfg["trainer"]
+    every = trainer.get("check_val_every_n_epoch") or VALIDATION_EPOCHS
+    trained = {"method": cfg["method"], **({} if job.model.trained else {"model": cfg["model"]})}
+    problems = []
+    for key, recipe in keeping_best(trained):
+        if job.data is None:
+            problems.append(f"{key}.keep=best: data=none has no images to choose by: set keep=last")
+        elif every > recipe["epochs"]:
+            problems.append(nothing_to_choose(key, every, recipe["epochs"]))
+        elif trainer.get("val_check_interval", 1.0) != 1.0:
+            problems.append(
+                f"trainer.val_check_interval={trainer['val_check_interval']}: {key}.keep=best "
+                "chooses among epochs: leave it out, or set keep=last"
+            )
+    return problems
+
+
+def keeping_best(node: object, key: str = "") -> Iterator[tuple[str, Config]]:
+    """Iterate over the trainings below `node` that keep their best weights, by dotted key."""
+    if not isinstance(node, dict):
+        return
+    if node.get("keep") == "best":
+        yield key, node
+    for name, child in node.items():
+        yield from keeping_best(child, f"{key}.{name}" if key else str(name))
 
 
 def _check_smooth(job: Job) -> list[str]:

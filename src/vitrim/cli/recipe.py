@@ -10,7 +10,7 @@ from typing import cast
 
 import yaml
 
-from vitrim.cli.checks import Config
+from vitrim.cli.checks import Config, keeping_best
 from vitrim.errors import ConfigError, is_count
 from vitrim.files import PHASES, read_yaml
 
@@ -39,6 +39,8 @@ TRAINING_IMAGES = (
     *("shift", "rotation", "label_smoothing"),
 )
 """Keys of data that do not change an evaluation."""
+TRAINING_ONLY = ("limit_train_batches", "check_val_every_n_epoch")
+"""The same of the trainer."""
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError)
 """What reading the recipe.yaml of a damaged or foreign folder raises."""
 ADDED = {
@@ -93,6 +95,10 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     else:
         recipe["data"] = _identifying_data(recipe, contents.images)
         recipe["trainer"] = _identifying_trainer(recipe["trainer"], resolved)
+        trained = {key: recipe[key] for key in ("model", "method")}
+        if any(keeping_best(trained)):  # by validations, which then decide the result
+            every = resolved["trainer"].get("check_val_every_n_epoch")
+            recipe["trainer"]["check_val_every_n_epoch"] = every
     drop_added(recipe)
     recipe["checkpoint_sha256"] = contents.checkpoint
     return recipe if contents.start is None else recipe | {"from_run": contents.start}
@@ -254,7 +260,7 @@ def of_evaluation(recipe: Config) -> Config:
         "checkpoint_sha256": recipe["checkpoint_sha256"],
         "data": data,
         "choices": {"data": recipe["choices"]["data"]},
-        "trainer": {k: v for k, v in recipe["trainer"].items() if k != "limit_train_batches"},
+        "trainer": {k: v for k, v in recipe["trainer"].items() if k not in TRAINING_ONLY},
         "seed": recipe["seed"] if drawn else None,  # timm draws a head of another size
     }
 

@@ -132,7 +132,7 @@ class GateTraining(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
-    judged_by = "top1"
+    best_by = "top1"
 
     folded: Tensor
 

@@ -20,7 +20,7 @@ class Classify(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
-    judged_by = "top1"
+    best_by = "top1"
 
     def __init__(self, net: nn.Module, *, recipe: Recipe, n_classes: int) -> None:
         super().__init__()

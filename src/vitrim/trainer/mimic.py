@@ -72,7 +72,7 @@ class Mimic(LightningModule):
 
     resumes_at: ResumePoint = "batch"
     trains = True
-    judged_by = "agreement"
+    best_by = "agreement"
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Distill(LightningModule):
     calibration_images = None
     resumes_at: ResumePoint = "batch"
     trains = True
-    judged_by = "agreement"
+    best_by = "agreement"
 
     def __init__(
         self, net: nn.Module, teacher: nn.Module, *, recipe: Recipe, temperature: float

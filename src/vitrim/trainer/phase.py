@@ -119,7 +119,7 @@ class HoldsOut(Protocol):
 class Validated(Protocol):
     """A phase that can be validated while it trains: it has a `validation_step`."""
 
-    judged_by: str
+    best_by: str
     """The metric of a validation, in percent, of which a higher one is better."""
 
 

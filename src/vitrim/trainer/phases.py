@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +23,26 @@ from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
-from vitrim.trainer.average import WeightAverage
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
 from vitrim.trainer.phase import Phase, check_phase
 from vitrim.trainer.phase_images import kept_on, training_batches, validation_batches
 from vitrim.trainer.progress import Bar, Speed
-from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.resume import Resume, SafeCheckpointIO, newest, size_buffers
 from vitrim.trainer.tracking import Tracker
 from vitrim.trainer.trainer_options import (
     callbacks_of,
     epochs_between_validations,
+    keeping,
     limits,
     options_of,
+    recipe_of,
 )
 
 _log = logging.getLogger(__name__)
 _STATE = "state.safetensors"
+LAST = "last.safetensors"
+"""The state after the last epoch, beside the best one, of phases that keep the best."""
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
     (".*does not have many workers.*", Warning),  # data.workers is a choice
@@ -127,13 +129,14 @@ class PhaseRunner:
                 return
             checkpoints = folder / "checkpoints"
             _log.info("%s: %d epochs", name, phase.epochs)
-            self._fit(
+            last = self._fit(
                 name, phase, epochs=phase.epochs, callbacks=callbacks, checkpoints=checkpoints
             )
             if distributed.is_main_process():
-                state = {key: value.cpu().contiguous() for key, value in phase.state_dict().items()}
-                write(folder / _STATE, lambda path: safetensors.torch.save_file(state, path))
-                write_manifest(folder, (_STATE,), name=name, epochs=phase.epochs)
+                states = dict(zip((_STATE, LAST), [phase.state_dict(), *last], strict=False))
+                for file, state in states.items():
+                    _write_state(folder / file, state)
+                write_manifest(folder, tuple(states), name=name, epochs=phase.epochs)
                 shutil.rmtree(checkpoints, ignore_errors=True)
 
     def _fit(
@@ -144,8 +147,11 @@ class PhaseRunner:
         epochs: int,
         callbacks: Sequence[Callback],
         checkpoints: Path | None,
-    ) -> None:
-        """Train `phase` until `epochs` are done, from its newest checkpoint if there is one."""
+    ) -> list[Mapping[str, Tensor]]:
+        """Train `phase` until `epochs` are done, from its newest checkpoint if there is one.
+
+        Return the state after the last epoch, if it is not the result.
+        """
         assert isinstance(phase, LightningModule)
         seed = int(digest([self.seed, name]), 16)
         seed_everything(seed, workers=True, verbose=False)
@@ -154,19 +160,20 @@ class PhaseRunner:
         resume = Resume(
             checkpoints, seed=seed, minutes=self.checkpoint_minutes, resumes_at=phase.resumes_at
         )
-        recipe = _recipe_of(phase)
+        recipe = recipe_of(phase)
         repeats = 1 if recipe is None else recipe.repeats
         loader = training_batches(phase, self.data, seed=self.seed, repeats=repeats)
         options = options_of(self.trainer)
         validates = epochs > 0 and self.evaluates
         between = epochs_between_validations(options, phase) if validates else 0
+        kept = keeping(phase, epochs=epochs, validated_every=between)
         with quiet_lightning():
             speed = Speed(self.tracker)
             trainer = self._trainer(
                 *([Bar(name, speed)] if self.progress else []),
                 *([speed] if epochs else []),
                 resume,
-                *_average(phase, epochs),
+                *kept,
                 *callbacks,
                 max_epochs=epochs,
                 check_val_every_n_epoch=between or 1,
@@ -189,6 +196,7 @@ class PhaseRunner:
                     ckpt_path=_newest(checkpoints),
                     weights_only=True,
                 )
+        return [each.last for each in kept if each.last is not None]
 
     def _calibration(self, images: int) -> DataLoader[object]:
         """Return batches of that many training images, plain and in order."""
@@ -244,19 +252,6 @@ class PhaseRunner:
         )
 
 
-def _recipe_of(phase: object) -> Recipe | None:
-    """Return the recipe that a phase trains by, if it has one and leaves the rest to the runner."""
-    recipe = getattr(phase, "recipe", None)
-    return recipe if isinstance(recipe, Recipe) else None
-
-
-def _average(phase: LightningModule, epochs: int) -> list[Callback]:
-    """Return what averages the weights of a phase, if its recipe says so and it is trained."""
-    recipe = _recipe_of(phase)
-    decay = recipe.ema_decay if recipe is not None and epochs else 0.0
-    return [WeightAverage(phase, decay)] if decay else []
-
-
 def _known_accuracy(path: Path) -> dict[str, float] | None:
     """Return the accuracy in a file, or None where there is none, or something else."""
     with suppress(OSError, ValueError, RecursionError):
@@ -279,6 +274,12 @@ def _newest(checkpoints: Path | None) -> Path | None:
         newest(checkpoints) if distributed.is_main_process() else None
     )
     return checkpoint
+
+
+def _write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the tensors of a phase."""
+    on_cpu = {key: value.cpu().contiguous() for key, value in state.items()}
+    write(path, lambda temporary: safetensors.torch.save_file(on_cpu, temporary))
 
 
 def _restore(folder: Path, phase: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from lightning import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -17,7 +18,7 @@ from vitrim.trainer.optimizers import new_optimizer, new_schedule, optimizer_nam
 NEUTRAL: Mapping[str, object] = {
     **{"reference_batch": None, "optimizer": "adamw", "momentum": None, "layer_decay": None},
     **{"scheduler": "cosine", "min_lr": 0.0, "warmup_lr": None, "decay_epochs": None},
-    **{"decay_rate": None, "ema_decay": 0.0, "repeats": 1},
+    **{"decay_rate": None, "ema_decay": 0.0, "repeats": 1, "keep": "last"},
 }
 """Numbers of a recipe that later versions added, with the values by which earlier ones acted."""
 
@@ -45,6 +46,7 @@ class Recipe:
         ema_decay: of a moving average of the weights, per step, which is what remains; 0: none.
         repeats: views of an image in an epoch (repeated augmentation), which then has as many steps
             and fewer different images.
+        keep: the weights of the "last" epoch remain, or those that were "best" in a validation.
     """
 
     epochs: int
@@ -63,6 +65,7 @@ class Recipe:
     decay_rate: float | None = None
     ema_decay: float = 0.0
     repeats: int = 1
+    keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         if self.epochs != 0 and not is_count(self.epochs):
@@ -102,6 +105,7 @@ class Recipe:
             ("decay_rate", _fits(self.decay_rate, steps), "above 0 with scheduler=step only"),
             ("ema_decay", _is_share(self.ema_decay), "a decay from 0 to below 1"),
             ("repeats", is_count(self.repeats), "a whole number from 1 on"),
+            ("keep", self.keep in ("last", "best"), "last or best"),
         )
         return [(name, f"expected {expected}") for name, fits, expected in rules if not fits]
 

@@ -103,7 +103,7 @@ class RecoverySettings:
             self,
             ("logits_weight", one, "a weight above 0 here, or of tokens or pooled features"),
         )
-        self.training.refuse("method.tuning.recovery.training", "ema_decay", "repeats")
+        self.training.refuse("method.tuning.recovery.training", "ema_decay", "repeats", "keep")
 
     def calibration(self, sampling: Sampling) -> Sampling:
         """Return the sampling without images that are held out of those of `sampling`.
@@ -284,7 +284,7 @@ class Recovery(LightningModule):
 
     resumes_at: ResumePoint = "batch"
     trains = True
-    judged_by = "agreement"
+    best_by = "agreement"
 
     def __init__(
         self, net: nn.Module, teacher: nn.Module, *, settings: RecoverySettings, images: int

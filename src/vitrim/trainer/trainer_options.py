@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
+from vitrim.errors import ConfigError
 from vitrim.trainer.classify import Classify
+from vitrim.trainer.kept_weights import KeptWeights
 from vitrim.trainer.phase import Phase, Validated
+from vitrim.trainer.recipe import Recipe
 
 VALIDATION_EPOCHS = 10
-"""Epochs of training with labels between two validations, where the trainer does not say."""
+"""Epochs between two validations of the phases that always have some, unless the trainer says."""
 
 
 def options_of(make: Callable[..., Trainer]) -> Mapping[str, object]:
@@ -36,10 +39,59 @@ def limits(options: Mapping[str, object], batches: int) -> dict[str, object]:
 def epochs_between_validations(options: Mapping[str, object], phase: Phase) -> int:
     """Return after how many epochs a phase is validated; 0: it is not.
 
-    Where the options do not say, only training with labels is validated.
+    Where the options do not say, only training with labels is validated, and what keeps the best
+    weights.
     """
     if options.get("limit_val_batches") == 0 or not isinstance(phase, Validated):
         return 0
     asked = options.get("check_val_every_n_epoch")
-    by_default = VALIDATION_EPOCHS if isinstance(phase, Classify) else 0
+    always = isinstance(phase, Classify) or _keeps_best(phase)
+    by_default = VALIDATION_EPOCHS if always else 0
     return by_default if asked is None else int(str(asked))
+
+
+def recipe_of(phase: object) -> Recipe | None:
+    """Return the recipe that a phase trains by, if it has one and leaves the rest to the runner."""
+    recipe = getattr(phase, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+def keeping(phase: LightningModule, *, epochs: int, validated_every: int) -> list[KeptWeights]:
+    """Return what keeps the average or the best of the weights, if the recipe of a phase says so.
+
+    Args:
+        phase: that is trained.
+        epochs: of it; 0: nothing is trained.
+        validated_every: epochs between two validations; 0: there are none.
+
+    Raises:
+        ConfigError: the best weights are to be kept, and there is nothing to choose from.
+    """
+    recipe = recipe_of(phase)
+    if recipe is None or not epochs or not (recipe.ema_decay or recipe.keep == "best"):
+        return []
+    if recipe.keep == "last":
+        return [KeptWeights(phase, recipe.ema_decay)]
+    if not isinstance(phase, Validated) or not 0 < validated_every <= epochs:
+        raise ConfigError(nothing_to_choose(type(phase).__name__, validated_every, epochs))
+    return [KeptWeights(phase, recipe.ema_decay, phase.best_by)]
+
+
+def nothing_to_choose(where: str, validated_every: int, epochs: int) -> str:
+    """Return why the best weights of a training cannot be kept.
+
+    >>> nothing_to_choose("method.tuning", 10, 3)[:58]
+    'method.tuning: keep=best has nothing to choose from: there'
+    """
+    found = (
+        f"there is a validation every {validated_every} epochs, and epochs={epochs}: set "
+        "trainer.check_val_every_n_epoch=1"
+        if validated_every
+        else "it is not validated: it needs validation images"
+    )
+    return f"{where}: keep=best has nothing to choose from: {found}, or keep=last"
+
+
+def _keeps_best(phase: object) -> bool:
+    recipe = recipe_of(phase)
+    return recipe is not None and recipe.keep == "best"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import fit, randomise, small_net
+from vitrim.files import digest
 from vitrim.method.dcvit.compression import (
     Compression,
     edits_of,
@@ -342,3 +343,9 @@ def test_statistics_of_mlps_within_autocast_are_those_of_full_precision() -> Non
         found.append(statistics.state_dict())
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
+def test_numbers_that_came_later_do_not_rename_what_trials_found() -> None:
+    recipe = replace(NONE, epochs=1)
+    trial = TrialRecipe(training=recipe, views="plain", loss=FeatureLoss(), freeze_tail=False)
+    assert digest(trial.settings()) == "1fc0543c"  # of version 0.2.0

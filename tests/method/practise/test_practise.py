@@ -83,7 +83,7 @@ def test_an_adaptor_stands_in_for_what_is_linear() -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
 
 
-def test_convolutional_blocks_are_judged_by_channels() -> None:
+def test_convolutional_blocks_are_best_by_channels() -> None:
     torch.manual_seed(0)
     net = randomise(timm.create_model("resnet18").float()).eval()
     names = [*blocks_of(Cost(net, 32).structure)]

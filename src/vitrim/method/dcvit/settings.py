@@ -63,7 +63,7 @@ class Trial:
             ),
             ("views", self.views in get_args(Views), "plain or augmented"),
         )
-        self.training.refuse("method.trial.training", "ema_decay", "repeats")
+        self.training.refuse("method.trial.training", "ema_decay", "repeats", "keep")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,12 @@ class TrialRecipe:
     views: Views
     loss: FeatureLoss
     freeze_tail: bool
+
+    def settings(self) -> dict[str, object]:
+        """Return the numbers that identify a trial, without `keep`, which came later."""
+        known = asdict(self)
+        del known["training"]["keep"]
+        return {**known, "loss": list(self.loss)}
 
     def scaled_to(self, trainer: Trainer) -> TrialRecipe:
         """Return the recipe with the learning rate for the batches of `trainer`."""

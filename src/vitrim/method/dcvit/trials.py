@@ -99,7 +99,7 @@ class Trials(LightningModule):
             "groups": ["+".join(group) for group in groups],
             "sampling": asdict(sampling),
             "compression": compression.settings,
-            "recipe": {**asdict(recipe), "loss": list(recipe.loss)},
+            "recipe": recipe.settings(),
             "synthetic": synthetic and asdict(synthetic),
             "distance": distance,
             **({"numbered_images": True} if compression.gathered == "targets" else {}),

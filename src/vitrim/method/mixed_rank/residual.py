@@ -53,7 +53,7 @@ class Residual(LightningModule):
         self, net: nn.Module, teacher: nn.Module, *, rank: int, sampling: Sampling, recipe: Recipe
     ) -> None:
         super().__init__()
-        recipe.refuse("method.residual.training", "repeats")
+        recipe.refuse("method.residual.training", "repeats", "keep")
         self.net = net
         self.recipe = recipe
         self.epochs = recipe.epochs

@@ -112,10 +112,7 @@ def test_strength_0_is_the_identity(command: Command, subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     "subject",
-    [
-        pytest.param(name, marks=() if PACKAGE else pytest.mark.slow, id=name)
-        for name in REMOVING
-    ],
+    [pytest.param(name, marks=() if PACKAGE else pytest.mark.slow, id=name) for name in REMOVING],
     indirect=True,
 )
 def test_every_method_cuts_a_swin(command: Command, subject: Subject) -> None:

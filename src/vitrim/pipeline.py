@@ -34,6 +34,7 @@ from vitrim.method import Method, Recovers, TrainsWithLabels, scorer_of
 from vitrim.model.source import Timm
 from vitrim.model.teacher import Teacher
 from vitrim.model.weights import describe_weights
+from vitrim.network.head_runs import Arrangement, arranged
 from vitrim.network.skeleton import outline
 from vitrim.network.surgery import combine, cut
 from vitrim.plan import Evidence, Plan, Proposal
@@ -82,6 +83,7 @@ class Job:
         wandb: where W&B keeps the run.
         control: whether the dense network is trained for as long as the compact one, to compare.
         teacher: from which the fine-tuning learns as well as from the labels; None: none.
+        heads: how those of the compact network are run while it is trained.
     """
 
     model: Timm
@@ -103,6 +105,7 @@ class Job:
     wandb: Wandb = field(default_factory=Wandb)
     control: bool = False
     teacher: Teacher | None = None
+    heads: Arrangement = "runs"
 
     @property
     def retrains(self) -> bool:
@@ -305,12 +308,13 @@ def _stages(
         return stages
     net, n_classes = compressed.net, job.data.n_classes
     stages["cut"] = runner.evaluate(folder / PHASES / "cut", net, n_classes)
-    for phase in compressed.recovery:
-        name = stage_name(phase, stages)
-        if isinstance(phase, Classify):
-            phase.learn_from(distillation)
-        runner.run_or_load(folder / PHASES / name, phase, name=name)
-        stages[name] = runner.evaluate(folder / PHASES / name, net, n_classes)
+    with arranged(net, job.heads):
+        for phase in compressed.recovery:
+            name = stage_name(phase, stages)
+            if isinstance(phase, Classify):
+                phase.learn_from(distillation)
+            runner.run_or_load(folder / PHASES / name, phase, name=name)
+            stages[name] = runner.evaluate(folder / PHASES / name, net, n_classes)
     return stages
 
 

@@ -1,6 +1,7 @@
 """SlicedAttention after three kinds of cut: forward time, and MACs, over the dense attention's.
 
-Each is timed in every arrangement of its heads that makes a difference, for one image and for 64.
+Each is timed in every arrangement of its heads that makes a difference, for one image and for 64;
+and a training step of heads of several widths, with the activations that it keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vitrim.network.head_runs import Arrangement, arrange_heads
 
 from .timing import Row, Side, take_turns
 
-BATCHES, TOKENS, EMBED, HEADS, DIM = (1, 64), 197, 768, 12, 64
+BATCHES, TRAINED = (1, 64), 8
+TOKENS, EMBED, HEADS, DIM = 197, 768, 12, 64
 KEPT = 0.6
 
 
@@ -57,7 +59,47 @@ def rows(repeats: int) -> list[Row]:
             )
             for name in modules
         ]
-    return found
+    trained = {name: module for name, module in modules.items() if name.startswith("ragged")}
+    return [*found, *_training(trained, dense, repeats)]
+
+
+def _training(modules: dict[str, nn.Module], dense: nn.Module, repeats: int) -> list[Row]:
+    """Return the times of a training step, and the activations kept for its backward pass."""
+    x_BND = torch.randn(TRAINED, TOKENS, EMBED, requires_grad=True)
+    sides = {name: _step(module.train(), x_BND) for name, module in modules.items()}
+    seconds = take_turns({"dense": _step(dense.train(), x_BND), **sides}, 2 * repeats)
+    return [
+        Row(
+            name=f"attention step, {name}, batch {TRAINED}",
+            peer=f"timm's dense attention, {_kept_mb(dense, x_BND):.0f} MB kept",
+            ours_s=seconds[name],
+            peer_s=seconds["dense"],
+            kind="cost",
+            note=f"{_kept_mb(module, x_BND):.0f} MB kept",
+        )
+        for name, module in modules.items()
+    ]
+
+
+def _step(module: nn.Module, x_BND: Tensor) -> Side:
+    return Side(work=lambda _: module(x_BND).sum().backward())
+
+
+def _kept_mb(module: nn.Module, x_BND: Tensor) -> float:
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = module(x_BND)
+    del output  # it holds what was kept until here, so that no storage is taken twice
+    return sum(kept.values()) / 1e6
 
 
 def _alike(dims: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from command import Command
+import vitrim
+from command import QUICK, Command
 from conftest import images, plan_of, small_net
 from vitrim import cut
 from vitrim.measure import LatencySettings, in_precision, latencies, latency_entry
@@ -98,12 +99,27 @@ def test_what_cannot_be_timed_is_refused(command: Command) -> None:
     words = ("latency.heads=sorted", "latency.graphs=true", "latency.precision=bf16")
     done = command(*words, "quantize=[int8_dynamic]")
     assert done.code == 1
+    refused = command("data=none", "heads=padded")
+    assert "heads=padded: data=none has no images to train on" in refused.message
     for message in (
         "latency.heads=sorted: expected one of runs, fused, padded, fastest",
         "latency.graphs=true: CUDA graphs need a GPU: set latency.device=cuda",
         "latency.precision=bf16: int8 networks are timed in fp32: leave quantize out",
     ):
         assert message in done.message
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_in_an_arrangement(command: Command) -> None:
+    words = (*QUICK, "method=vtp", "strength=2", "method.gating.epochs=1")
+    words = (*words, "method.fine_tuning.epochs=1", f"out={command.out}")
+    plain, fused = (command(*words, *more) for more in ((), ("heads=fused",)))
+    one, other = (vitrim.load(done.report.parent) for done in (plain, fused))
+    assert plain.report.parent != fused.report.parent
+    assert len([*command.out.glob("phases/score-*")]) == 1  # what comes before is shared
+    assert one[1].edits == other[1].edits
+    for a, b in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_a_report_says_how_heads_were_run(command: Command) -> None:

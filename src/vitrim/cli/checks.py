@@ -40,7 +40,7 @@ TRACKING: Mapping[str, str | None] = {
 """What a run can be tracked by, and the package that it needs."""
 
 HEADS = ("runs", "fused", "padded", "fastest")
-"""How cut attentions may be run where latency is measured."""
+"""How cut attentions may be run where latency is measured; the last one not in training."""
 
 _MAX_SEED, _MAX_BATCH, _MAX_REPEATS = 2**32 - 1, 2**16, 10**6
 
@@ -91,6 +91,7 @@ def check_keys(cfg: Config) -> list[str]:
         ("from_run", start, "null or the name of a folder", start is None or _is_path(start)),
         ("progress", progress, truth, isinstance(progress, bool)),
         ("control", cfg["control"], truth, isinstance(cfg["control"], bool)),
+        ("heads", cfg["heads"], f"one of {', '.join(HEADS[:-1])}", cfg["heads"] in HEADS[:-1]),
         ("batchnorm_images", images, count, is_count(images)),
         *(
             (f"latency.{key}", value, f"{count}, up to {most:,}", is_count(value) and value <= most)
@@ -252,6 +253,8 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     problems = [*_check_target(job, cfg, choices["method"]), *_check_smooth(job)]
     problems += _check_control(job, choices["method"])
     problems += _check_keep(job, cfg)
+    if job.heads != "runs" and job.data is None:
+        problems.append(f"heads={job.heads}: data=none has no images to train on: set heads=runs")
     if job.data is None:
         return [*problems, *(["data=none has no images, and this method trains"] * job.retrains)]
     if job.data.n_classes != job.model.n_classes:

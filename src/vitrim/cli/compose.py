@@ -191,6 +191,7 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
         checkpoint_minutes=cfg.checkpoint.minutes,
         batchnorm_images=cfg.batchnorm_images,
         control=cfg.control,
+        heads=cfg.heads,
         teacher=built.get("teacher"),
     )
 

@@ -83,6 +83,8 @@ def identifying(resolved: Config, contents: Contents) -> Config:
     for key in ("quantize", "control"):  # folders of runs without them keep their names
         if not recipe.get(key):
             recipe.pop(key, None)
+    if recipe.get("heads") == "runs":
+        del recipe["heads"]
     recipe["target"] = {k: v for k, v in recipe["target"].items() if k not in ADDED_TARGETS or v}
     if any(map(recipe["target"].get, LATENCY_TARGETS)):
         recipe["latency"] = _identifying_latency(resolved["latency"])
@@ -156,7 +158,7 @@ def _identify_model(model: Config, *, images: bool) -> None:
 def _identifying_latency(latency: Config) -> Config:
     """Return what decides a plan for a time; folders of runs without the newer keys stay."""
     newer = {"heads": "runs", "precision": None, "graphs": False}
-    given = {key: latency[key] for key, value in newer.items() if latency[key] != value}
+    given = {key: latency[key] for key, value in newer.items() if latency.get(key, value) != value}
     return {key: latency[key] for key in ("batch", "device")} | given
 
 

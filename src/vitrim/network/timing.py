@@ -145,7 +145,7 @@ def forward_pass(
                 "without graphs"
             ) from error
 
-    def replay(_alive: object = (x, output)) -> None:  # a replay reads and writes their memory
+    def replay(_alive: object = (net, x, output)) -> None:  # a replay uses their memory
         graph.replay()
 
     return replay

@@ -127,7 +127,7 @@ def advice(net: nn.Module) -> list[str]:
     ragged = [s.name for s in described.sites.values() if s.kind == "hidden" and s.size % 8]
     reasons = (
         (odd, "head widths that are odd: cut with method.round_to=8"),
-        (uneven, "heads of unequal width: cut with method.even_heads=true, or time with --heads fastest"),
+        (uneven, "heads of unequal width: cut with method.even_heads=true, or try --heads fastest"),
         (ragged, "hidden widths that are no multiples of 8: cut with method.round_to=8"),
     )
     return [f"{len(names)} sites ({names[0]}, ...) have {text}" for names, text in reasons if names]

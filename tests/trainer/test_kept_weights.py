@@ -51,12 +51,18 @@ def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 
 def test_the_average_remains_and_survives_a_stop(tmp_path: Path) -> None:
     average = replace(RECIPE, ema_decay=0.99)
-    plain, whole, stopped = (
+    plain, whole, stopped, at_the_end = (
         trained(tmp_path / name, recipe, stop_at=at).state_dict()
-        for name, recipe, at in (("a", RECIPE, None), ("b", average, None), ("c", average, 2))
+        for name, recipe, at in (
+            ("a", RECIPE, None),
+            ("b", average, None),
+            ("c", average, 2),
+            ("d", average, 5),  # the last step
+        )
     )
     assert not same(plain, whole)
     assert same(whole, stopped)
+    assert same(whole, at_the_end)
 
 
 EVERY = {"check_val_every_n_epoch": 1, "limit_train_batches": 2}
@@ -79,7 +85,7 @@ def test_the_best_weights_remain_and_survive_a_stop(tmp_path: Path) -> None:
     assert best < BEST.epochs, "the last epoch is the best: this training shows nothing"
     files = [tmp_path / str(n) / "phase" / "state.safetensors" for n in (best, BEST.epochs)]
     wanted, last = map(load_file, files)
-    for step in (None, 2 * best, 2 * best + 1):
+    for step in (None, 2 * best, 2 * best + 1, 2 * BEST.epochs):
         folder = tmp_path / f"best-{step}"
         assert same(trained(folder, BEST, stop_at=step, **EVERY).state_dict(), wanted)
         assert same(load_file(folder / "phase" / "state.safetensors"), wanted)

@@ -97,7 +97,7 @@ ACCUMULATED = {"accumulate_grad_batches": 2, "precision": "bf16-mixed"}
 
 @pytest.mark.parametrize(
     ("changes", "options", "steps"),
-    [({}, {}, (1, STEPS, STEPS + 2)), (LOW_RANK, ACCUMULATED, (STEPS + 1,))],
+    [({}, {}, (1, STEPS, STEPS + 2, 9)), (LOW_RANK, ACCUMULATED, (STEPS + 1, 9))],  # 9: the last
     ids=["all", "low_rank"],
 )
 def test_stopped_at_any_step_recovery_ends_the_same(

@@ -35,6 +35,7 @@ class KeptWeights(Callback):
         self._best_by = best_by
         self._steps = 0
         self._in_place = ExitStack()
+        self._has_ended = False
 
     @property
     def state_key(self) -> str:
@@ -80,6 +81,12 @@ class KeptWeights(Callback):
                 state = pl_module.state_dict().items()
                 self.last = {name: tensor.detach().cpu().clone() for name, tensor in state}
         self._states.restore()
+        self._has_ended = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do so where a phase continued from after its last epoch: Lightning trains no more."""
+        if not self._has_ended:
+            self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best weights and the average."""

@@ -300,6 +300,7 @@ class Recovery(LightningModule):
         self.loss = RecoveryLoss(settings=settings, has_logits=any(True for _ in classifiers(net)))
         self._student, self._teacher = Network(net, self.updates), Network(teacher)
         self._held_out = HeldOut((), self.loss)
+        self._is_continued = False
 
     def hold_out(self, images: Iterable[Sequence[Tensor]]) -> None:
         """Take the batches of images on which states are compared."""
@@ -354,12 +355,15 @@ class Recovery(LightningModule):
                 "%.4g after (epoch %d of %d)",
                 *(history[0], min(history), history.index(min(history)), len(history) - 1),
             )
+        self._is_continued = False
         self.states.restore()
         if self.updates is not None:
             self.updates.merge(self.net)
 
     def on_fit_end(self) -> None:
         """Make all parameters trainable again."""
+        if self._is_continued:  # from after the last epoch: Lightning trains no more
+            self.on_train_end()
         self.net.requires_grad_()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -369,6 +373,7 @@ class Recovery(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the best state, the average and the history."""
         self.states.load_state_dict(checkpoint["states"])
+        self._is_continued = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the cosine schedule of the recipe, for what is trained."""

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     console.width = max(console.width, 132)
     if not asked.tiny and not torch.cuda.is_available():
-        console.print("There is no GPU. On one this would run, in less than 8 minutes:")
+        console.print("There is no GPU. On one this would run, meant for less than 8 minutes:")
         for name in asked.parts or PARTS:
             console.print(f"  {name}: {PARTS[name][1]}")
         return

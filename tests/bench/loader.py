@@ -6,6 +6,8 @@ pixels at the short side. What the network's device does after the transfer is t
 
 from __future__ import annotations
 
+import io
+import tarfile
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.data.auto_augment import posterize
 
-from vitrim.data import ImageSpec, Loaders
+from vitrim.data import ImageSpec, Loaders, sample_indices
 from vitrim.data.image_files import _operations, _posterize
 from vitrim.data.imagefolder import image_folder
+from vitrim.data.webdataset import webdataset_shards
 
 from .timing import Row, Side, take_turns
 
@@ -40,6 +43,7 @@ RECIPE: dict[str, Any] = {
     "re_mode": "pixel",
 }
 """DeiT's."""
+OFF = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
 
 
 def rows(repeats: int) -> list[Row]:
@@ -51,10 +55,10 @@ def rows(repeats: int) -> list[Row]:
             _loaders(root, backend)
             for root, backend in ((whole, "pil"), (whole, "tensor"), (short, "tensor"))
         )
+        shards = _of_shards(whole)
         few = _loaders(whole, "pil", samples=FEW)
-        again = few.calibration_dataloader(FEW, 0)
-        first_epoch = [*again]
-        assert len(first_epoch) == -(-FEW // BATCH)
+        again, of_all = (loaders.calibration_dataloader(FEW, 0) for loaders in (few, pil))
+        assert len([*again]) == len([*of_all]) == -(-FEW // BATCH)
         by_timm = _of_timm(whole)
         drawn = [*tensor.train_dataloader()]
         sides = {
@@ -64,6 +68,9 @@ def rows(repeats: int) -> list[Row]:
             "timm": _epoch(by_timm),
             "few": _epoch(again),
             "few before": _epoch(_Before(few)),
+            "of all": _epoch(of_all),
+            "of all before": _epoch(_Before(pil)),
+            "shards": _epoch(shards.train_dataloader()),
             "after": Side(work=lambda _: [_finished(tensor, batch) for batch in drawn]),
         }
         seconds = take_turns(sides, max(3, repeats))
@@ -81,6 +88,21 @@ def rows(repeats: int) -> list[Row]:
             seconds["few before"],
             8.0,
         ),
+        _row(
+            f"{FEW} plain images of all after the first epoch",
+            "decoded and prepared again",
+            seconds["of all"],
+            seconds["of all before"],
+            8.0,
+        ),
+        Row(
+            name="tensors, 500 x 375, from shards",
+            peer="from folders",
+            ours_s=seconds["shards"],
+            peer_s=seconds["tensor"],
+            kind="cost",
+            limit=1.1,
+        ),
         Row(
             name="what is left to the device, on this core",
             peer="all of an epoch of tensors before it",
@@ -97,13 +119,16 @@ def _row(name: str, peer: str, ours: list[float], theirs: list[float], limit: fl
 
 @dataclass(frozen=True)
 class _Before:
-    """Plain images that are decoded, and prepared in every epoch, as before they were kept."""
+    """Plain images that are prepared in every epoch, as before they were kept.
+
+    Those of a few-shot set are decoded, others are decoded again.
+    """
 
     loaders: Loaders
 
     def __iter__(self) -> Any:
-        plain = self.loaders.calibration_set.dataset  # type: ignore[attr-defined]
-        examples = [plain[index] for index in range(len(plain))]
+        plain = self.loaders.calibration_set  # type: ignore[attr-defined]
+        examples = [plain[index] for index in sample_indices(len(plain), FEW, 0)]
         for begin in range(0, len(examples), BATCH):
             yield torch.stack([image for image, _ in examples[begin : begin + BATCH]])
 
@@ -123,11 +148,31 @@ def _finished(loaders: Loaders, batch: Any) -> object:
 
 
 def _loaders(root: Path, backend: str, samples: int | None = None) -> Loaders:
-    off = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}
     images = image_folder(
         root=str(root), train="train", val="train", classes=None, class_seed=0, samples=samples,
-        samples_seed=0, batch_size=BATCH, workers=0, mixing=off,
+        samples_seed=0, batch_size=BATCH, workers=0, mixing=OFF,
         bad_images={"limit": 0, "evaluation": "fail"}, augmentation={**RECIPE, "backend": backend},
+    )  # fmt: skip
+    return images.module(SPEC)
+
+
+def _of_shards(root: Path) -> Loaders:
+    """Return loaders of the same files in two tars."""
+    folder = root.with_name("shards")
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"train-{number}.tar", "w") as tar:
+            for path in sorted((root / "train").glob("*/*.jpg"))[number::2]:
+                label = b"%d" % (path.parent.name == "b")
+                for kind, content in (("jpg", path.read_bytes()), ("cls", label)):
+                    member = tarfile.TarInfo(f"{path.stem}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    images = webdataset_shards(
+        root=str(folder), train="train-*.tar", val="train-0.tar", image_keys=["jpg"],
+        label_key="cls", class_names=None, samples=None, samples_seed=0, batch_size=BATCH,
+        workers=0, mixing=OFF, bad_images={"limit": 0, "evaluation": "fail"},
+        augmentation={**RECIPE, "backend": "tensor"},
     )  # fmt: skip
     return images.module(SPEC)
 

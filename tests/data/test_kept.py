@@ -174,6 +174,16 @@ def test_batches_that_are_changed_in_place_do_no_harm(root: Path) -> None:
     assert len(mine.decoded) == 20
 
 
+def test_they_are_kept_in_inference_mode_as_well(root: Path) -> None:
+    loader: Any = Counted(root).loaders.calibration_dataloader(10, 3)
+    with torch.inference_mode():
+        expected = epochs(loader, 1)
+        again = epochs(loader, 1)
+    assert same(again, expected)
+    assert same(epochs(loader, 1), expected)
+    assert not next(iter(loader))[0].is_inference()
+
+
 def test_they_lie_on_the_device_while_a_phase_runs(root: Path) -> None:
     mine = Counted(root)
     loader: Any = mine.loaders.calibration_dataloader(10, 3)

@@ -33,6 +33,7 @@ class KeptImages:
         self._versions: list[int] = []  # how often those that are handed out were written to
         self._copies = False
 
+    @torch.inference_mode(False)  # in which it is not counted how often tensors are written to
     def add(self, batch: Sequence[Tensor], first: int) -> None:
         """Take images (B, C, H, W) and their labels (B), from index `first` on, if they are next.
 
@@ -52,6 +53,7 @@ class KeptImages:
         self.n_filled = max(self.n_filled, last)
         self._note()
 
+    @torch.inference_mode(False)
     def place(self, device: torch.device) -> None:
         """Copy all images to a device once, if they fit (`KEPT_BYTES`, an eighth of what is free).
 

@@ -27,6 +27,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vitrim.errors import ConfigError, is_count, shown
+from vitrim.jobs import forked
 from vitrim.jobs.sweep import Place
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class LocalLauncher(Launcher):
             for job in jobs:
                 _finish(job, free[0])
             return jobs
-        _log.info("%d jobs, %d at a time", len(jobs), len(free))
+        how = ", as forks" if free[0].forked else ""
+        _log.info("%d jobs, %d at a time%s", len(jobs), len(free), how)
         queue: SimpleQueue[Place] = SimpleQueue()
         for place in free:
             queue.put(place)
@@ -128,7 +130,8 @@ def places(config: DictConfig, jobs: int) -> list[Place]:
 
     With `trainer.accelerator=gpu` there is one for each visible GPU, which the job alone sees;
     with `sweep.jobs`, that many, which share the GPUs. Where the jobs choose GPUs by themselves
-    (a list in `trainer.devices`) there is one, unless `sweep.jobs` says more.
+    (a list in `trainer.devices`) there is one, unless `sweep.jobs` says more. Jobs of one process
+    on the CPU are forks, where this process is the command `vitrim`.
 
     Raises:
         ConfigError: `sweep.jobs` is no number.
@@ -141,8 +144,9 @@ def places(config: DictConfig, jobs: int) -> list[Place]:
     gpus = _visible_gpus() if on_gpu and not OmegaConf.is_list(chosen) else []
     n = min(number or len(gpus) or 1, jobs)
     words = ("progress=false",) if n > 1 else ()  # bars of several jobs would overwrite each other
+    alone = OmegaConf.select(config, "trainer.accelerator") == "cpu" and chosen == 1
     if len(gpus) < 2:
-        return [Place({}, words)] * n
+        return [Place({}, words, forked=alone and jobs > 1 and forked.possible())] * n
     return [Place({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}, words) for i in range(n)]
 
 

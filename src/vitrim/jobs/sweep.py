@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from vitrim.errors import VitrimError
 from vitrim.jobs import signals
+from vitrim.jobs.forked import Forked
 from vitrim.jobs.status import STATUS, STATUS_COPY, SWEEPS, read_status, write_json
 
 _GRACE = 60.0  # seconds to save in after the time is up; never more than that time itself
@@ -26,10 +27,17 @@ class JobError(VitrimError):
 
 
 class Place(NamedTuple):
-    """What a job gets besides its arguments: variables of its environment, and further words."""
+    """What a job gets besides its arguments.
+
+    Args:
+        environment: variables of its environment.
+        words: further arguments.
+        forked: whether it is a fork of a process that has imported all libraries, not a new one.
+    """
 
     environment: Mapping[str, str]
     words: Sequence[str]
+    forked: bool = False
 
 
 ALONE = Place({}, ())
@@ -69,7 +77,9 @@ def run_job(
         copy = Path(scratch) / STATUS
         write_json(record, {"job": list(arguments), "status": "RUNNING"})
         variables = {**place.environment, STATUS_COPY: str(copy)}
-        code, timed_out = _run([*arguments, *place.words], variables, minutes)
+        start = Forked if place.forked else _new
+        job = start([*arguments, *place.words], {**os.environ, **variables})
+        code, timed_out = _waited(job, minutes)
         child = read_status(copy)
     status, reason = _outcome(code, child, timed_out=timed_out, minutes=minutes)
     if status == "FAILED" and "folder" in child:
@@ -83,15 +93,17 @@ def run_job(
     return str(Path(str(child["folder"])) / "report.json")
 
 
-def _run(
-    arguments: Sequence[str], variables: Mapping[str, str], minutes: float | None
-) -> tuple[int, bool]:
-    """Return the exit code of the job, and whether it was stopped because it took too long."""
-    child = subprocess.Popen(
+def _new(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a job as a new process."""
+    return subprocess.Popen(
         [sys.executable, "-m", "vitrim", *arguments],
-        env={**os.environ, **variables, signals.PARENT: str(os.getpid())},
+        env={**environment, signals.PARENT: str(os.getpid())},
         start_new_session=True,  # Ctrl-C reaches this process, which passes it on once
     )
+
+
+def _waited(child: subprocess.Popen[bytes] | Forked, minutes: float | None) -> tuple[int, bool]:
+    """Return the exit code of a job, and whether it was stopped because it took too long."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     kill_at: float | None = None
     timed_out = False

@@ -84,6 +84,7 @@ class Job:
         control: whether the dense network is trained for as long as the compact one, to compare.
         teacher: from which the fine-tuning learns as well as from the labels; None: none.
         heads: how those of the compact network are run while it is trained.
+        compiles: whether training steps are compiled (`vitrim.trainer.compilation`).
     """
 
     model: Timm
@@ -106,6 +107,7 @@ class Job:
     control: bool = False
     teacher: Teacher | None = None
     heads: Arrangement = "runs"
+    compiles: bool = False
 
     @property
     def retrains(self) -> bool:
@@ -225,6 +227,7 @@ def _runner(job: Job, identity: Identity, folder: Path) -> PhaseRunner | None:
         checkpoint_minutes=job.checkpoint_minutes,
         batchnorm_images=job.batchnorm_images,
         evaluates=job.evaluates,
+        compiles=job.compiles,
     )
 
 

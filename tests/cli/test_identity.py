@@ -50,7 +50,7 @@ def plain(files: tuple[str, ...]) -> Identified:
             "trainer.accelerator=auto", "trainer.strategy=ddp", "+trainer.num_nodes=1",
             "data.bad_images.limit=3",
         ),
-        ("model.training.keep=last",),
+        ("model.training.keep=last", "trainer.compile=false"),
         ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=128"),
         ("trainer.devices=[0,1]", "+trainer.num_nodes=2", "data.batch_size=64"),
         ("+trainer.accumulate_grad_batches=4", "data.batch_size=64"),
@@ -66,6 +66,7 @@ def test_settings_of_speed_are_no_part_of_a_run(
     "words",
     [
         ("trainer.precision=bf16-mixed",),
+        ("trainer.compile=true",),
         ("trainer.devices=2", "trainer.strategy=ddp"),
         ("+trainer.accumulate_grad_batches=2",),
         ("data.batch_size=64",),

@@ -79,8 +79,8 @@ from vitrim.jobs.distributed import check_processes, check_workers
             ["trainer.limit_val_batches=0: ", "trainer.accumulate_grad_batches=0: "],
         ),
         (
-            ["trainer.check_val_every_n_epoch=0", "+trainer.accumulate_grad_batches=0"],
-            ["trainer.check_val_every_n_epoch=0: ", "trainer.accumulate_grad_batches=0: "],
+            ["trainer.check_val_every_n_epoch=0", "trainer.compile=1"],
+            ["trainer.check_val_every_n_epoch=0: ", "trainer.compile=1: "],
         ),
         (
             ["method=vtp", "method.gating.keep=best", "model.training.keep=best"],
@@ -100,6 +100,12 @@ def test_what_a_run_would_ignore_is_refused(
     command: Command, words: list[str], expected: list[str]
 ) -> None:
     assert_refused(command, *TINY, *words, expected=expected)
+
+
+def test_steps_that_a_scorer_takes_by_itself_are_not_accumulated(command: Command) -> None:
+    words = (*QUICK, "method=practise", "+trainer.accumulate_grad_batches=2")
+    expected = "trainer.accumulate_grad_batches=2: the scoring of method=practise takes a step"
+    assert_refused(command, *words, expected=[expected])
 
 
 def test_settings_of_images_may_stay_without_images(command: Command) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vitrim.model.source import Timm
     from vitrim.pipeline import Job, Start
     from vitrim.plan import Plan
+    from vitrim.trainer.phase import Scorer
 
 Config = dict[str, Any]
 """A configuration, or a part of it, as plain data."""
@@ -252,7 +253,6 @@ def mismatches(job: Job, cfg: Config, choices: Mapping[str, str | None]) -> list
     """Return why the parts of a job do not go together, one sentence each."""
     problems = [*_check_target(job, cfg, choices["method"]), *_check_smooth(job)]
     problems += _check_control(job, choices["method"])
-    problems += _check_keep(job, cfg)
     if job.heads != "runs" and job.data is None:
         problems.append(f"heads={job.heads}: data=none has no images to train on: set heads=runs")
     if job.data is None:
@@ -298,37 +298,6 @@ def _check_control(job: Job, method: str | None) -> list[str]:
     return []
 
 
-def _check_keep(job: Job, cfg: Config) -> list[str]:
-    """Return why the best weights of a training cannot be kept."""
-    from vitrim.trainer.trainer_options import VALIDATION_EPOCHS, nothing_to_choose
-
-    trainer = cfg["trainer"]
-    every = trainer.get("check_val_every_n_epoch") or VALIDATION_EPOCHS
-    trained = {"method": cfg["method"], **({} if job.model.trained else {"model": cfg["model"]})}
-    problems = []
-    for key, recipe in keeping_best(trained):
-        if job.data is None:
-            problems.append(f"{key}.keep=best: data=none has no images to choose by: set keep=last")
-        elif every > recipe["epochs"]:
-            problems.append(nothing_to_choose(key, every, recipe["epochs"]))
-        elif trainer.get("val_check_interval", 1.0) != 1.0:
-            problems.append(
-                f"trainer.val_check_interval={trainer['val_check_interval']}: {key}.keep=best "
-                "chooses among epochs: leave it out, or set keep=last"
-            )
-    return problems
-
-
-def keeping_best(node: object, key: str = "") -> Iterator[tuple[str, Config]]:
-    """Iterate over the trainings below `node` that keep their best weights, by dotted key."""
-    if not isinstance(node, dict):
-        return
-    if node.get("keep") == "best":
-        yield key, node
-    for name, child in node.items():
-        yield from keeping_best(child, f"{key}.{name}" if key else str(name))
-
-
 def _check_smooth(job: Job) -> list[str]:
     """Return why an int8 scheme that scales by activations does not fit the network or images."""
     from vitrim.deploy.quantize import SMOOTH, check_smooth
@@ -370,11 +339,22 @@ def _check_target(job: Job, cfg: Config, name: str | None) -> list[str]:
             own, net = Cost(job.start.net, cost.input_size, cost), copy.deepcopy(job.start.net)
             method.check(own, target)
         if not target.is_identity:
-            check_scorer(scorer_of(method, net, own, target))
+            scorer = check_scorer(scorer_of(method, net, own, target))
+            problems += _check_accumulation(scorer, cfg["trainer"], name)
     except VitrimError as error:
         unsuitable = isinstance(error, UnsupportedArchitecture) or not cost.structure.branches
         problems.append(f"{error}{hint(cost, model, name) if unsuitable else ''}")
     return problems
+
+
+def _check_accumulation(scorer: Scorer, trainer: Config, name: str | None) -> list[str]:
+    """Return why the gradients of a scorer cannot be accumulated, where they are to be."""
+    from vitrim.trainer.phase import Steps
+    from vitrim.trainer.trainer_options import not_accumulated
+
+    number = trainer.get("accumulate_grad_batches", 1)
+    refused = number != 1 and isinstance(scorer, Steps) and scorer.own_steps
+    return [not_accumulated(f"the scoring of method={name}", number)] if refused else []
 
 
 def _nothing_left(folder: str, cost: Cost, start: Plan, target: Target) -> list[str]:

@@ -22,6 +22,7 @@ from vitrim.cli import checks, guard, hardware, plugins
 from vitrim.cli.arguments import PATHS, at_home, quoted
 from vitrim.cli.checks import Config
 from vitrim.cli.config_files import CONF, leaves
+from vitrim.cli.kept import keep_problems
 from vitrim.cli.keys import group_problems, root_problems
 from vitrim.cli.renamed import renamed_key
 from vitrim.cli.teacher import problems_of, teacher_of
@@ -89,6 +90,7 @@ def build_job(cfg: DictConfig) -> Job:
         else:
             choices = {group: choice(group) for group in GROUPS}
             problems = [*checks.mismatches(job, raw, choices), *problems_of(job, choices)]
+            problems += keep_problems(job, raw)
             problems += hardware.try_run(job)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -193,6 +195,7 @@ def _assemble(cfg: DictConfig, built: dict[str, Any]) -> Job:
         control=cfg.control,
         heads=cfg.heads,
         teacher=built.get("teacher"),
+        compiles=bool(cfg.trainer.get("compile")),
     )
 
 
@@ -239,6 +242,8 @@ def _build(
 
 def _built(group: str, values: object) -> object:
     """Return what a group builds; data of other packages as runs read them."""
+    if group == "trainer":  # compile is no option of Lightning's
+        values = {k: v for k, v in cast(Config, values).items() if k != "compile"}
     value = instantiate(values, _convert_="all")
     if group != "data":
         return value

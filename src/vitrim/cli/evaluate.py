@@ -158,6 +158,8 @@ def _checked(folder: Path, config: Mapping[str, Any], built: Mapping[str, Any]) 
         raise ConfigError(
             f"trainer.limit_val_batches={share}: every image counts: it must stay 1.0"
         )
+    if config["trainer"].get("compile"):
+        raise ConfigError("trainer.compile=true: an evaluation compiles nothing: set it to false")
     known, owner = read_classes(folder), f"the network in {folder}"
     images = outputs.evaluated(built["data"])
     data = outputs.for_network(images, n_outputs, known=known, loaded=True, owner=owner)

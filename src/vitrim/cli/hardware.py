@@ -64,6 +64,11 @@ def check_trainer(options: Mapping[str, object]) -> list[str]:
             f"trainer.strategy={shown(strategy)}: expected one of {', '.join(STRATEGIES[:2])}, "
             "fsdp: vitrim starts and joins the processes itself"
         )
+    elif named and str(strategy).startswith("fsdp") and options.get("compile"):
+        wrong.append(
+            "trainer.compile=true: not with fsdp, which changes the modules: choose trainer=ddp, "
+            "or set trainer.compile=false"
+        )
     return wrong
 
 
@@ -72,7 +77,7 @@ def try_run(job: Job) -> list[str]:
 
     The Trainer is made, the batches of an epoch are counted, and the int8 schemes are used once.
     """
-    attempts = (_try_trainer, _try_batches, _try_quantize)
+    attempts = (_try_trainer, _try_batches, _try_quantize, _try_compile)
     problems = []
     for attempt in attempts:
         try:
@@ -193,3 +198,13 @@ def _try_quantize(job: Job) -> None:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"quantize: {scheme} does not work here ({reason})") from None
+
+
+def _try_compile(job: Job) -> None:
+    """Raise ConfigError if a function cannot be compiled where the run trains."""
+    if not job.compiles or job.data is None:
+        return
+    from vitrim.jobs.distributed import is_on_gpu
+    from vitrim.trainer.compilation import check_compiles
+
+    check_compiles("cuda" if is_on_gpu(getattr(job.trainer, "keywords", {})) else "cpu")

@@ -19,9 +19,9 @@ TRAINER = (
     *("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"),
     *("num_sanity_val_steps", "log_every_n_steps", "enable_model_summary", "profiler"),
     *("deterministic", "benchmark", "inference_mode", "detect_anomaly", "sync_batchnorm"),
-    "callbacks",
+    *("callbacks", "compile"),
 )
-"""Arguments of lightning.Trainer that a run takes."""
+"""Arguments of lightning.Trainer that a run takes, and `compile`."""
 _EPOCHS = "each phase has its epochs: model.training.epochs, and the epochs below method"
 _CLIP = "each phase has its clip_norm: model.training.clip_norm, and those below method"
 _CHECKPOINTS = "set checkpoint.minutes"
@@ -203,5 +203,7 @@ def _limits(trainer: Config) -> Iterator[str]:
             f"trainer.check_val_every_n_epoch={every}: expected null, or a whole number of epochs "
             "from 1 on"
         )
+    if not isinstance(trainer.get("compile", False), bool):
+        yield f"trainer.compile={trainer['compile']}: expected true or false"
     if trainer.get("_partial_") is not True:
         yield f"trainer._partial_={trainer.get('_partial_')}: expected true"

@@ -10,7 +10,8 @@ from typing import cast
 
 import yaml
 
-from vitrim.cli.checks import Config, keeping_best
+from vitrim.cli.checks import Config
+from vitrim.cli.kept import keeping_best
 from vitrim.errors import ConfigError, is_count
 from vitrim.files import PHASES, read_yaml
 
@@ -45,7 +46,7 @@ DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAM
 """What reading the recipe.yaml of a damaged or foreign folder raises."""
 ADDED = {
     **{"data.val_labels": None, "data.exif_orientation": False, "method.metric": "units"},
-    "model.weights": None,
+    **{"model.weights": None, "trainer.compile": False},
 }
 """Keys that later versions added, with the values by which earlier ones acted."""
 

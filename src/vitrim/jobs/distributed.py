@@ -51,7 +51,7 @@ def requested_processes(trainer: Mapping[str, object]) -> int:
     if isinstance(devices, list | tuple) and devices:
         return len(devices)
     if devices in ("auto", -1, "-1"):
-        return max(torch.cuda.device_count(), 1) if _is_on_gpu(trainer) else 1
+        return max(torch.cuda.device_count(), 1) if is_on_gpu(trainer) else 1
     if isinstance(devices, int | str) and not isinstance(devices, bool):
         with suppress(ValueError):
             number = int(devices)
@@ -82,7 +82,7 @@ def check_processes(trainer: Mapping[str, object]) -> None:
             f"trainer.num_nodes={nodes}: this command starts processes on this machine only: run "
             "it under torchrun or with hydra/launcher=slurm, or set trainer.num_nodes=1"
         )
-    on_gpu = _is_on_gpu(trainer)
+    on_gpu = is_on_gpu(trainer)
     limit = torch.cuda.device_count() if on_gpu else max(cores(), 2)
     if processes > max(limit, 1):
         raise ConfigError(
@@ -112,7 +112,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _is_on_gpu(trainer: Mapping[str, object]) -> bool:
+def is_on_gpu(trainer: Mapping[str, object]) -> bool:
     """Whether a trainer's options request GPUs of CUDA."""
     accelerator = trainer.get("accelerator", "auto")
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

@@ -159,6 +159,11 @@ class GateTraining(LightningModule):
         )
         self.register_buffer("folded", torch.tensor(False))
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, which is called with gated weights."""
+        return [self.net]
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, classes) through the gated weights."""
         weights = {
@@ -172,6 +177,10 @@ class GateTraining(LightningModule):
         weight = self.net.get_parameter(name)
         gates = self.gates[self._sites[site]].view(-1, *(1,) * (weight.ndim - 2))
         return torch.mul(weight, gates)
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Return the logits; the penalty reads the gates, on which these depend as well."""
+        return [self(images)]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss L_CE + l1 * sum |a|."""

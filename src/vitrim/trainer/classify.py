@@ -42,6 +42,15 @@ class Classify(LightningModule):
         """Learn from a teacher as well as from the labels; None: from the labels alone."""
         self._distillation = distillation
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and a teacher."""
+        return [self.net, *([self._distillation.teacher] if self._distillation else [])]
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Return the logits."""
+        return [self.net(images)]
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch: images (B, C, H, W) and targets."""
         images, targets = batch

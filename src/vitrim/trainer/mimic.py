@@ -109,6 +109,21 @@ class Mimic(LightningModule):
         """Make the frozen parameters trainable again."""
         self.net.requires_grad_()
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network and its teacher."""
+        return [self.net, *self._teacher]
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Return the features, and what else the loss reads."""
+        features = self.net.forward_features(images)  # type: ignore[operator]
+        read = [features]
+        if self.loss.pooled_weight:
+            read.append(self.net.forward_head(features, pre_logits=True))  # type: ignore[operator]
+        if self.logits_weight:
+            read.append(self.net.forward_head(features))  # type: ignore[operator]
+        return read
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch; its labels are not used."""
         images = batch[0]
@@ -161,6 +176,15 @@ class Distill(LightningModule):
         self.clip_norm = recipe.clip_norm
         self.temperature = temperature
         self._teacher = [teacher]  # in a list: neither saved nor trained with this module
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network and its teacher."""
+        return [self.net, *self._teacher]
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Return the logits."""
+        return [self.net(images)]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch; its labels are not used."""

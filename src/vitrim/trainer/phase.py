@@ -123,6 +123,33 @@ class Validated(Protocol):
     """The metric of a validation, in percent, of which a higher one is better."""
 
 
+@runtime_checkable
+class Compiles(Protocol):
+    """A phase whose training steps can be compiled."""
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks whose outputs make the loss: the one in training, and a teacher."""
+        ...
+
+
+@runtime_checkable
+class Reaches(Protocol):
+    """A phase that says which parameters its loss depends on."""
+
+    def outputs(self, images: Tensor) -> Sequence[Tensor]:
+        """Return what the loss reads of the network in training, for images (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """A phase that takes the steps of optimisers by itself, one for each batch."""
+
+    own_steps: bool
+    """Whether it takes any."""
+
+
 class Scorer(Phase, Protocol):
     """A phase that learns what matters in `net`."""
 

@@ -25,6 +25,8 @@ from vitrim.jobs.lock import lock
 from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
+from vitrim.trainer.compilation import compiling
+from vitrim.trainer.ddp import strategy_for
 from vitrim.trainer.phase import Phase, check_phase
 from vitrim.trainer.phase_images import kept_on, training_batches, validation_batches
 from vitrim.trainer.progress import Bar, Speed
@@ -35,6 +37,7 @@ from vitrim.trainer.trainer_options import (
     epochs_between_validations,
     keeping,
     limits,
+    options_for,
     options_of,
     recipe_of,
 )
@@ -51,6 +54,7 @@ _EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
     (".*configure_optimizers` returned `None`.*", Warning),  # nor optimisers
     (".*find_unused_parameters=True was specified.*", Warning),
     (".*smaller than the logging interval.*", Warning),  # steps are counted over epochs
+    (".*grad attribute of a Tensor that is not a leaf.*", Warning),  # torch.compile looks there
     (".*LeafSpec.*", FutureWarning),  # lightning 2.6 on torch 2.14
     (".*`srun` command is available.*", Warning),  # a run may be outside SLURM
 )
@@ -88,6 +92,7 @@ class PhaseRunner:
         checkpoint_minutes: between two checkpoints within a phase.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
         evaluates: whether networks are evaluated.
+        compiles: whether training steps are compiled (`Compiled`).
     """
 
     trainer: Callable[..., Trainer]
@@ -100,6 +105,7 @@ class PhaseRunner:
     checkpoint_minutes: float
     batchnorm_images: int
     evaluates: bool = True
+    compiles: bool = False
 
     def run_or_load(
         self,
@@ -174,13 +180,11 @@ class PhaseRunner:
                 *([speed] if epochs else []),
                 resume,
                 *kept,
+                *(compiling(phase) if self.compiles and epochs else []),
                 *callbacks,
-                max_epochs=epochs,
-                check_val_every_n_epoch=between or 1,
-                **({} if between else {"limit_val_batches": 0}),
                 logger=self.tracker,
-                gradient_clip_val=phase.clip_norm or None,
-                **({} if phase.automatic_optimization else {"accumulate_grad_batches": 1}),
+                **options_for(phase, options, epochs=epochs, validated_every=between),
+                **strategy_for(phase, options.get("strategy"), epochs=epochs, image=self._image),
                 **({} if loader is None else limits(options, len(loader))),
             )
             if epochs and phase.trains:
@@ -201,6 +205,10 @@ class PhaseRunner:
     def _calibration(self, images: int) -> DataLoader[object]:
         """Return batches of that many training images, plain and in order."""
         return self.data.calibration_dataloader(images, self.seed)
+
+    def _image(self) -> Tensor:
+        """Return a batch of one training image."""
+        return next(self.calibration_images(1))
 
     def calibration_images(self, images: int) -> Iterator[Tensor]:
         """Iterate over batches (B, C, H, W) of that many training images, plain and in order."""
@@ -238,12 +246,10 @@ class PhaseRunner:
             return validate(net, trainer, self.data, n_classes=n_classes)
 
     def _trainer(self, *callbacks: Callback, **options: object) -> Trainer:
-        of_run = options_of(self.trainer)
-        if of_run.get("strategy") == "ddp":  # the classifier, say, learns nothing from features
-            options["strategy"] = "ddp_find_unused_parameters_true"
+        own = callbacks_of(options_of(self.trainer))
         return self.trainer(
             default_root_dir=self.folder,
-            callbacks=[*callbacks, *callbacks_of(of_run)],
+            callbacks=[*callbacks, *own],
             enable_progress_bar=self.progress,
             enable_checkpointing=True,
             use_distributed_sampler=False,  # the loaders know their share

@@ -225,6 +225,12 @@ class RecoveryLoss:
             loss = loss + how.logits_weight * self.distance(found, target)
         return loss
 
+    def read_of(self, found: Outputs) -> list[Tensor]:
+        """Return the outputs that the loss depends on."""
+        weights = (how := self.settings).token_weight, how.pooled_weight, how.logits_weight
+        read = found if self.has_logits else found._replace(logits=found.pooled)
+        return [output for weight, output in zip(weights, read, strict=True) if weight]
+
     def distance(self, found: Outputs, target: Outputs) -> Tensor:
         """Return the divergence of the logits, or the error of pooled features."""
         if self.has_logits:
@@ -301,6 +307,8 @@ class Recovery(LightningModule):
         self._student, self._teacher = Network(net, self.updates), Network(teacher)
         self._held_out = HeldOut((), self.loss)
         self._is_continued = False
+        self.networks = (net, teacher)
+        self.outputs = lambda images: self.loss.read_of(self._student(images))
 
     def hold_out(self, images: Iterable[Sequence[Tensor]]) -> None:
         """Take the batches of images on which states are compared."""

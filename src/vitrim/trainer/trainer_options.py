@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from vitrim.errors import ConfigError
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.kept_weights import KeptWeights
-from vitrim.trainer.phase import Phase, Validated
+from vitrim.trainer.phase import Phase, Steps, Validated
 from vitrim.trainer.recipe import Recipe
 
 VALIDATION_EPOCHS = 10
@@ -27,6 +27,41 @@ def options_of(make: Callable[..., Trainer]) -> Mapping[str, object]:
 def callbacks_of(options: Mapping[str, object]) -> Sequence[Callback]:
     """Return copies of the callbacks among the options: each phase has its own."""
     return copy.deepcopy(cast(Sequence[Callback], options.get("callbacks") or []))
+
+
+def options_for(
+    phase: Phase, options: Mapping[str, object], *, epochs: int, validated_every: int
+) -> dict[str, object]:
+    """Return the options of a Trainer that depend on the phase.
+
+    Args:
+        phase: that is to be run.
+        options: of the run.
+        epochs: of the phase; 0: it is not trained.
+        validated_every: epochs between two validations; 0: there are none.
+
+    Raises:
+        ConfigError: the phase takes its steps by itself, and batches are to be accumulated.
+    """
+    by_itself = not phase.automatic_optimization  # type: ignore[attr-defined]
+    number = options.get("accumulate_grad_batches", 1)
+    if epochs and number != 1 and isinstance(phase, Steps) and phase.own_steps:
+        raise ConfigError(not_accumulated(type(phase).__name__, number))
+    return {
+        "max_epochs": epochs,
+        "check_val_every_n_epoch": validated_every or 1,
+        **({} if validated_every else {"limit_val_batches": 0}),
+        "gradient_clip_val": phase.clip_norm or None,
+        **({"accumulate_grad_batches": 1} if by_itself else {}),  # no optimiser of Lightning's
+    }
+
+
+def not_accumulated(phase: str, number: object) -> str:
+    """Return why gradients cannot be accumulated."""
+    return (
+        f"trainer.accumulate_grad_batches={number}: {phase} takes a step after every batch: set 1, "
+        "and a larger data.batch_size"
+    )
 
 
 def limits(options: Mapping[str, object], batches: int) -> dict[str, object]:

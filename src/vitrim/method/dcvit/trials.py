@@ -92,9 +92,9 @@ class Trials(LightningModule):
         self.compression = compression
         self.recipe = recipe
         self.epochs = 1 + len(groups) * recipe.training.epochs
-        augments = recipe.views == "augmented" and recipe.training.epochs
-        images = sampling.images
-        self.calibration_images = AugmentedImages(images=images) if augments else images
+        self.own_steps = recipe.training.epochs > 0
+        n, augments = sampling.images, self.own_steps and recipe.views == "augmented"
+        self.calibration_images = AugmentedImages(images=n) if augments else n
         self.settings: dict[str, object] = {
             "groups": ["+".join(group) for group in groups],
             "sampling": asdict(sampling),

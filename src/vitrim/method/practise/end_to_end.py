@@ -111,6 +111,7 @@ class EndToEnd(LightningModule):
     resumes_at: ResumePoint = "batch"
     clip_norm = 0.0
     trains = False
+    own_steps = True
     scores: Tensor
 
     def __init__(

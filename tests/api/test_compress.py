@@ -190,6 +190,11 @@ def test_a_method_that_needs_labels_trains_on_the_users_batches() -> None:
         (IMAGES, {"params": 0.5}, "expected at most one target"),
         (IMAGES, {"validation": IMAGES}, "validation: image 0 has no label"),
         (IMAGES, {"seed": -1}, "seed=-1: expected"),
+        (
+            IMAGES,
+            {"method": "vtp", "fine_tuning.keep": "best", "train": [(IMAGES, LABELS)]},
+            "fine_tuning.keep='best' has nothing to choose from",
+        ),
         (IMAGES, {"train": [IMAGES]}, "train: batches of 40 images without labels"),
     ],
 )

@@ -23,6 +23,7 @@ from vitrim.method import Method, can_compress, check_method, scorer_of
 from vitrim.model.identify import Identified
 from vitrim.network import UnsupportedArchitecture
 from vitrim.trainer.phase import check_scorer
+from vitrim.trainer.trainer_options import VALIDATION_EPOCHS
 
 _MAX_SEED = 2**32 - 1
 
@@ -131,6 +132,7 @@ def request(
         seed=options.seed,
     )
     _check_labels(method, train, held)
+    _check_keep(settings, evaluates=validation is not None)
     _check_method(model, method, target, options.name, found)
     data.check(shape, any_size=any_size)
     return Request(
@@ -204,6 +206,20 @@ def _check_labels(method: Method, train: object, held: HeldImages) -> None:
             f"{type(method).__name__} trains with labels, and images has none: give train=LOADER, "
             "batches of (images, labels)"
         )
+
+
+def _check_keep(settings: object, *, evaluates: bool, key: str = "") -> None:
+    """Refuse to keep the best weights of a training that is not validated."""
+    if not isinstance(settings, dict):
+        return
+    few = not evaluates or settings.get("epochs", 0) < VALIDATION_EPOCHS
+    if settings.get("keep") == "best" and few:
+        raise ConfigError(
+            f"{key}.keep='best' has nothing to choose from: give validation images, and at least "
+            f"{VALIDATION_EPOCHS} epochs, which are validated once; or set {key}.keep='last'"
+        )
+    for name, child in settings.items():
+        _check_keep(child, evaluates=evaluates, key=f"{key}.{name}" if key else str(name))
 
 
 def _uses_labels(method: object) -> bool:

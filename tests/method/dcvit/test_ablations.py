@@ -134,7 +134,6 @@ def vit_tiny(tmp_path_factory: pytest.TempPathFactory) -> Table:
         archive.extractall(pictures, filter="data")
     short = (
         "data.workers=0",
-        "trainer.precision=bf16-mixed",
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=1",
         "target.blocks=1",

@@ -56,11 +56,17 @@ def test_what_a_loss_does_not_reach(name: str) -> None:
     assert unreached == UNREACHED.get(name, set())
 
 
-class Searches(Callback):
-    """Notes whether every step looks for unused parameters."""
+class Notes(Callback):
+    """Notes whether every step looks for unused parameters, and what a validation found."""
 
     def __init__(self) -> None:
         self.found: list[bool] = []
+        self.metrics: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+        names = ("top1", "top5", "agreement", "val_loss")
+        known = trainer.callback_metrics
+        self.metrics = {name: float(known[name]) for name in names if name in known}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.found.append(getattr(trainer.model, "find_unused_parameters", False))
@@ -74,18 +80,23 @@ def train(folder: str, processes: int) -> None:
         for name, make in PHASES.items():
             run, batch = runner(place), 16 // processes
             trainer = partial(
-                run.trainer, **options, accumulate_grad_batches=2, limit_train_batches=8
+                run.trainer,
+                **options,
+                accumulate_grad_batches=2,
+                limit_train_batches=8,
+                check_val_every_n_epoch=1,
             )
             plain = Digits(
                 batch_size=batch, held_out=0.2, shift=0.0, rotation=0.0, label_smoothing=0.1
             )
             run = replace(run, trainer=trainer, data=plain.module(SPEC))
-            phase, searches = make(), Searches()
-            run.run_or_load(place / name, phase, name=name, callbacks=[searches])
-            assert len(searches.found) == 8
-            assert not any(searches.found)
+            phase, notes = make(), Notes()
+            run.run_or_load(place / name, phase, name=name, callbacks=[notes])
+            assert len(notes.found) == 8
+            assert not any(notes.found)
             assert all(parameter.requires_grad for parameter in phase.parameters())
             torch.save(phase.state_dict(), place / f"{name}-{rank}.pt")
+            torch.save(notes.metrics, place / f"{name}-{rank}-metrics.pt")
 
 
 @pytest.mark.slow
@@ -104,6 +115,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         files = (tmp_path / f"one/{name}-0.pt", folder / f"{name}-0.pt", folder / f"{name}-1.pt")
         one, first, second = map(torch.load, files)
         assert all(torch.equal(first[key], second[key]) for key in first)
+        metrics = [torch.load(file.with_name(f"{file.stem}-metrics.pt")) for file in files]
+        assert metrics[1] == metrics[2]
+        assert metrics[1] == pytest.approx(metrics[0], rel=0.02), name
+        assert len(metrics[0]) == 2
         for key in UNREACHED.get(name, ()):
             assert torch.equal(first[key], one[key]), key
         found, expected = (outputs_of(make(), weights) for weights in (first, one))

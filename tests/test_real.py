@@ -63,7 +63,7 @@ def stages(command: Command, pictures: Path, *arguments: str) -> dict[str, float
 
 
 def test_few_images_keep_most_of_the_accuracy(command: Command, pictures: Path) -> None:
-    few = ("method.sampling.images=32", "trainer.limit_val_batches=1")  # judged on 50
+    few = ("method.sampling.images=32", "data.batch_size=25", "trainer.limit_val_batches=1")
     found = stages(command, pictures, "strength=1", *few)
     assert found["refit"] > found["dense"] - 8
 

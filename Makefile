@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/vitrim-report outputs --html --wandb disabled
 	@printf '%s\n' '' \
 	'What was done: a small vision transformer was trained on handwritten digits ("dense"), trained on for' \
-	'as long as the compressed ones were ("control"), and compressed at five strengths in two ways: "vtp"' \
+	'as long as the compressed ones were ("control"), and compressed in two ways at several strengths: "vtp"' \
 	'learns which dimensions to remove and fine-tunes; "joint" removes and repairs without any training.' \
 	'What is where: the folders above hold a compact network (model.safetensors), what was removed' \
 	'(plan.json) and the numbers (report.json); outputs/report/report.html has all tables and figures.' \

@@ -23,7 +23,7 @@ from vitrim.method import Method, can_compress, check_method, scorer_of
 from vitrim.model.identify import Identified
 from vitrim.network import UnsupportedArchitecture
 from vitrim.trainer.phase import check_scorer
-from vitrim.trainer.trainer_options import VALIDATION_EPOCHS
+from vitrim.trainer.trainer_options import VALIDATION_EPOCHS, keeping_best
 
 _MAX_SEED = 2**32 - 1
 
@@ -208,18 +208,15 @@ def _check_labels(method: Method, train: object, held: HeldImages) -> None:
         )
 
 
-def _check_keep(settings: object, *, evaluates: bool, key: str = "") -> None:
+def _check_keep(settings: object, *, evaluates: bool) -> None:
     """Refuse to keep the best weights of a training that is not validated."""
-    if not isinstance(settings, dict):
-        return
-    few = not evaluates or settings.get("epochs", 0) < VALIDATION_EPOCHS
-    if settings.get("keep") == "best" and few:
-        raise ConfigError(
-            f"{key}.keep='best' has nothing to choose from: give validation images, and at least "
-            f"{VALIDATION_EPOCHS} epochs, which are validated once; or set {key}.keep='last'"
-        )
-    for name, child in settings.items():
-        _check_keep(child, evaluates=evaluates, key=f"{key}.{name}" if key else str(name))
+    for key, epochs in keeping_best(settings):
+        if not evaluates or epochs < VALIDATION_EPOCHS:
+            raise ConfigError(
+                f"{key}.keep='best' has nothing to choose from: give validation images, and at "
+                f"least {VALIDATION_EPOCHS} epochs, which are validated once; or set "
+                f"{key}.keep='last'"
+            )
 
 
 def _uses_labels(method: object) -> bool:

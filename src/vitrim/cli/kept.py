@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vitrim.cli.checks import Config
@@ -13,30 +12,20 @@ if TYPE_CHECKING:
 
 def keep_problems(job: Job, cfg: Config) -> list[str]:
     """Return why the best weights of a training cannot be kept."""
-    from vitrim.trainer.trainer_options import VALIDATION_EPOCHS, nothing_to_choose
+    from vitrim.trainer.trainer_options import VALIDATION_EPOCHS, keeping_best, nothing_to_choose
 
     trainer = cfg["trainer"]
     every = trainer.get("check_val_every_n_epoch") or VALIDATION_EPOCHS
     trained = {"method": cfg["method"], **({} if job.model.trained else {"model": cfg["model"]})}
     problems = []
-    for key, recipe in keeping_best(trained):
+    for key, epochs in keeping_best(trained):
         if job.data is None:
             problems.append(f"{key}.keep=best: data=none has no images to choose by: set keep=last")
-        elif every > recipe["epochs"]:
-            problems.append(nothing_to_choose(key, every, recipe["epochs"]))
+        elif every > epochs:
+            problems.append(nothing_to_choose(key, every, epochs))
         elif trainer.get("val_check_interval", 1.0) != 1.0:
             problems.append(
                 f"trainer.val_check_interval={trainer['val_check_interval']}: {key}.keep=best "
                 "chooses among epochs: leave it out, or set keep=last"
             )
     return problems
-
-
-def keeping_best(node: object, key: str = "") -> Iterator[tuple[str, Config]]:
-    """Iterate over the trainings below `node` that keep their best weights, by dotted key."""
-    if not isinstance(node, dict):
-        return
-    if node.get("keep") == "best":
-        yield key, node
-    for name, child in node.items():
-        yield from keeping_best(child, f"{key}.{name}" if key else str(name))

@@ -11,7 +11,6 @@ from typing import cast
 import yaml
 
 from vitrim.cli.checks import Config
-from vitrim.cli.kept import keeping_best
 from vitrim.errors import ConfigError, is_count
 from vitrim.files import PHASES, read_yaml
 
@@ -99,6 +98,8 @@ def identifying(resolved: Config, contents: Contents) -> Config:
         recipe["data"] = _identifying_data(recipe, contents.images)
         recipe["trainer"] = _identifying_trainer(recipe["trainer"], resolved)
         trained = {key: recipe[key] for key in ("model", "method")}
+        from vitrim.trainer.trainer_options import keeping_best
+
         if any(keeping_best(trained)):  # by validations, which then decide the result
             every = resolved["trainer"].get("check_val_every_n_epoch")
             recipe["trainer"]["check_val_every_n_epoch"] = every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -125,6 +125,16 @@ def nothing_to_choose(where: str, validated_every: int, epochs: int) -> str:
         else "it is not validated: it needs validation images"
     )
     return f"{where}: keep=best has nothing to choose from: {found}, or keep=last"
+
+
+def keeping_best(settings: object, key: str = "") -> Iterator[tuple[str, int]]:
+    """Iterate over dotted key and epochs of the trainings that keep their best weights."""
+    if not isinstance(settings, dict):
+        return
+    if settings.get("keep") == "best":
+        yield key, settings.get("epochs", 0)
+    for name, child in settings.items():
+        yield from keeping_best(child, f"{key}.{name}" if key else str(name))
 
 
 def _keeps_best(phase: object) -> bool:

@@ -25,8 +25,8 @@ from vitrim.network.timing import (
     Clock,
     Heads,
     Stop,
+    chosen_heads,
     clock_of,
-    fastest_heads,
     forward_pass,
     interleaved_times,
 )
@@ -192,7 +192,7 @@ def latencies(
     images = [zeros_for(net, batch, input_size) for net in moved]
     of_blocks: list[dict[str, list[float]]] = [{} for _ in nets]
     with torch.inference_mode(), ExitStack() as arrangements:
-        chosen = [_choice(net, x, heads) for net, x in zip(moved, images, strict=True)]
+        chosen = [chosen_heads(net, x, heads) for net, x in zip(moved, images, strict=True)]
         for net, how in zip(moved, chosen, strict=True):
             arrangements.enter_context(arranged(net, how))
         passes = [forward_pass(*pair, graphs=graphs) for pair in zip(moved, images, strict=True)]
@@ -220,10 +220,6 @@ def zeros_for(net: nn.Module, batch: int, input_size: InputSize) -> Tensor:
     """Return images of zeros on the device and in the precision of `net`."""
     device = next((p.device for p in net.parameters()), None)
     return torch.zeros(batch, *image_shape(net, input_size), device=device, dtype=_dtype(net))
-
-
-def _choice(net: nn.Module, x: Tensor, heads: Heads) -> Arrangement:
-    return fastest_heads(net, x) if heads == "fastest" else heads
 
 
 def latency_entry(

@@ -39,8 +39,8 @@ from vitrim.network.surgery import cut
 from vitrim.network.survivors import Kept, resolve
 from vitrim.network.timing import (
     Heads,
+    chosen_heads,
     clock_of,
-    fastest_heads,
     forward_pass,
     interleaved_times,
 )
@@ -236,7 +236,7 @@ def measure_table(
             saved = 0.0
             if keeps:
                 smaller = cut(dense, Plan(model={}, edits=keeps)).eval()
-                arrange_heads(smaller, fastest_heads(smaller, x) if heads == "fastest" else heads)
+                arrange_heads(smaller, chosen_heads(smaller, x, heads))
                 times = _interleaved([dense, smaller], x, repeats, graphs=graphs)
                 dense_times += times[0]
                 saved = 1 - statistics.median(b / a for a, b in zip(*times, strict=True))

@@ -30,7 +30,7 @@ from vitrim.files import escape, write
 from vitrim.measure import InputSize, count, image_shape, tf32
 from vitrim.network import structure
 from vitrim.network.head_runs import ARRANGEMENTS, Arrangement, arranged
-from vitrim.network.timing import Heads, clock_of, interleaved_times
+from vitrim.network.timing import Heads, clock_of, interleaved_times, quickest
 from vitrim.plan import Plan
 from vitrim.store import load
 from vitrim.versions import versions
@@ -174,9 +174,7 @@ def _fastest(setting: Setting, net: nn.Module, x: Tensor, scratch: Path) -> Arra
     for how in ARRANGEMENTS:
         with arranged(net, how):
             calls.append(prepare(net, x, setting, scratch / how)[0])
-    times = interleaved_times(calls, FEW, clock=clock_of(setting.device))
-    medians = [statistics.median(each) for each in times]
-    return ARRANGEMENTS[medians.index(min(medians))]
+    return quickest(interleaved_times(calls, FEW, clock=clock_of(setting.device)))
 
 
 def _side(milliseconds: Sequence[float], memory_mb: float | None) -> Side:

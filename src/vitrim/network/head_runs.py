@@ -8,8 +8,8 @@ The heads of a cut attention are arranged in one of three ways, which compute th
     padded    all heads in one call, padded to the widest: few kernels for some useless products
 
 `runs` is what networks are loaded with. Which one is fastest depends on the device, the widths and
-the batch (`vitrim.measure.fastest_heads`). Padding consists of zeros, which change no product: the
-outputs differ by rounding. Parameters and state dict are the same in all three.
+the batch (`vitrim.network.timing.fastest_heads`). Padding consists of zeros, which change no
+product: the outputs differ by rounding. Parameters and state dict are the same in all three.
 
 The legend is in `vitrim.network.attention`. Annotations are evaluated, because TorchScript reads no
 strings.

@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from vitrim.data.paths import Paths
+from vitrim.data.paths import Paths, are_sound
 from vitrim.files import digest, own_folder, write
 
 _log = logging.getLogger(__name__)
@@ -187,14 +187,12 @@ def _read(path: Path, folder: Path) -> Listing | None:
             if not np.array_equal(arrays["times"], _times(facts["directories"])):
                 _log.info("%s: has changed, listed again", folder)
                 return None
-            buffer, bounds, prefix = arrays["buffer"], arrays["bounds"], facts.pop("prefix")
-        paths = Paths(prefix, buffer, bounds)
+            prefix = facts.pop("prefix")
+            paths = Paths(prefix, arrays["buffer"], arrays["bounds"])
         found = Listing(paths=paths, **facts)
         sound = (
             prefix == f"{folder}{os.sep}"
-            and bounds[0] == 0
-            and bounds[-1] == len(buffer)
-            and bool((np.diff(bounds) > 0).all())
+            and are_sound(paths)
             and sum(found.classes.values()) == len(paths)
         )
         return found if sound else None

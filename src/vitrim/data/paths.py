@@ -105,6 +105,12 @@ class Paths(Sequence[str]):
 _AT_ONCE = 4096
 
 
+def are_sound(paths: Paths) -> bool:
+    """Whether the bounds of paths divide their buffer, as those read from a file may not."""
+    ends = paths.bounds[0] == 0 and paths.bounds[-1] == len(paths.buffer)
+    return bool(ends and (np.diff(paths.bounds) > 0).all())
+
+
 def _without(prefix: str, texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if not text.startswith(prefix):

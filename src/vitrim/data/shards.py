@@ -22,7 +22,7 @@ import numpy as np
 
 from vitrim.data.folders import first
 from vitrim.data.listing import DAMAGED, KEPT_FROM, cache_folder, one_at_a_time, save_arrays
-from vitrim.data.paths import Labels, Paths
+from vitrim.data.paths import Labels, Paths, are_sound
 from vitrim.errors import ConfigError
 from vitrim.files import digest, own_folder, write
 
@@ -128,14 +128,12 @@ def _kept(path: Path, folder: Path, shards: Sequence[Path]) -> Samples | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            buffer, bounds = arrays["buffer"], arrays["bounds"]
+            names = Paths(f"{folder}{os.sep}", arrays["buffer"], arrays["bounds"])
             shard, place, labels = arrays["shard"], arrays["place"], arrays["labels"]
-        number = len(bounds) - 1
+        number = len(names)
         sound = (
             (shard.shape, place.shape, labels.shape) == ((number,), (number, 2), (number,))
-            and bounds[0] == 0
-            and bounds[-1] == len(buffer)
-            and bool((np.diff(bounds) > 0).all())
+            and are_sound(names)
             and 0 <= shard.min() <= shard.max() < len(shards)
             and bool((place >= 0).all())
             and labels.min() >= 0
@@ -145,7 +143,6 @@ def _kept(path: Path, folder: Path, shards: Sequence[Path]) -> Samples | None:
         return None
     if not sound:
         return None
-    names = Paths(f"{folder}{os.sep}", buffer, bounds)
     texts = [*map(str, shards)]
     return Samples(shards=texts, names=names, shard=shard, place=place, labels=labels)
 

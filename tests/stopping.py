@@ -30,6 +30,22 @@ def stopped(
         return command(*words), checks
 
 
+def resumed(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the report of a run that was stopped a third of the way and resumed to the same bits.
+
+    It is compared with that of the same command elsewhere, which nothing stops.
+    """
+    at_whole = [*words, f"out={command.out.with_name('whole')}"]
+    whole, checks = stopped(command, at_whole, at=None, monkeypatch=monkeypatch)
+    assert whole.code == 0, whole.message
+    done, _ = stopped(command, words, at=checks // 3, monkeypatch=monkeypatch)
+    assert done.code == 143, done.message
+    again = command(*words)
+    assert again.code == 0, again.message
+    assert comparable(again.report) == comparable(whole.report)
+    return again.report
+
+
 def comparable(report: Path) -> dict[str, Any]:
     """Return the digest of the weights, and what a report says but for times and places."""
     numbers = json.loads(report.read_text())

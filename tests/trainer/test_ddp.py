@@ -13,10 +13,8 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-import vitrim
 from conftest import images, relative_error, small_net
-from fresh import together
-from jobs.test_distributed import of_torchrun
+from jobs.test_distributed import in_two_processes
 from phase_runner import DIGITS, SPEC, runner
 from vitrim.data.digits import Digits
 from vitrim.jobs.distributed import process_group
@@ -26,7 +24,6 @@ from vitrim.trainer.ddp import leaves_of
 from vitrim.trainer.mimic import Distill, Mimic
 from vitrim.trainer.recipe import Recipe
 
-TESTS = Path(__file__).parents[1]
 RECIPE = Recipe(epochs=1, lr=1e-3, weight_decay=0.05, warmup_epochs=0, clip_norm=1.0)
 SCRIPT = "import test_ddp as tests; tests.train({folder!r}, 2)"
 
@@ -103,14 +100,7 @@ def train(folder: str, processes: int) -> None:
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     train(str(tmp_path / "one"), 1)
     folder = tmp_path / "two"
-    paths = [str(TESTS), str(TESTS / "trainer"), str(Path(vitrim.__file__).parents[1])]
-    env = [
-        {**of_rank, "PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"}
-        for of_rank in of_torchrun(2)
-    ]
-    words = ("-c", SCRIPT.format(folder=str(folder)))
-    done = together([words] * 2, env=env, timeout=500)
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    in_two_processes(SCRIPT.format(folder=str(folder)))
     for name, make in PHASES.items():
         files = (tmp_path / f"one/{name}-0.pt", folder / f"{name}-0.pt", folder / f"{name}-1.pt")
         one, first, second = map(torch.load, files)

@@ -10,15 +10,12 @@ import torch
 from test_recovery import PLAIN, RECIPE, phase
 from torch import Tensor
 
-import vitrim
 from conftest import images, relative_error
-from fresh import together
-from jobs.test_distributed import of_torchrun
+from jobs.test_distributed import in_two_processes
 from phase_runner import runner
 from vitrim.jobs.distributed import process_group
 from vitrim.trainer.views import Views
 
-TESTS = Path(__file__).parents[1]
 SCRIPT = "import test_recovery_ddp as tests; tests.recover({folder!r}, 2)"
 
 
@@ -39,14 +36,7 @@ def recover(folder: str, processes: int) -> None:
 def test_two_processes_recover_as_one_does(tmp_path: Path) -> None:
     recover(str(tmp_path / "one"), 1)
     folder = tmp_path / "two"
-    paths = [str(TESTS), str(TESTS / "trainer"), str(Path(vitrim.__file__).parents[1])]
-    env = [
-        {**of_rank, "PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"}
-        for of_rank in of_torchrun(2)
-    ]
-    words = ("-c", SCRIPT.format(folder=str(folder)))
-    done = together([words] * 2, env=env, timeout=500)
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    in_two_processes(SCRIPT.format(folder=str(folder)))
     one, first, second = (
         torch.load(path)
         for path in (tmp_path / "one/weights0.pt", folder / "weights0.pt", folder / "weights1.pt")

@@ -29,6 +29,7 @@ from vitrim.cli.arguments import prepared, show_every_character, use_utf8
 from vitrim.cli.compose import build_job, check_groups, explain, register_resolvers
 from vitrim.cli.config_files import CONF
 from vitrim.cli.help import help_text
+from vitrim.cli.start import uncollected
 from vitrim.errors import ConfigError, VitrimError, shortened
 from vitrim.files import escape, writable, write
 from vitrim.jobs import signals, slurm, status, sweep
@@ -53,14 +54,15 @@ register_resolvers()
 
 def run(cfg: DictConfig) -> Path:
     """Compress one network as `cfg` says; print and return the path of its report.json."""
-    from vitrim.cli.hardware import threads
-    from vitrim.cli.opening import opening_lines
-    from vitrim.cli.recipe import check_resumable
-    from vitrim.data import bad_images
-    from vitrim.jobs import distributed
-    from vitrim.jobs.lock import lock
-    from vitrim.pipeline import run as compress
-    from vitrim.report.console import result_table
+    with uncollected():
+        from vitrim.cli.hardware import threads
+        from vitrim.cli.opening import opening_lines
+        from vitrim.cli.recipe import check_resumable
+        from vitrim.data import bad_images
+        from vitrim.jobs import distributed
+        from vitrim.jobs.lock import lock
+        from vitrim.pipeline import run as compress
+        from vitrim.report.console import result_table
 
     job, contents, identity, folder = _set_up(cfg)
     report = folder / "report.json"

@@ -6,6 +6,7 @@ method "forkserver": it does nothing but import and fork, so that a job has no s
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -74,6 +75,7 @@ def _server() -> ForkServerContext:
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Be `python -m vitrim` with `arguments`, as a process that the server has forked."""
+    gc.freeze()  # what the server has imported is no garbage
     os.setsid()  # Ctrl-C reaches the sweep, which passes it on once
     os.environ.clear()
     os.environ.update(environment)

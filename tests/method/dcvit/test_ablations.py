@@ -136,7 +136,6 @@ def vit_tiny(tmp_path_factory: pytest.TempPathFactory) -> Table:
         "data.workers=0",
         "trainer.limit_val_batches=1",
         "trainer.log_every_n_steps=1",
-        "target.blocks=1",
         "method.protected=[1,6]",
         "method.synthetic.images=16",
         "method.synthetic.iterations=3",

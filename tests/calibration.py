@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from conftest import images
+from nets import images
 from vitrim import Plan, cut
 from vitrim.closed_form.reconstruction import reconstruct
 from vitrim.network import structure

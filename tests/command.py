@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +44,27 @@ def swin(depths: str) -> tuple[str, ...]:
     )
 
 
+@contextlib.contextmanager
+def same_handlers() -> Iterator[None]:
+    """Give the root logger its handlers back: Hydra's own would write to what a test captured."""
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 def folder_of(*arguments: str) -> Path:
     """Run `vitrim` without the fixtures of a test and return the folder of its run."""
     printed = io.StringIO()
     GlobalHydra.instance().clear()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with (
+        same_handlers(),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+    ):
         patch.setattr(sys, "argv", ["vitrim", *arguments])
         main()
     return Path(printed.getvalue().splitlines()[-1]).parent
@@ -82,7 +100,8 @@ class Command:
         self.capture.readouterr()
         code: object = 0
         try:
-            main()
+            with same_handlers():
+                main()
         except SystemExit as stop:
             code = stop.code
         printed = self.capture.readouterr()

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from conftest import MODEL, TINY, images, plan_of, randomise
 from families import FAMILIES, SWIN
+from nets import MODEL, TINY, images, plan_of, randomise
 from vitrim import Drop, LowRank, Plan, cut
 from vitrim.network import branches, sites, structure
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import MODEL
+from nets import MODEL
 from vitrim import Drop, Keep, LowRank, Plan
 from vitrim.cli.report import main
 

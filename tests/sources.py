@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import MODEL, TINY
+from nets import MODEL, TINY
 from vitrim.model.source import Timm
 from vitrim.trainer.recipe import Recipe
 

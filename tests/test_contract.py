@@ -21,9 +21,9 @@ import torch
 
 import vitrim
 from command import QUICK, Command, Done, swin
-from conftest import outputs, randomise, relative_error
 from contract import NAMES, PACKAGE, Subject
 from contract import subject as build
+from nets import outputs, randomise, relative_error
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import resolve_target
 from vitrim.files import WEIGHTS, sha256

@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 
-from conftest import MODEL, SIZE, plan_of, skeleton_net, small_net
+from nets import MODEL, SIZE, plan_of, skeleton_net, small_net
 from vitrim import Drop, Plan, count, cut, measure
 from vitrim.budget.cost import Cost
 from vitrim.measure import InputSizeError, latencies

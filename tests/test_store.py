@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from conftest import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
 from loading import logits_elsewhere
+from nets import MODEL, PLANS, TINY, images, outputs, plan_of, small_net
 from vitrim import Plan, combine, cut, load, save
 from vitrim.files import MANIFEST, PLAN, WEIGHTS, StoreError, write, write_manifest
 from vitrim.network import UnsupportedArchitecture

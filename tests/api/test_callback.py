@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import callbacks
 import vitrim
-from conftest import small_net
+from nets import small_net
 from vitrim.api.gates import Gate
 from vitrim.errors import VitrimError
 from vitrim.method.vtp import GateTraining

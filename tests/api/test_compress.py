@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
 from command import QUICK, Command
-from conftest import randomise
+from nets import randomise
 from vitrim.data import ImageSpec
 from vitrim.data.digits import Digits
 from vitrim.errors import VitrimError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vitrim
-from conftest import images, small_net
+from nets import images, small_net
 from vitrim.errors import VitrimError
 
 IMAGES = images(dtype=torch.float32, batch=24)

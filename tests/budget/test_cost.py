@@ -13,7 +13,7 @@ from hypothesis import given
 from safetensors import safe_open
 from torch import nn
 
-from conftest import MODEL, PLANS, SIZE, TINY, plan_of, skeleton_net, small_net
+from nets import MODEL, PLANS, SIZE, TINY, plan_of, skeleton_net, small_net
 from vitrim import Drop, Plan, count, cut, save
 from vitrim.budget.blocks import fewest
 from vitrim.budget.cost import Cost

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from command import QUICK, Command
-from conftest import MODEL, SIZE, plan_of, small_net
+from nets import MODEL, SIZE, plan_of, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.latency import (
     LatencyError,

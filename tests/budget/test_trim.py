@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import MODEL, SIZE, heads_of, plan_of, skeleton_net, small_net
+from nets import MODEL, SIZE, heads_of, plan_of, skeleton_net, small_net
 from vitrim import Keep, Plan, count, cut
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError

@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from command import Command
-from conftest import MODEL, TINY, plan_of, small_net
+from nets import MODEL, TINY, plan_of, small_net
 from vitrim import Plan, cut, save
 from vitrim.files import MANIFEST, PLAN, WEIGHTS, write_manifest
 from vitrim.plan import dumps

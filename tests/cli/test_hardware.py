@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from command import Command
-from conftest import small_net
 from identities import composed
+from nets import small_net
 from phase_runner import DIGITS, runner
 from refusals import TINY, assert_refused
 from vitrim.cli.compose import build_job

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import images_in
+from nets import images_in
 from vitrim.cli.prepare import main
 from vitrim.data import prepare as module
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_net
+from nets import small_net
 from vitrim.closed_form.importance import CRITERIA, WITHOUT_IMAGES, importance
 from vitrim.closed_form.moments import MomentsError
 from vitrim.closed_form.obs import obs_greedy

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from calibration import ALL, RIDGE, calibrated, doubled, pictures, reconstructed
-from conftest import images, outputs, plan_of, relative_error, small_net
+from nets import images, outputs, plan_of, relative_error, small_net
 from vitrim import cut
 from vitrim.closed_form.moments import MomentsError
 from vitrim.closed_form.reconstruction import COMPENSATIONS, reconstruct, ridge_solve

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from conftest import MIXED, fit, images_in
+from nets import MIXED, fit, images_in
 from vitrim.data import ImageSpec
 from vitrim.data.augmentation import Augmentation
 from vitrim.data.image_files import ImageFiles, _training_transform

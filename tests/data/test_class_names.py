@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from conftest import images_in
+from nets import images_in
 from vitrim.data.class_names import imagenet_wnids, label_index
 from vitrim.data.image_files import ImageFiles
 from vitrim.data.outputs import evaluated, for_network

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from conftest import images_in
+from nets import images_in
 from vitrim.data.description import describe_images
 from vitrim.data.digits import Digits
 

@@ -12,7 +12,7 @@ from lightning import LightningModule
 from PIL import Image
 
 from command import QUICK, Command
-from conftest import MIXED, fit, images_in
+from nets import MIXED, fit, images_in
 from vitrim.data import ImageSpec
 from vitrim.data.few_shot import FewShotSubset, few_shot, shares
 from vitrim.data.image_files import ImageFiles

@@ -14,7 +14,7 @@ from lightning import LightningModule
 from PIL import Image
 
 from command import Command
-from conftest import MIXED, fit, images_in
+from nets import MIXED, fit, images_in
 from vitrim.data import ImageSpec
 from vitrim.data.imagefolder import label_index
 from vitrim.errors import ConfigError

@@ -13,7 +13,7 @@ from lightning import Callback
 from PIL import Image
 from torch import nn
 
-from conftest import images_in, plan_of, small_net
+from nets import images_in, plan_of, small_net
 from phase_runner import At, runner, stop
 from vitrim import cut
 from vitrim.data import ImageSpec, Loaders, kept

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from conftest import images_in
+from nets import images_in
 from vitrim.data.class_names import imagenet_wnids
 from vitrim.data.image_files import ImageFiles
 from vitrim.errors import ConfigError

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from command import EVERY_IMAGE, QUICK, Command
-from conftest import images_in
+from nets import images_in
 from vitrim.data.bad_images import reasons_by_split, recorded
 from vitrim.data.defects import BadImages
 from vitrim.data.few_shot import FewShotSubset

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import images_in
+from nets import images_in
 from vitrim.data.bad_images import reasons_by_split
 from vitrim.data.reading import extensions, read_image
 from vitrim.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vitrim
-from conftest import images, plan_of, relative_error, small_net
+from nets import images, plan_of, relative_error, small_net
 from vitrim.cli.bench import main
 from vitrim.deploy import engine
 from vitrim.deploy.bench import advice

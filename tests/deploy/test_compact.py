@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from compacts import NETS, compact, dense, plan, x
-from conftest import images
 from fresh import python
+from nets import images
 from vitrim import Plan, load, save
 from vitrim.deploy import compact as entrypoint
 from vitrim.deploy.export import export

@@ -22,8 +22,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from command import Command, Done
-from conftest import MODEL, SIZE, images, plan_of, randomise
 from fresh import python
+from nets import MODEL, SIZE, images, plan_of, randomise
 from reports import document
 from vitrim import Drop, LowRank, Plan, cut, save
 from vitrim.cli.export import main

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from command import EVERY_IMAGE, QUICK, Command
-from conftest import MODEL, images, plan_of, relative_error, small_net
+from nets import MODEL, images, plan_of, relative_error, small_net
 from refusals import TINY, assert_refused
 from vitrim import Int8, Keep, LowRank, Plan, cut, load
 from vitrim.cli.report import main

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from command import EVERY_IMAGE, QUICK, Command
-from conftest import MODEL, SIZE, images, relative_error, small_net
+from nets import MODEL, SIZE, images, relative_error, small_net
 from vitrim import Plan, cut, save
 from vitrim.cli.export import main
 from vitrim.deploy import static_int8

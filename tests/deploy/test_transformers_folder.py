@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import MODEL, TINY, plan_of, small_net
+from nets import MODEL, TINY, plan_of, small_net
 from vitrim import Drop, Plan, cut, save
 from vitrim.deploy.export import export
 from vitrim.errors import VitrimError

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import TINY, images, outputs, plan_of, randomise, relative_error
+from nets import TINY, images, outputs, plan_of, randomise, relative_error
 from targets import target_of
 from vitrim import Keep, Plan, cut
 from vitrim.budget.cost import Cost

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from conftest import TINY, images, outputs, plan_of, randomise, relative_error
+from nets import TINY, images, outputs, plan_of, randomise, relative_error
 from targets import target_of
 from vitrim import Plan, cut
 from vitrim.budget.cost import Cost

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from calibration import calibrated
-from conftest import SIZE, skeleton_net, small_net
+from nets import SIZE, skeleton_net, small_net
 from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from conftest import SIZE, images, randomise, small_net
 from contract import subject
+from nets import SIZE, images, randomise, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.closed_form.importance import importance

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from conftest import SIZE, small_net
+from nets import SIZE, small_net
 from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import TargetError

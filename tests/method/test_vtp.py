@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import SIZE, fit, images, outputs, relative_error, skeleton_net, small_net
+from nets import SIZE, fit, images, outputs, relative_error, skeleton_net, small_net
 from targets import target_of
 from vitrim import Evidence, Keep, Plan, cut, masked
 from vitrim.budget.cost import Cost

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import vitrim
 from command import QUICK, Command
-from conftest import MODEL, TINY, randomise, small_net
 from families import FAMILIES
+from nets import MODEL, TINY, randomise, small_net
 from sources import source
 from vitrim import Plan, save
 from vitrim.errors import ConfigError

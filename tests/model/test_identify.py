@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
-from conftest import images, randomise, small_net
+from nets import images, randomise, small_net
 from vitrim.deploy.export import export
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.model.identify import at_path, cuttable, identify

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import weights
-from conftest import small_net
+from nets import small_net
 from sources import source
 from vitrim.errors import ConfigError
 from vitrim.model.huggingface import from_hf

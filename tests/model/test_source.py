@@ -10,7 +10,7 @@ import timm
 import torch
 
 from command import Command
-from conftest import MODEL, TINY, small_net
+from nets import MODEL, TINY, small_net
 from sources import source
 from vitrim import Plan, save
 from vitrim.errors import ConfigError

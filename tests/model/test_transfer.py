@@ -13,7 +13,7 @@ from PIL import Image
 
 import vitrim
 from command import QUICK, Command
-from conftest import MODEL, images, small_net
+from nets import MODEL, images, small_net
 from vitrim.errors import ConfigError
 from vitrim.model.transfer import methods_of, with_new_head
 from vitrim.plan import Plan

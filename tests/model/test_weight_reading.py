@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from command import QUICK, Command
-from conftest import small_net
+from nets import small_net
 from sources import source
 from vitrim.errors import ConfigError
 from vitrim.files import StoreError, read_yaml

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import sources
-from conftest import small_net
+from nets import small_net
 from vitrim.files import sha256
 from vitrim.model.weights import describe_weights, digest_of
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from compacts import NETS, compact, x
-from conftest import TINY, relative_error, small_net
+from nets import TINY, relative_error, small_net
 from vitrim import Int8, Plan, adapter_targets, cut
 from vitrim.network.adapters import AdapterError
 from vitrim.network.attention import GatheredLinear

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compacts import NETS, compact, dense, plan, x
-from conftest import MODEL, TINY, images, relative_error
+from nets import MODEL, TINY, images, relative_error
 from vitrim import LowRank, Plan, cut, load, save
 from vitrim.errors import ConfigError
 from vitrim.files import WEIGHTS

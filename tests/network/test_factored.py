@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import MODEL, PLANS, images, outputs, plan_of, relative_error, small_net
+from nets import MODEL, PLANS, images, outputs, plan_of, relative_error, small_net
 from vitrim import Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.network import structure

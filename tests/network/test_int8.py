@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import (
+from families import FAMILIES, SWIN
+from loading import logits_elsewhere
+from nets import (
     MODEL,
     PLANS,
     SIZE,
@@ -25,8 +27,6 @@ from conftest import (
     relative_error,
     small_net,
 )
-from families import FAMILIES, SWIN
-from loading import logits_elsewhere
 from vitrim import Drop, Int8, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.files import WEIGHTS

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import timm
 
-from conftest import skeleton_net
 from matrix import NETWORKS, outcome_of
+from nets import skeleton_net
 from vitrim.network import branches
 
 NAMES = timm.list_models()

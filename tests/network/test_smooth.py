@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from conftest import MODEL, images, outputs, plan_of, randomise, relative_error, small_net
 from families import SWIN
+from nets import MODEL, images, outputs, plan_of, randomise, relative_error, small_net
 from vitrim import Int8, LowRank, Plan, cut
 from vitrim.errors import VitrimError
 from vitrim.network import UnsupportedArchitecture, structure

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import vitrim
-from conftest import skeleton_net, small_net
 from fresh import python
+from nets import skeleton_net, small_net
 from vitrim.network import structure
 from vitrim.network.structure import of_kind
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from conftest import (
+from nets import (
     MODEL,
     PLANS,
     TINY,

@@ -11,7 +11,7 @@ import torch
 
 import vitrim
 from command import QUICK, Command
-from conftest import images, plan_of, small_net
+from nets import images, plan_of, small_net
 from vitrim import cut
 from vitrim.measure import LatencySettings, in_precision, latencies, latency_entry
 from vitrim.network import timing

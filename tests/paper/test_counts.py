@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import skeleton_net
+from nets import skeleton_net
 from vitrim import Drop, Keep, Plan
 from vitrim.budget.cost import Cost
 from vitrim.method.dcvit.accounting import paper_macs

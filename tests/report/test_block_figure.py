@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MODEL
+from nets import MODEL
 from reports import PLAN, save
 from vitrim import Plan, count
 from vitrim.budget.cost import Cost

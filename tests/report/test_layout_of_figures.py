@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MODEL
+from nets import MODEL
 from reports import NO_WANDB, save
 from vitrim import Keep, Plan
 from vitrim.cli.report import main

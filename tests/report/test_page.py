@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from conftest import MODEL
+from nets import MODEL
 from reports import NO_WANDB, PLAN, save
 from vitrim import Plan
 from vitrim.cli.report import main

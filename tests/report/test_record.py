@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import SIZE, plan_of, skeleton_net, small_net
+from nets import SIZE, plan_of, skeleton_net, small_net
 from vitrim import Plan, count, cut
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target

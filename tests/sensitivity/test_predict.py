@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import images, small_net
+from nets import images, small_net
 from vitrim.sensitivity.predict import predict, probes_of, rising, scaled
 from vitrim.sensitivity.scorer import LossScorer
 from vitrim.sensitivity.settings import LossRidges, Scaling

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
 
 from command import Command
-from conftest import randomise
+from nets import randomise
 from vitrim import load
 from vitrim.trainer.batchnorm import estimate_batchnorm, folded_batchnorms
 

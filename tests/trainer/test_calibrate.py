@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import images, small_net
+from nets import images, small_net
 from vitrim.errors import ConfigError
 from vitrim.plan import Evidence
 from vitrim.trainer.calibrate import Calibrate, Sampling, gather_tokens

@@ -12,7 +12,7 @@ import torch
 from test_validation import PHASES, RECIPE
 from torch import nn
 
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, At, killed, runner, stop
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from command import QUICK, Command
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, At, runner, stop
 from refusals import assert_refused
 from vitrim.files import read_yaml

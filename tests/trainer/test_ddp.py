@@ -13,8 +13,8 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-from conftest import images, relative_error, small_net
 from jobs.test_distributed import in_two_processes
+from nets import images, relative_error, small_net
 from phase_runner import DIGITS, SPEC, runner
 from vitrim.data.digits import Digits
 from vitrim.jobs.distributed import process_group

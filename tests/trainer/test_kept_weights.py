@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from command import QUICK, Command
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, At, runner, stop
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import images, plan_of, small_net
+from nets import images, plan_of, small_net
 from vitrim import cut
 from vitrim.trainer.mimic import Distill, Mimic, soft_loss
 from vitrim.trainer.recipe import Recipe

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule
 
 from calibration import ALL, calibrated
-from conftest import plan_of, small_net
+from nets import plan_of, small_net
 from vitrim import cut
 from vitrim.errors import ConfigError
 from vitrim.plan import Evidence

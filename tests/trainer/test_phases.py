@@ -14,7 +14,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
-from conftest import randomise, small_net
+from nets import randomise, small_net
 from phase_runner import DIGITS, runner
 from vitrim.errors import ConfigError
 from vitrim.trainer import phases

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, runner
 from vitrim.trainer import progress
 from vitrim.trainer.classify import Classify

@@ -13,7 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, runner
 from vitrim.method.vtp import GateTraining
 from vitrim.trainer.calibrate import Calibrate, Sampling

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import fit, images, small_net
+from nets import fit, images, small_net
 from vitrim.errors import ConfigError
 from vitrim.trainer.mimic import Distill
 from vitrim.trainer.recipe import Recipe, optimizer_and_schedule

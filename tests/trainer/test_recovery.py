@@ -11,7 +11,7 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from conftest import images, plan_of, small_net
+from nets import images, plan_of, small_net
 from phase_runner import DIGITS, SPEC, At, runner, stop
 from vitrim import cut
 from vitrim.data.digits import Digits

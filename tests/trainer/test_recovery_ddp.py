@@ -10,8 +10,8 @@ import torch
 from test_recovery import PLAIN, RECIPE, phase
 from torch import Tensor
 
-from conftest import images, relative_error
 from jobs.test_distributed import in_two_processes
+from nets import images, relative_error
 from phase_runner import runner
 from vitrim.jobs.distributed import process_group
 from vitrim.trainer.views import Views

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import ALL, calibrated, doubled, pictures, reconstructed
-from conftest import images, outputs, plan_of, relative_error, small_net
+from nets import images, outputs, plan_of, relative_error, small_net
 from vitrim import Plan, cut
 from vitrim.closed_form.moments import MomentsError
 from vitrim.network import stream

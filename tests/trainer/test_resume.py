@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, At, killed, runner, stop
 from vitrim.files import StoreError
 from vitrim.jobs import signals

@@ -14,7 +14,7 @@ import torch
 from test_recovery import PLAIN, runner_data, settings
 from torch import Tensor, nn
 
-from conftest import plan_of, small_net
+from nets import plan_of, small_net
 from phase_runner import DIGITS, At, runner, stop
 from vitrim import cut
 from vitrim.jobs import signals

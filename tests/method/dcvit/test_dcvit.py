@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from command import QUICK, Command, Done, swin
-from conftest import randomise, skeleton_net, small_net
+from nets import randomise, skeleton_net, small_net
 from vitrim import count
 from vitrim.budget.blocks import (
     Group,

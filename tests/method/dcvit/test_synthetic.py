@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import small_net
+from nets import small_net
 from vitrim.errors import ConfigError
 from vitrim.method.dcvit.synthetic import PixelRange, SyntheticImages, total_variation
 

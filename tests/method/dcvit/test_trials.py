@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import fit, randomise, small_net
+from nets import fit, randomise, small_net
 from vitrim.files import digest
 from vitrim.method.dcvit.compression import (
     Compression,

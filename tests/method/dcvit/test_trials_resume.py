@@ -11,7 +11,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from conftest import small_net
+from nets import small_net
 from phase_runner import DIGITS, At, killed, runner, stop
 from vitrim.jobs import signals
 from vitrim.jobs.signals import Preempted

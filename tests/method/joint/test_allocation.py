@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SIZE, small_net
+from nets import SIZE, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.method.joint.allocation import Allocated, Limits, Losses, UnreachableError, allocate

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from command import Command
-from conftest import SIZE, images, small_net
 from contract import subject
+from nets import SIZE, images, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError
 from vitrim.closed_form.moments import MomentsError

@@ -8,8 +8,8 @@ import torch
 from test_joint import method, scored
 from torch import Tensor, nn
 
-from conftest import images, randomise
 from families import CONVNEXT, EVA, SWIN, VIT
+from nets import images, randomise
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.method.joint.reconstruct import Reconstruct

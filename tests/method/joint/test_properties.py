@@ -9,8 +9,8 @@ import torch
 from test_joint import N, evidence_of_vit, method, net_of, scored
 from torch import Tensor, nn
 
-from conftest import SIZE, images
 from contract import subject
+from nets import SIZE, images
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.closed_form.moments import MomentsError

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from command import QUICK, Command
-from conftest import SIZE, images, small_net
 from contract import subject
+from nets import SIZE, images, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.errors import ConfigError

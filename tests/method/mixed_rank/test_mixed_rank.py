@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from command import QUICK, Command
-from conftest import MODEL, SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
+from nets import MODEL, SIZE, images, outputs, plan_of, relative_error, skeleton_net, small_net
 from targets import target_of
 from vitrim import LowRank, Plan, count, cut
 from vitrim.budget.cost import Cost

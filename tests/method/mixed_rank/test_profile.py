@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import images, small_net
+from nets import images, small_net
 from vitrim.closed_form.moments import MomentsError
 from vitrim.method.mixed_rank.metric import Decomposition
 from vitrim.method.mixed_rank.pieces import Piece

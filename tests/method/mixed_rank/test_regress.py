@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import MODEL, images, outputs, plan_of, relative_error, small_net
+from nets import MODEL, images, outputs, plan_of, relative_error, small_net
 from vitrim import LowRank, Plan, cut
 from vitrim.method.mixed_rank.regress import Regress
 from vitrim.method.mixed_rank.residual import Residual

@@ -13,7 +13,7 @@ from lightning import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import fit, randomise, skeleton_net, small_net
+from nets import fit, randomise, skeleton_net, small_net
 from phase_runner import DIGITS, At, killed, runner, stop
 from vitrim.jobs import signals
 from vitrim.jobs.signals import Preempted

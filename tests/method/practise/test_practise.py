@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import fit, randomise, skeleton_net, small_net
+from nets import fit, randomise, skeleton_net, small_net
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target, TargetError, resolve_target
 from vitrim.cli.compose import CONF

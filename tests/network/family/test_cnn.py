@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import BatchNorm2d
 
 from command import Command
-from conftest import images, outputs, plans, randomise, relative_error, skeleton_net
 from fresh import python
+from nets import images, outputs, plans, randomise, relative_error, skeleton_net
 from vitrim import Drop, Keep, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target

@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-from conftest import plan_of, relative_error, skeleton_net
 from loading import logits_elsewhere
+from nets import plan_of, relative_error, skeleton_net
 from vitrim import count, cut, load, masked
 from vitrim.closed_form.reconstruction import reconstruct
 from vitrim.network import stream, structure

@@ -16,9 +16,9 @@ from torch import nn
 
 import vitrim.store
 from command import QUICK, Command
-from conftest import images, outputs, plan_of, plans, randomise, relative_error
 from families import ATTENTIONS, FAMILIES, VIT
 from matrix import NETWORKS, Case, Loader
+from nets import images, outputs, plan_of, plans, randomise, relative_error
 from vitrim import LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure

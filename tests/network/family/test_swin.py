@@ -17,8 +17,8 @@ from packaging.version import Version
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from conftest import images, outputs, plan_of, plans, randomise, relative_error, silenced
 from loading import logits_elsewhere
+from nets import images, outputs, plan_of, plans, randomise, relative_error, silenced
 from vitrim import Drop, LowRank, Plan, combine, count, cut, load, masked, save
 from vitrim.budget.cost import Cost
 from vitrim.errors import ConfigError

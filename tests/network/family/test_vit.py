@@ -10,7 +10,7 @@ from packaging.version import Version
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from conftest import (
+from nets import (
     TINY,
     images,
     outputs,

@@ -127,6 +127,8 @@ def integer_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kernel(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.to(torch.int8).reshape(-1, weight.shape[1])
+    if rows.shape[1] == 1:  # with AMX, torch 2.14 gives wrong products of one column
+        rows, weight = F.pad(rows, (0, 1)), F.pad(weight, (0, 1))
     product: Tensor = torch._int_mm(rows, weight.t())
     return product.reshape([*x.shape[:-1], len(weight)])
 

@@ -178,6 +178,64 @@ def test_a_published_recipe_has_the_numbers_of_its_paper(name: str) -> None:
     assert cfg.model.args.get("drop_path_rate", 0.0) == (0.0 if few else 0.1)
 
 
+OTHER_RECIPES = {
+    "mir in table 4": (2, "method=mir", {"method.tuning": OF_DCVIT, "method.pooled_weight": 0}),
+    "practise in table 4": (
+        *(2, "method=practise"),
+        {
+            "method.tuning": OF_DCVIT,
+            "method.pooled_weight": 0,
+            "method.adaptor_training": {"iterations": 2000, "lr": 0.02, "momentum": 0.9},
+        },
+    ),
+    "fskd in table 4": (0, "method=fskd", {"method.images": 500}),
+    "cd in table 4": (
+        *(1, "method=cd"),
+        {
+            "method.images": 500,
+            "method.mu": 0.9,
+            "method.fine_tuning": {"epochs": 40, "lr": 1e-5, "weight_decay": 0.0},
+        },
+    ),
+}
+"""The number of the command in the header of dcvit/table4, its method, and the paper's values."""
+
+
+@pytest.mark.parametrize("name", OTHER_RECIPES)
+def test_methods_for_convolutional_networks_have_the_numbers_of_their_papers(name: str) -> None:
+    number, method, expected = OTHER_RECIPES[name]
+    given = [word for word in commands("dcvit/table4")[number] if not word.startswith("method=")]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=[*given, method])
+    for key, numbers in expected.items():
+        found = OmegaConf.select(cfg, key)
+        if isinstance(numbers, dict):
+            found = {name: found.get(name) for name in numbers}
+        assert found == numbers, key
+    assert (cfg.data.batch_size, cfg.data.samples) == (64, 500)
+    assert {key: cfg.data.mixing[key] for key in FEW_MIXING} == FEW_MIXING
+
+
+def test_the_longer_schedule_of_table_6_is_that_of_all_steps() -> None:
+    (longer,) = (words for words in commands("dcvit/table6") if "epochs" in " ".join(words))
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("run", overrides=longer)
+    training = cfg.method.tuning.training
+    assert {name: training.get(name) for name in OF_DCVIT} == {
+        **OF_DCVIT,
+        "epochs": 4 * 2000,
+    }  # of 4 blocks
+    assert not cfg.method.progressive
+
+
+def test_transfer_has_the_optimizer_and_the_batch_of_the_paper() -> None:
+    for given in commands("dcvit/table7"):
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = compose("run", overrides=given)
+        assert cfg.data.batch_size == 256
+        assert cfg.model.training.get("optimizer", "adamw") == "adamw"
+
+
 def test_published_rows_use_the_keys_of_their_overlays() -> None:
     assert {row.experiment for row in published()} - {""} <= set(PUBLISHED)
     for row in published():

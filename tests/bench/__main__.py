@@ -18,6 +18,7 @@ from . import (
     loader,
     lowrank,
     oneshot,
+    overhead,
     resume,
     trials,
 )
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "export": export,
     "resume": resume,
     "listing": listing,
+    "overhead": overhead,
     "loader": loader,
 }
 

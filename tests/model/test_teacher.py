@@ -97,6 +97,7 @@ def test_the_teacher_sees_images_as_it_expects_them() -> None:
     ("changes", "expected"),
     [
         ({"name": "resnet19"}, "teacher.name=resnet19.*resnet18"),
+        ({"name": [1]}, r"teacher.name=\[1\]: .*timm.list_models"),
         ({"distillation": "warm"}, "teacher.distillation=warm: expected hard or soft"),
         ({"alpha": 1.5}, "teacher.alpha=1.5"),
         ({"temperature": 2.0}, "teacher.temperature=2.0: expected null, or with distillation=soft"),

@@ -59,12 +59,7 @@ class Timm:
     training: Recipe
 
     def __post_init__(self) -> None:
-        if not timm.is_model(architecture(self.name)):
-            similar = get_close_matches(self.name, timm.list_models(), n=5, cutoff=0.3)
-            raise ConfigError(
-                f"model.name={self.name}: timm {timm.__version__} has no such network; "
-                f"similar names: {', '.join(similar)}"
-            )
+        check_name("model.name", self.name)
         if self.pretrained and self.checkpoint is not None:
             raise ConfigError("model.pretrained=true and model.checkpoint: expected one of them")
         if self.checkpoint is not None:
@@ -171,6 +166,20 @@ class Timm:
     def _untagged(self) -> dict[str, object]:
         """Return the description without the tag of timm's weights."""
         return {"name": architecture(self.name), "args": self._arguments()}
+
+
+def check_name(key: str, name: object) -> None:
+    """Check that timm has a network of this name.
+
+    Raises:
+        ConfigError: it has none; similar names, if there are any.
+    """
+    name = str(name)
+    if timm.is_model(architecture(name)):
+        return
+    similar = get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
+    way_out = f"similar names: {', '.join(similar)}" if similar else "timm.list_models() has them"
+    raise ConfigError(f"{key}={name}: timm {timm.__version__} has no such network; {way_out}")
 
 
 def architecture(name: str) -> str:

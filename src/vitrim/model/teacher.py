@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import ParamSpec, TypeVar, get_args
 
 import timm
@@ -15,7 +14,7 @@ from torch import nn
 from vitrim.data import ImageSpec
 from vitrim.errors import ConfigError, is_count, is_positive, is_rate, require
 from vitrim.model.checkpoint import check_path, fingerprint_of, read_checkpoint
-from vitrim.model.source import architecture, check_pixels, image_spec, takes_any_size
+from vitrim.model.source import architecture, check_name, check_pixels, image_spec, takes_any_size
 from vitrim.network.skeleton import shared_skeleton
 from vitrim.plan import Plan, PlanError
 from vitrim.store import assign
@@ -59,13 +58,7 @@ class Teacher:
     temperature: float | None
 
     def __post_init__(self) -> None:
-        name = str(self.name)
-        if not timm.is_model(architecture(name)):
-            similar = get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
-            raise ConfigError(
-                f"teacher.name={name}: timm {timm.__version__} has no such network; similar "
-                f"names: {', '.join(similar)}"
-            )
+        check_name("teacher.name", self.name)
         soft, loads = self.distillation == "soft", self.checkpoint is not None
         size, alpha = self.image_size, self.alpha
         require(

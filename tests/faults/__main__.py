@@ -40,6 +40,7 @@ BAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="kills of whole runs (200)")
+    parser.add_argument("--minutes", type=float, help="that a row of kills may take")
     parser.add_argument("--damages", type=int, default=100_000, help="of files (100,000)")
     parser.add_argument("--cases", type=int, default=5000, help="plans that are cut (5,000)")
     parser.add_argument("--share", type=float, default=1.0, help="of everything else (1)")
@@ -52,6 +53,7 @@ def main() -> None:
 
     if chosen.share < 1:
         runs.QUICK = tuple(runs.shortened(runs.QUICK))
+    runs.MINUTES = chosen.minutes or runs.MINUTES
     torch.set_num_threads(1)
     logging.getLogger("vitrim").setLevel(logging.ERROR)  # of every save that was cut short
     work = Path(tempfile.mkdtemp(dir=Path.cwd(), prefix=".faults-"))

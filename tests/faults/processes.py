@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.runs import QUICK, contents
+from tests.faults.runs import QUICK, contents, more
 
 _SHORT = (
     *(word for word in QUICK if "epochs" not in word),
@@ -36,17 +36,17 @@ def ranks(n: int, work: Path, seed: int) -> dict[str, int]:
 
 
 def _killed(n: int, work: Path, seed: int, name: str, words: Sequence[str]) -> dict[str, int]:
-    generator = random.Random(seed)
+    generator, begun = random.Random(seed), time.monotonic()
     found = Counter(runs=0, kills=0, lost=0, different=0, repeated=0, hung=0)
     whole = work / f"whole-{name}"
-    begun = time.monotonic()
     _attempt(words, whole, None, generator, found)
     seconds = time.monotonic() - begun
-    while found["kills"] < n:
+    while more(found["kills"], n, begun):
         out = work / f"{name}-{found['runs']}"
         code, tries = 1, 0
         while code != 0 and tries < 20:
-            after = generator.uniform(0.3, 1 + tries / 5) * seconds if found["kills"] < n else None
+            stop = more(found["kills"], n, begun)
+            after = generator.uniform(0.3, 1 + tries / 5) * seconds if stop else None
             done = {path: path.stat().st_mtime_ns for path in out.glob("*/*/report.json")}
             code = _attempt(words, out, after, generator, found)
             found["repeated"] += any(path.stat().st_mtime_ns != at for path, at in done.items())

@@ -38,6 +38,8 @@ QUICK = (
     "checkpoint.minutes=0",
 )
 EPOCHS = [word.partition("=")[0] for word in QUICK if "epochs" in word]
+MINUTES = float("inf")
+"""A row of kills ends after so many minutes, too."""
 WEIGHTS = "*/s3-*/model.safetensors"
 import_module("vitrim.pipeline")  # before the forks, each of which would import it
 
@@ -97,15 +99,15 @@ def interrupted(
     words: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Interrupt runs `n` times in all, each until it ends; count what came of it."""
-    generator = random.Random(seed)
+    generator, begun = random.Random(seed), time.monotonic()
     found: Counter[str] = Counter(runs=0, kills=0, lost=0, different=0, wrong_codes=0)
-    while found["kills"] < n:
+    while more(found["kills"], n, begun):
         of_run = (*(words or QUICK), f"seed={found['runs'] % 2}")
         whole, seconds = uninterrupted(work, found["runs"] % 2, words)
         out = work / f"run-{found['runs']}"
         code, tries = 1, 0
         while code != 0 and tries < 50:
-            stop = found["kills"] < n
+            stop = more(found["kills"], n, begun)
             # later and later, so that slow machines reach the end as well
             after = generator.uniform(0.1, 1 + tries / 10) * seconds if stop else None
             code = attempt((*of_run, f"out={out}"), after=after, signum=generator.choice(signums))
@@ -119,6 +121,11 @@ def interrupted(
         found["different"] += not contents(whole) or contents(out) != contents(whole)
         shutil.rmtree(out, ignore_errors=True)
     return dict(found)
+
+
+def more(kills: int, n: int, begun: float) -> bool:
+    """Whether something is still to be killed, of `n` in all, by a row that began then."""
+    return kills < n and time.monotonic() - begun < 60 * MINUTES
 
 
 def contents(out: Path) -> dict[str, str]:

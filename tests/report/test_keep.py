@@ -12,7 +12,7 @@ from reports import NO_WANDB, document
 from vitrim.cli.report import main
 from vitrim.deploy.runfolder import read_run
 from vitrim.paper.results import results
-from vitrim.report.keep import KeepError, command, keep
+from vitrim.report.keep import KeepError, command, keep, result
 
 
 @pytest.fixture
@@ -83,8 +83,16 @@ def test_folders_are_words_in_capitals_in_the_command() -> None:
     record = {
         "overrides": ["method=oneshot", "method.sites=[mlp,qk]"],
         "choices.data": "imagefolder",
-        "weights.source": "checkpoint",
         "seed": 0,
     }
     expected = "vitrim method=oneshot 'method.sites=[mlp,qk]' data.root=IMAGES"
-    assert command([record]) == f"{expected} model.checkpoint=WEIGHTS"
+    assert command([record]) == expected
+    assert command([record], checkpoint=True) == f"{expected} model.checkpoint=WEIGHTS"
+
+
+def test_weights_that_were_trained_further_are_in_the_command(sweep: Path) -> None:
+    folder = sorted(sweep.iterdir())[0]
+    (folder / "recipe.yaml").write_text("model: {checkpoint: /somewhere/weights.safetensors}")
+    runs = [read_run(folder) for folder in sorted(sweep.iterdir())]
+    assert "model.checkpoint=WEIGHTS" in str(result(runs)["command"])
+    assert "/somewhere" not in json.dumps(result(runs))

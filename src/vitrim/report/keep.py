@@ -10,7 +10,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from vitrim.deploy.runfolder import CONTROL, Record, Run
+from vitrim.deploy.runfolder import CONTROL, Record, Run, read_recipe
 from vitrim.errors import VitrimError
 from vitrim.files import write
 from vitrim.paper.results import Figure
@@ -71,9 +71,9 @@ def result(runs: Sequence[Run]) -> Mapping[str, object]:
     seeds = sorted({record["seed"] for record in records})
     return {
         "format": 1,
-        "title": _joined(records, "label") + " on " + _joined(records, "choices.model"),
+        "title": _title(records),
         "setting": "own",
-        "command": command(records),
+        "command": command(records, checkpoint=any(map(_has_checkpoint, runs))),
         "commit": _same(records, "commit", "commit"),
         "versions": versions,
         "data": _joined(records, "choices.data"),
@@ -84,8 +84,23 @@ def result(runs: Sequence[Run]) -> Mapping[str, object]:
     }
 
 
-def command(records: Sequence[Record]) -> str:
+def _title(records: Sequence[Record]) -> str:
+    """Return the method, the network, and the experiment if it is one."""
+    title = _joined(records, "label") + " on " + _joined(records, "choices.model")
+    chosen = {word for record in records for word in _overrides(record) if "experiment=" in word}
+    return title + "".join(f", {word.partition('=')[2]}" for word in sorted(chosen))
+
+
+def _has_checkpoint(run: Run) -> bool:
+    """Whether a run began with the weights of a file, also where it trained them further."""
+    model = read_recipe(run.folder).get("model", {})
+    return isinstance(model, Mapping) and model.get("checkpoint") is not None
+
+
+def command(records: Sequence[Record], *, checkpoint: bool = False) -> str:
     """Return the command line that makes these runs; folders are words in capitals.
+
+    `checkpoint` says whether they began with the weights of a file.
 
     Raises:
         KeepError: no single command does.
@@ -108,7 +123,7 @@ def command(records: Sequence[Record]) -> str:
     words += [f"seed={','.join(map(str, seeds))}"] if seeds != [0] else []
     if any(record["choices.data"] not in _WITHOUT_FOLDER for record in records):
         words.append("data.root=IMAGES")
-    if any(record.get("weights.source") == "checkpoint" for record in records):
+    if checkpoint:
         words.append("model.checkpoint=WEIGHTS")
     multirun = ["-m"] if n_runs > 1 else []
     return " ".join(["vitrim", *multirun, *map(shlex.quote, words)])

@@ -22,7 +22,7 @@ class Line(NamedTuple):
 LINES = {
     "joint": Line("joint_vit_tiny", {"target_macs": 0.6836}, "top1"),
     "joint at half": Line("joint_vit_tiny", {"target_macs": 0.5}, "top1"),
-    "vtp": Line("vtp_cifar10_tiny", {"strength": 2}, "top1", "ViT-Ti, CIFAR-10"),
+    "vtp": Line("vtp_cifar10_tiny", {"budget": "strength=2"}, "top1", "ViT-Ti, CIFAR-10"),
     "oneshot": Line("oneshot_vit_tiny_sites", {"kept_macs_percent": 78.9}, "top1_mlp_and_qk"),
     "mixed_rank": Line(
         "mixed_rank_vit_tiny", {"variant": "with sequential regression (default)"}, "top1_at_80"

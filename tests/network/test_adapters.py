@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -108,3 +109,21 @@ def test_names_without_effect_are_refused() -> None:
     with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.qkv: the network reads the weight"):
         adapter_targets(beit, "qkv")
     assert not [path for path in adapter_targets(beit) if path.endswith("qkv")]
+
+
+@each
+def test_accelerate_trains_a_compact_network_as_a_plain_loop_does(family: str) -> None:
+    net, plain = (copy.deepcopy(compact(family)).train() for _ in range(2))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-2) for each in (net, plain)]
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(net, optimizers[0])
+    torch.manual_seed(0)
+    accelerator.backward(prepared(x(family)).square().mean())
+    optimizer.step()
+    torch.manual_seed(0)
+    plain(x(family)).square().mean().backward()
+    optimizers[1].step()
+    trained = accelerator.unwrap_model(prepared)
+    assert type(trained) is type(plain)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name

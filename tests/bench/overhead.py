@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
+from lightning import Callback
 from torch import nn
 
 from vitrim.data import ImageSpec, Loaders
 from vitrim.data.digits import Digits
 from vitrim.trainer.classify import Classify
-from vitrim.trainer.phases import PhaseRunner
 from vitrim.trainer.recipe import Recipe, optimizer_and_schedule
-from vitrim.trainer.tracking import Tracker
 
+from .resume import phases_in
 from .timing import Row
 
 EPOCHS = 4
@@ -71,17 +69,8 @@ def _ours() -> float:
     watch = _Watch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runner = PhaseRunner(
-            trainer=partial(Trainer, accelerator="cpu", devices=1, enable_model_summary=False),
-            data=_data(),
-            tracker=Tracker(folder, "none", group="", config={}),
-            folder=folder,
-            shared=folder,
-            seed=0,
-            progress=False,
-            checkpoint_minutes=10.0,
-            batchnorm_images=0,
-            evaluates=False,
+        runner = phases_in(
+            folder, _data(), checkpoint_minutes=10.0, batchnorm_images=0, evaluates=False
         )
         phase = Classify(_net(), recipe=RECIPE, n_classes=10)
         runner.run_or_load(folder / "dense", phase, name="dense", callbacks=[watch])

@@ -94,22 +94,25 @@ def rows(repeats: int) -> list[Row]:
     ]
 
 
-def _until(folder: Path, *, stop: int) -> tuple[float, _Watch]:
-    """Train until a step, saving after each; return when that began, and what was seen."""
-    torch.manual_seed(0)
-    phase = Classify(timm.create_model("vit_tiny_patch16_224"), recipe=RECIPE, n_classes=1000)
-    trainer = partial(Trainer, accelerator="cpu", enable_model_summary=False, max_steps=-1)
-    phases = PhaseRunner(
-        trainer=trainer,
-        data=_Pictures(),
+def phases_in(folder: Path, data: Loaders, **settings: Any) -> PhaseRunner:
+    """Return a runner on the CPU that works in `folder`, with seed 0 and nothing shown."""
+    return PhaseRunner(
+        trainer=partial(Trainer, accelerator="cpu", devices=1, enable_model_summary=False),
+        data=data,
         tracker=Tracker(folder, "none", group="", config={}),
         folder=folder,
         shared=folder,
         seed=0,
         progress=False,
-        checkpoint_minutes=0.0,
-        batchnorm_images=IMAGES,
+        **settings,
     )
+
+
+def _until(folder: Path, *, stop: int) -> tuple[float, _Watch]:
+    """Train until a step, saving after each; return when that began, and what was seen."""
+    torch.manual_seed(0)
+    phase = Classify(timm.create_model("vit_tiny_patch16_224"), recipe=RECIPE, n_classes=1000)
+    phases = phases_in(folder, _Pictures(), checkpoint_minutes=0.0, batchnorm_images=IMAGES)
     watch = _Watch(stop)
     begun = time.perf_counter()
     try:

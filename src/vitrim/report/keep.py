@@ -87,8 +87,9 @@ def result(runs: Sequence[Run]) -> Mapping[str, object]:
 def _title(records: Sequence[Record]) -> str:
     """Return the method, the network, and the experiment if it is one."""
     title = _joined(records, "label") + " on " + _joined(records, "choices.model")
-    chosen = {word for record in records for word in _overrides(record) if "experiment=" in word}
-    return title + "".join(f", {word.partition('=')[2]}" for word in sorted(chosen))
+    words = {word for record in records for word in _overrides(record)}
+    chosen = sorted(word.partition("=")[2] for word in words if _key(word) == "experiment")
+    return ", ".join([title, *chosen])
 
 
 def _has_checkpoint(run: Run) -> bool:

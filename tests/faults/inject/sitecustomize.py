@@ -1,4 +1,8 @@
-"""Lets a job of a sweep meet its fate: VITRIM_FATES says which, by seed."""
+"""Lets a job of a sweep meet its fate: VITRIM_FATES says which, by seed.
+
+Jobs are forks of one process that has imported vitrim, the server of multiprocessing's forkserver;
+what is replaced in it is replaced in every job.
+"""
 
 import json
 import os
@@ -6,7 +10,7 @@ import signal
 import sys
 
 
-def _meet(fate: str) -> None:
+def _meet(fate: str | None) -> None:
     match fate:
         case "exit":
             sys.exit(3)
@@ -20,33 +24,19 @@ def _meet(fate: str) -> None:
             raise RuntimeError("as it was told to")
 
 
-def _arm(fate: str) -> None:
-    import vitrim.cli.app
+def _arm(fates: dict[str, str]) -> None:
     import vitrim.pipeline
 
     whole = vitrim.pipeline._runner
 
-    def phases(*args: object) -> object:
-        _meet(fate)
+    def runner(*args: object) -> object:
+        seeds = [word.removeprefix("seed=") for word in sys.argv if word.startswith("seed=")]
+        _meet(next((fates[seed] for seed in seeds if seed in fates), None))
         return whole(*args)
 
-    vitrim.pipeline._runner = phases
-    vitrim.cli.app.main()
-    os._exit(0)
+    vitrim.pipeline._runner = runner
 
 
 _fates = json.loads(os.environ.get("VITRIM_FATES", "{}"))
-_words = sys.orig_argv
-if _fates and "-m" not in _words[3:]:
-    for _word in _words:
-        if _word.startswith("seed=") and _word.removeprefix("seed=") in _fates:
-            sys.argv = ["vitrim", *_words[3:]]
-            try:
-                _arm(_fates[_word.removeprefix("seed=")])
-            except SystemExit as _stop:
-                if isinstance(_stop.code, str):
-                    sys.stderr.write(_stop.code)
-                os._exit(_stop.code if isinstance(_stop.code, int) else 1)
-            except BaseException as _error:
-                sys.stderr.write(repr(_error))
-                os._exit(1)
+if _fates and any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    _arm(_fates)

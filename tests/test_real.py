@@ -12,16 +12,19 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from command import Command
 from targets import target_of
 from vitrim.budget.cost import Cost
 from vitrim.cli.compose import CONF
+from vitrim.data import ImageSpec
 from vitrim.method.mixed_rank.method import MixedRank
 from vitrim.method.mixed_rank.metric import rank_curves
 from vitrim.method.mixed_rank.pieces import statistics_of
 from vitrim.method.mixed_rank.profile import Profile
+from vitrim.model.teacher import Teacher
 from vitrim.network import structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan
@@ -85,6 +88,42 @@ def proxy(pictures: Path) -> tuple[nn.Module, Tensor, Tensor]:
         files = sorted((pictures / part).glob("*/*"))[:: 6 if part == "train" else 13][:number]
         found.append(torch.stack([prepare(Image.open(file).convert("RGB")) for file in files]))
     return net, found[0], found[1]
+
+
+MOBILENET = DATA / "mobilenetv2_100_tf2_padsame.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MOBILENET.is_file(), reason=f"no {MOBILENET}")
+@pytest.mark.parametrize(("size", "least"), [(224, 75.0), (160, 65.0)])
+def test_a_real_teacher_knows_the_images_of_the_student(
+    pictures: Path, size: int, least: float
+) -> None:
+    """The weights are of mean and std 0.5; images arrive in those of ImageNet."""
+    unset = dict.fromkeys(("sha256", "num_classes", "image_size", "alpha", "temperature"))
+    teacher = Teacher(
+        **{"name": "mobilenetv2_100", "args": {"pad_type": "same"}, "checkpoint": str(MOBILENET)},
+        **{"mean": [0.5] * 3, "std": [0.5] * 3, "distillation": "soft", **unset},
+    )
+    classes = sorted(folder.name for folder in (pictures / "train").iterdir())
+    files = sorted((pictures / "val").glob("*/*"))[::3]
+    prepare = create_transform((3, size, size), interpolation="bicubic", crop_pct=0.875)
+    x = torch.stack([prepare(Image.open(file).convert("RGB")) for file in files])
+    labels = torch.tensor([classes.index(file.parent.name) for file in files])
+    found = teacher.build(
+        ImageSpec(
+            **{"channels": 3, "size": (size, size), "interpolation": "bicubic", "crop_pct": 0.875},
+            **{"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD},
+        )
+    )
+    with torch.no_grad():
+        logits = torch.cat([found.teacher(found.view(part)) for part in x.split(31)])
+        assert float((logits.argmax(1) == labels).float().mean()) >= least / 100
+        of_labels = torch.tensor(9.0)
+        as_it_says = float(found.loss(x[:31], logits[:31], of_labels))
+        as_a_guess = float(found.loss(x[:31], logits[:31].roll(1, 0), of_labels))
+    assert as_it_says == pytest.approx(0.9 * 9.0, abs=1e-4)
+    assert as_a_guess > as_it_says + 0.1
 
 
 KNOWN: dict[str, Evidence] = {}

@@ -23,7 +23,7 @@ RIDGE = 1e-6
 
 def calibrated(net: nn.Module, sites: Sequence[str], n: int = 24) -> Evidence:
     """Return the evidence of one pass, as the trainer runs it."""
-    phase = Calibrate(net, sites=sites, sampling=ALL, taylor=False, targets=True)
+    phase = Calibrate(net, sites=sites, sampling=ALL, taylor=False)
     phase.on_train_start()
     for start in range(0, n, 8):
         phase.training_step((pictures(n)[start : start + 8], None), start)

@@ -18,7 +18,7 @@ ALL = Sampling(images=8, tokens=None, class_token_weight=1.0)
 
 
 def calibrate(net: nn.Module, x: Tensor, batch: int, **options: Any) -> Evidence:
-    settings = {"sites": SITES, "sampling": ALL, "taylor": False, "targets": True, **options}
+    settings = {"sites": SITES, "sampling": ALL, "taylor": False, **options}
     phase = Calibrate(net, **settings)
     phase.on_train_start()
     for number, part in enumerate(x.split(batch)):
@@ -49,15 +49,12 @@ def test_statistics_within_autocast_are_those_of_full_precision(taylor: bool) ->
             assert torch.equal(found[name][what], tensor), (name, what)
 
 
-def test_targets_are_the_dense_stream_and_the_classifiers_input() -> None:
-    net, x = small_net(), images(batch=8)
-    found = calibrate(net, x, 4).moments
-    with torch.no_grad():
-        stream = net.blocks[0](net.norm_pre(net._pos_embed(net.patch_embed(x))))
-        features = net.forward_head(net.forward_features(x), pre_logits=True)
-    assert torch.allclose(found["blocks.0.mlp.fc2"]["target"], stream.float())
-    assert torch.allclose(found["head"]["target"], features.float())
-    assert "target" not in found["blocks.1.attn.proj"]
+def test_memory_does_not_grow_with_the_images() -> None:
+    sizes = []
+    for n in (8, 24):
+        found = calibrate(small_net(), images(batch=n), 4, taylor=True).moments
+        sizes.append({(name, what): x.shape for name in found for what, x in found[name].items()})
+    assert sizes[0] == sizes[1]
 
 
 def test_the_network_is_left_as_it_was() -> None:
@@ -147,5 +144,5 @@ def test_sampling_nothing_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_without_images_there_is_no_evidence() -> None:
-    phase = Calibrate(small_net(), sites=SITES, sampling=ALL, taylor=False, targets=False)
+    phase = Calibrate(small_net(), sites=SITES, sampling=ALL, taylor=False)
     assert phase.evidence().moments == {}

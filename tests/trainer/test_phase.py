@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import LightningModule
 
-from calibration import ALL, calibrated
+from calibration import ALL
 from nets import plan_of, small_net
 from vitrim import cut
 from vitrim.errors import ConfigError
@@ -50,8 +50,7 @@ def scorer(**changes: Any) -> LightningModule:
 def refit() -> Refit:
     net = small_net()
     small = cut(net, plan_of({SITE: range(20)}))
-    evidence = calibrated(net, [SITE])
-    return Refit(small, evidence=evidence, sampling=ALL, ridge=1e-6, closing_ridge=1.0)
+    return Refit(small, net, sampling=ALL, ridge=1e-6, closing_ridge=1.0)
 
 
 PHASES: list[tuple[Callable[[], Phase], dict[str, Any]]] = [
@@ -68,7 +67,7 @@ PHASES: list[tuple[Callable[[], Phase], dict[str, Any]]] = [
         {"calibration_images": None, "resumes_at": "batch", "clip_norm": 0.5, "trains": True},
     ),
     (
-        lambda: Calibrate(small_net(), sites=[SITE], sampling=ALL, taylor=False, targets=False),
+        lambda: Calibrate(small_net(), sites=[SITE], sampling=ALL, taylor=False),
         {"calibration_images": 64, "resumes_at": "never", "clip_norm": 0.0, "trains": False},
     ),
     (

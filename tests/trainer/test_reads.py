@@ -64,7 +64,7 @@ def net() -> torch.nn.Module:
 def calibrate() -> LightningModule:
     sampling = Sampling(images=1000, tokens=2, class_token_weight=1.0)
     sites = ("blocks.0.mlp.hidden",)
-    return Calibrate(net(), sites=sites, sampling=sampling, taylor=False, targets=False)
+    return Calibrate(net(), sites=sites, sampling=sampling, taylor=False)
 
 
 PHASES: dict[str, Callable[[], Any]] = {

@@ -172,7 +172,6 @@ class OneShot:
             sites=sites,
             sampling=self.calibration,
             taylor=self.criterion == "taylor",
-            targets=self.compensation == "sequential",
             losses=_losses(self, net, sites) if self.scope == "loss" else None,
         )
 
@@ -230,7 +229,7 @@ class OneShot:
             phases.append(
                 Refit(
                     student,
-                    evidence=evidence,
+                    teacher,
                     sampling=self.calibration,
                     ridge=self.ridges.fold,
                     closing_ridge=self.ridges.closing,

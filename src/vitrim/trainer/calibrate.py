@@ -21,9 +21,6 @@ from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
 from vitrim.trainer.phase import ResumePoint
 
-IMAGES = "images"
-"""The key of the images' own statistics among the moments of layers and sites."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -97,13 +94,6 @@ class Sampling:
         return weights
 
 
-def fingerprints(images: Tensor) -> Tensor:
-    """Return a number for each image (B, C, H, W) that tells it from others, (B,), float64."""
-    pixels = images.flatten(1).double()
-    slope = torch.linspace(1, 2, pixels.shape[1], dtype=pixels.dtype, device=pixels.device)
-    return (pixels @ slope).cpu()
-
-
 def gather_tokens(x: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the indexed tokens of x, (B, N, C) or (B, H, W, C), as (B, n, C)."""
     x_BNC = x.flatten(1, -2)
@@ -134,11 +124,7 @@ class Calibrate(LightningModule):
     Evidence has no scores (the criterion computes them), but `moments`: for each layer that
     consumes units `weight`, `mean` and `cov` of its inputs; for each query-key site the same of q
     and k, per head. With `taylor` also each unit's first-order effect on the loss against the
-    network's own decision; with `targets` those of a later regression: the stream after the branch
-    of each layer that consumes hidden units, at the sampled tokens, and the classifier's input; and
-    of each image its number (`fingerprints`), by which the regression knows that it sees the same
-    images in the same order. The memory of moments does not depend on the number of images; targets
-    take images x sampled tokens x D numbers a layer.
+    network's own decision. Memory does not depend on the number of images.
     """
 
     resumes_at: ResumePoint = "never"
@@ -152,7 +138,6 @@ class Calibrate(LightningModule):
         sites: Sequence[str],
         sampling: Sampling,
         taylor: bool,
-        targets: bool,
         losses: UnitLosses | None = None,
     ) -> None:
         super().__init__()
@@ -163,13 +148,10 @@ class Calibrate(LightningModule):
         self.calibration_images = sampling.images
         self.sampling = sampling
         self.taylor = taylor
-        self.targets = targets
         self.settings: dict[str, object] = {
             "sites": list(sites),
             "sampling": asdict(sampling),
             "taylor": taylor,
-            "targets": targets,
-            **({"numbered_images": True} if targets else {}),
             **({"losses": losses.settings} if losses else {}),
         }
         described = structure(net)
@@ -187,13 +169,6 @@ class Calibrate(LightningModule):
             for part in ("q", "k"):
                 name = f"{attention.qk}.{part}"
                 self.moments[key_of(name)] = Moments(name, max(dims), (len(dims),))
-        self._classifiers = [name for name, module in classifiers(net)] if targets else []
-        self._regressed = {
-            layer.name
-            for layer in self._consumers
-            if targets and not _consumes_heads(described, layer)
-        }
-        self._chunks: dict[str, list[Tensor]] = {}
         for name in self._extra_statistics():
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
@@ -201,12 +176,9 @@ class Calibrate(LightningModule):
     def _extra_statistics(self) -> list[str]:
         """Return the names of the statistics that are kept besides moments."""
         consumers = [layer.name for layer in self._consumers]
-        regressed = [name for name in consumers if name in self._regressed]
-        targets = [f"{name}.target" for name in (*regressed, *self._classifiers)]
-        targets += [f"{IMAGES}.fingerprint"] if self.targets else []
         units = [*consumers, *(attention.qk for attention in self._attentions)]
         losses = [f"{site}.losses" for site in self.losses.sites] if self.losses else []
-        return [*targets, *losses, *(f"{name}.taylor" for name in units if self.taylor)]
+        return [*losses, *(f"{name}.taylor" for name in units if self.taylor)]
 
     def on_train_start(self) -> None:
         """Set the network to eval mode, in which it is used."""
@@ -232,15 +204,13 @@ class Calibrate(LightningModule):
                 self._first_order(logits, activations)
             with torch.no_grad():
                 self._take_in(activations)
-        if self.targets:
-            self._chunks.setdefault(f"{IMAGES}.fingerprint", []).append(fingerprints(images))
         self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
         """Return the modules to capture, and whether their output is meant (else their input)."""
         norms = [step.reader for step in self._stream.steps]
         consumers = [layer.name for layer in self._consumers]
-        inputs = [*norms, self._stream.final_norm, *consumers, *self._classifiers]
+        inputs = [*norms, self._stream.final_norm, *consumers]
         return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 
     def _take_in(self, activations: Mapping[str, Tensor]) -> None:
@@ -249,9 +219,6 @@ class Calibrate(LightningModule):
             index, weights = self._sampled(activations[branch.reader])
             rows = gather_tokens(branch.tokens(activations[layer.name]), index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
-            if layer.name in self._regressed:
-                after = gather_tokens(activations[self._stream.reader_after(branch)], index)
-                self._chunks.setdefault(f"{layer.name}.target", []).append(after.float().cpu())
         for attention in self._attentions:
             branch = self._branches[attention.branch]
             index, weights = self._sampled(activations[branch.reader])
@@ -260,9 +227,6 @@ class Calibrate(LightningModule):
             both = outputs.flatten(0, 1)[:, : 2 * sum(dims)]
             for part, rows in zip(("q", "k"), both.chunk(2, dim=1), strict=True):
                 self._moments(f"{attention.qk}.{part}").add(_by_head(rows, dims), weights.flatten())
-        for name in self._classifiers:
-            features = activations[name].float().cpu()
-            self._chunks.setdefault(f"{name}.target", []).append(features)
 
     def _sampled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the index of the sampled tokens of the stream x and their weights, (B, n) each."""
@@ -295,9 +259,6 @@ class Calibrate(LightningModule):
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
             moments.finish()
-        for name, chunks in self._chunks.items():
-            self.register_buffer(key_of(name), torch.cat(chunks))
-        self._chunks = {}
         if self.losses and self._seen:
             for site, losses in self.losses.conclude(self.evidence().moments).items():
                 self.register_buffer(key_of(f"{site}.losses"), losses)
@@ -333,12 +294,6 @@ def _calibrated(described: Structure, sites: Sequence[str]) -> tuple[list[Layer]
     names = dict.fromkeys(values.get(site, site) for site in sites if site not in by_qk)
     consumers = [consumer_of(described, name) for name in names]
     return consumers, [by_qk[site] for site in sites if site in by_qk]
-
-
-def _consumes_heads(described: Structure, layer: Layer) -> bool:
-    """Whether the units that `layer` consumes are dims of attention heads."""
-    sites = [described.sites[part.site] for part in layer.inp if part.site is not None]
-    return any(site.head_dims for site in sites)
 
 
 def classifiers(net: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -12,27 +12,18 @@ that map is folded into the classifier.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from vitrim.closed_form.moments import Moments, MomentsError, full_precision
+from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep
-from vitrim.network.structure import Layer
-from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import (
-    IMAGES,
-    Sampling,
-    capture,
-    classifiers,
-    fingerprints,
-    gather_tokens,
-)
+from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 _log = logging.getLogger(__name__)
@@ -41,13 +32,18 @@ _log = logging.getLogger(__name__)
 class Refit(LightningModule):
     """Solve the cut layers of `net` one after the other, in one pass over the branches.
 
-    The images must be those of the calibration that made `evidence`, in the same order: its targets
-    replace the dense network. Other images, or another order, are an error. The compact stream is
-    kept in memory, images x tokens x D numbers. `branches`, if given, are those to solve, cut or
-    not.
+    The stream of `teacher` is computed next to that of `net`, on the same batches: both are in
+    memory, twice images x tokens x D numbers. The second epoch maps the classifier's input, and
+    keeps images x D numbers.
 
-    Raises:
-        MomentsError: the evidence does not say of which images its targets are.
+    Args:
+        net: the compact network; its layers get new weights.
+        teacher: the dense network.
+        sampling: which tokens are seen.
+        ridge: of the regression of a layer, relative to the mean variance of its inputs.
+        closing_ridge: of the regression of the classifier's input, around the identity.
+        branches: whose last layers are solved, cut or not. None: all that read fewer hidden units
+            than in `teacher`.
     """
 
     epochs = 2
@@ -58,8 +54,8 @@ class Refit(LightningModule):
     def __init__(
         self,
         net: nn.Module,
+        teacher: nn.Module,
         *,
-        evidence: Evidence,
         sampling: Sampling,
         ridge: float,
         closing_ridge: float,
@@ -72,30 +68,23 @@ class Refit(LightningModule):
         self.sampling = sampling
         self.ridge = ridge
         self.closing_ridge = closing_ridge
+        self._teacher = [teacher]  # in a list: neither saved nor trained with this module
         self._stream = stream(net)
-        self._targets = {
-            name: statistics["target"]
-            for name, statistics in evidence.moments.items()
-            if "target" in statistics
-        }
-        self._numbers = evidence.moments.get(IMAGES, {}).get("fingerprint", torch.empty(0))
-        if self._targets and not len(self._numbers):
-            raise MomentsError("the targets of a regression do not say of which images they are")
-        self._seen = [0] * self.epochs
+        readers = _readers_of_hidden_units(net)
         self._consumers = {
-            layer.branch: layer
-            for layer in structure(net).layers
-            if layer.name in self._targets
-            and (
-                layer.branch in branches if branches is not None else _is_cut(net, layer, evidence)
-            )
+            branch: name
+            for branch, name in readers.items()
+            if (branch in branches if branches is not None else _is_cut(net, teacher, name))
         }
-        self._streams: list[Tensor] = []
-        self._features: dict[str, list[Tensor]] = {}
+        self._classifiers = [name for name, _ in classifiers(net)]
+        self._dense: list[Tensor] = []
+        self._compact: list[Tensor] = []
+        self._features: dict[str, list[Tensor]] = {name: [] for name in self._classifiers}
 
     def on_train_start(self) -> None:
-        """Set the network to eval mode, in which it is used."""
+        """Set both networks to eval mode, in which they are used."""
         self.net.eval()
+        self._teacher[0].to(self.device).eval()
 
     def configure_optimizers(self) -> None:
         """Return none: nothing is trained by gradient."""
@@ -110,76 +99,58 @@ class Refit(LightningModule):
 
     @torch.no_grad()
     def observe(self, images: Tensor, epoch: int) -> None:
-        """Do `training_step` without a Trainer.
-
-        Raises:
-            MomentsError: these are not the images that were seen at this place in the calibration.
-        """
-        self._check_order(images, epoch)
-        heads = [name for name, _ in classifiers(self.net) if name in self._targets]
+        """Do `training_step` without a Trainer."""
+        teacher = self._teacher[0]
         with full_precision(images):
             if epoch == 0:
-                self._streams.append(self._stream.embed(images))
+                self._dense.append(stream(teacher).embed(images))
+                self._compact.append(self._stream.embed(images))
                 return
-            with capture(self.net, [(name, False) for name in heads]) as activations:
-                self.net(images)
-        for name in heads:
-            self._features.setdefault(name, []).append(activations[name].float())
-
-    def _check_order(self, images: Tensor, epoch: int) -> None:
-        """Raise MomentsError unless these images come next in the calibration."""
-        first = self._seen[epoch]
-        self._seen[epoch] += len(images)
-        expected, found = self._numbers[first : self._seen[epoch]].cpu(), fingerprints(images)
-        same = len(expected) == len(found) and torch.allclose(found, expected, 1e-9, 1e-6)
-        if self._targets and not same:
-            raise MomentsError(
-                f"images {first} to {self._seen[epoch] - 1} of the regression are not those of the "
-                "calibration, or not in its order: both must be of one sampling of the same data"
+            found, wanted = (
+                _inputs_of(net, self._classifiers, images) for net in (self.net, teacher)
             )
+        for name, chunks in self._features.items():
+            chunks.append(torch.cat([found[name], wanted[name] - found[name]], dim=-1))
 
     @torch.no_grad()
     def solve(self, epoch: int) -> None:
-        """Do `on_train_epoch_end` without a Trainer.
-
-        Raises:
-            MomentsError: fewer images were seen than in the calibration.
-        """
-        if self._targets and self._seen[epoch] != len(self._numbers):
-            raise MomentsError(
-                f"the regression saw {self._seen[epoch]} images, the calibration "
-                f"{len(self._numbers)}: both must be of one sampling of the same data"
-            )
+        """Do `on_train_epoch_end` without a Trainer."""
         with full_precision(next(self.net.parameters())):
             if epoch == 0:
                 self._solve_layers()
-            else:
-                for name, chunks in self._features.items():
-                    self._solve_classifier(name, torch.cat(chunks))
-                self._features = {}
+                return
+            for name, chunks in self._features.items():
+                self._solve_classifier(name, torch.cat(chunks))
+        self._features = {}
 
     def _solve_layers(self) -> None:
-        for step in self._stream.steps:
-            if isinstance(step, BranchStep) and step.name in self._consumers:
-                self._solve_layer(step, self._consumers[step.name])
-            self._streams = [step.advance(x) for x in self._streams]
-        self._streams = []
+        own_steps = iter(self._stream.steps)
+        names = {branch.name for branch in self._stream.branches}
+        for dense in stream(self._teacher[0]).steps:
+            self._dense = [dense.advance(x) for x in self._dense]
+            if isinstance(dense, BranchStep) and dense.name not in names:
+                continue  # the branch was dropped
+            own = next(own_steps)
+            if isinstance(own, BranchStep) and own.name in self._consumers:
+                self._solve_layer(own, self._consumers[own.name])
+            self._compact = [own.advance(x) for x in self._compact]
+        self._dense, self._compact = [], []
 
-    def _solve_layer(self, branch: BranchStep, layer: Layer) -> None:
+    def _solve_layer(self, branch: BranchStep, layer: str) -> None:
         """Set weight and bias of `layer` to the solution of the regression."""
-        linear = self.net.get_submodule(layer.name)
+        linear = self.net.get_submodule(layer)
         weight, bias = linear.get_parameter("weight"), linear.bias
         dims, units = weight.shape
-        moments = Moments(layer.name, units + dims)
+        moments = Moments(layer, units + dims)
         seen = 0
-        for x in self._streams:
+        for x, dense in zip(self._compact, self._dense, strict=True):
             index = self.sampling.index(x, self._stream.n_prefix_tokens, seen)
-            target = self._targets[layer.name][seen : seen + len(x)].to(x)
+            target = gather_tokens(dense, index).float()
             seen += len(x)
-            with capture(self.net, [(layer.name, False)]) as activations:
+            with capture(self.net, [(layer, False)]) as activations:
                 branch.apply(x)
             before = gather_tokens(x, index)
-            kept = gather_tokens(branch.tokens(activations[layer.name]), index)
+            kept = gather_tokens(branch.tokens(activations[layer]), index)
             rows = torch.cat([kept, target - before], dim=-1)
             weights = self.sampling.weights(
                 target, self._stream.n_prefix_tokens, self._stream.n_readout_tokens
@@ -194,16 +165,37 @@ class Refit(LightningModule):
         weight.copy_(solution)
         if isinstance(bias, Tensor):
             bias.copy_(offset)
-        _log.debug("%s: refitted on %d images", layer.name, seen)
+        _log.debug("%s: refitted on %d images", layer, seen)
 
-    def _solve_classifier(self, name: str, features: Tensor) -> None:
+    def _solve_classifier(self, name: str, rows: Tensor) -> None:
         """Map the classifier's input towards the dense one, by a ridge around the identity."""
-        target = self._targets[name].to(features)
-        size = features.shape[-1]
-        moments = Moments(name, 2 * size)
-        ones = torch.ones(len(target)).to(target)
-        moments.add(torch.cat([features, target - features], dim=-1), ones)
+        moments = Moments(name, rows.shape[-1])
+        moments.add(rows, torch.ones(len(rows), device=rows.device))
         fold_map(self.net.get_submodule(name), moments, self.closing_ridge)
+
+
+def _inputs_of(net: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Return what the named layers read for images (B, C, H, W), in float32."""
+    with capture(net, [(name, False) for name in layers]) as activations:
+        net(images)
+    return {name: activations[name].float() for name in layers}
+
+
+def _readers_of_hidden_units(net: nn.Module) -> dict[str, str]:
+    """Return, by branch, the path of the layer whose inputs are hidden units, one each."""
+    described = structure(net)
+    hidden = {name for name, site in described.sites.items() if site.kind == "hidden"}
+    return {
+        layer.branch: layer.name
+        for layer in described.layers
+        if not layer.gathers and any(part.site in hidden for part in layer.inp)
+    }
+
+
+def _is_cut(net: nn.Module, dense: nn.Module, layer: str) -> bool:
+    """Whether a layer of `net` reads fewer units than in `dense`."""
+    own, whole = (widths_of_layer(each.get_submodule(layer))[0] for each in (net, dense))
+    return own < whole
 
 
 def add_solution(layer: nn.Module, moments: Moments, ridge: float) -> None:
@@ -236,12 +228,3 @@ def fold_map(layer: nn.Module, moments: Moments, ridge: float) -> None:
     layer.get_parameter("weight").copy_(weight + weight @ solution)
     if isinstance(layer.bias, Tensor):
         layer.bias.add_((weight @ offset).to(layer.bias))
-
-
-def _is_cut(net: nn.Module, layer: Layer, evidence: Evidence) -> bool:
-    """Whether the layer consumes fewer units than at calibration."""
-    calibrated = len(evidence.moments[layer.name]["mean"])
-    width = widths_of_layer(net.get_submodule(layer.name))[0]
-    if width > calibrated:
-        raise MomentsError(f"{layer.name} consumes more units than in the calibrated network")
-    return width < calibrated

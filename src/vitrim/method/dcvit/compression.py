@@ -67,7 +67,7 @@ class Compression:
     def gathered(self) -> Gathered:
         """The statistics of MLPs that it needs."""
         if self.reconstruct:
-            return "targets"
+            return "regression"
         if self.unit_selection in ("obs_greedy", "surgeon"):
             return "moments"
         return "mean" if self.unit_selection == "activation" else "none"

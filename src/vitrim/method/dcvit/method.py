@@ -222,7 +222,7 @@ class DCViT:
         def refit(blocks: Group) -> Refit:
             return Refit(
                 student,
-                evidence=evidence,
+                teacher,
                 sampling=_sampling(self),
                 ridge=self.ridges.fold,
                 closing_ridge=self.ridges.closing,

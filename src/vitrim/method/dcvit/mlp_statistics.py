@@ -11,16 +11,9 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import (
-    IMAGES,
-    Sampling,
-    capture,
-    classifiers,
-    fingerprints,
-    gather_tokens,
-)
+from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
 
-Gathered = Literal["none", "mean", "moments", "targets"]
+Gathered = Literal["none", "mean", "moments", "regression"]
 """How much is gathered of each MLP (`MLPStatistics`)."""
 
 
@@ -33,14 +26,12 @@ class CompressedMLP(NamedTuple):
 
 
 class MLPStatistics(nn.Module):
-    """Means or moments of MLP units without the attention, and targets of regressions.
+    """Means or moments of MLP units without the attention, and of what the whole block adds.
 
     Of `gathered`, "mean" has the units' means, (M,). "moments" has means and covariances of the
-    units' values, (M,) and (M, M). "targets" has those of rows with M + D numbers for each token,
-    the units' values and what attention and MLP together add before the layer scale; and the
-    targets of a later regression: the stream after each MLP at the sampled tokens, and the
-    classifier's input, images x sampled tokens x D numbers an MLP. Nothing else grows with the
-    number of images.
+    units' values, (M,) and (M, M). "regression" has those of rows with M + D numbers for each
+    token, the units' values and what attention and MLP together add before the layer scale. Memory
+    does not depend on the number of images.
 
     Args:
         net: whose MLPs these are.
@@ -61,29 +52,22 @@ class MLPStatistics(nn.Module):
         self.mlps = mlps
         self.sampling = sampling
         self.moments = nn.ModuleDict()
-        self._classifiers: list[str] = []
-        if self.gathered == "targets":
-            self._classifiers = [name for name, _ in classifiers(net)]
         if self.gathered != "none":
             self._stream = stream(net)
             self._branches = {branch.name: branch for branch in self._stream.branches}
         for mlp in mlps:
             rows, columns = net.get_submodule(mlp.end).get_parameter("weight").shape
-            channels = columns + (rows if self.gathered == "targets" else 0)
-            if self.gathered in ("moments", "targets"):
+            channels = columns + (rows if self.gathered == "regression" else 0)
+            if self.gathered in ("moments", "regression"):
                 self.moments[key_of(mlp.end)] = Moments(mlp.end, channels)
         for name in self._buffers_of(*(mlp.end for mlp in mlps)):
             self.register_buffer(key_of(name), torch.empty(0))
-        self._chunks: dict[str, list[Tensor]] = {}
         self._seen = 0
 
     def _buffers_of(self, *ends: str) -> list[str]:
         """Return the names of the statistics besides moments."""
         if self.gathered == "mean":
             return [f"{end}.{part}" for end in ends for part in ("mean", "weight")]
-        if self.gathered == "targets":
-            targets = [f"{name}.target" for name in (*ends, *self._classifiers)]
-            return [*targets, f"{IMAGES}.fingerprint"]
         return []
 
     def add(self, net: nn.Module, images: Tensor) -> None:
@@ -95,18 +79,13 @@ class MLPStatistics(nn.Module):
                 net(images)
             for mlp in self.mlps:
                 self._add_mlp(net, mlp, activations)
-            for name in self._classifiers:
-                features = activations[name].float().cpu()
-                self._chunks.setdefault(f"{name}.target", []).append(features)
-            if self.gathered == "targets":
-                self._chunks.setdefault(f"{IMAGES}.fingerprint", []).append(fingerprints(images))
         self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
         """Return the modules whose inputs are captured."""
         before = [self._branches[mlp.attention].reader for mlp in self.mlps]
         after = [self._stream.reader_after(self._branches[mlp.mlp]) for mlp in self.mlps]
-        return [(name, False) for name in dict.fromkeys([*before, *after, *self._classifiers])]
+        return [(name, False) for name in dict.fromkeys([*before, *after])]
 
     def _add_mlp(
         self, net: nn.Module, mlp: CompressedMLP, activations: Mapping[str, Tensor]
@@ -127,9 +106,8 @@ class MLPStatistics(nn.Module):
             add_to(self, f"{mlp.end}.mean", (units * weight[:, None]).sum(0))
             add_to(self, f"{mlp.end}.weight", weight.sum())
             return
-        if self.gathered == "targets":
+        if self.gathered == "regression":
             rows = torch.cat([rows, branch.unscaled(after - before)], dim=-1)
-            self._chunks.setdefault(f"{mlp.end}.target", []).append(after.float().cpu())
         moments = self.moments[key_of(mlp.end)]
         assert isinstance(moments, Moments)
         moments.add(rows.flatten(0, 1), weights)
@@ -151,15 +129,9 @@ class MLPStatistics(nn.Module):
                     self.get_buffer(key_of(f"{mlp.end}.{part}")) for part in ("mean", "weight")
                 )
                 self.register_buffer(key_of(f"{mlp.end}.mean"), (mean / weight).cpu())
-        for name, chunks in self._chunks.items():
-            self.register_buffer(key_of(name), torch.cat(chunks))
-        self._chunks = {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what was gathered, by layer: `trial.mean`, `trial.cov` and `target`.
-
-        With targets, `IMAGES` has the number of each image, by which a regression knows them.
-        """
+        """Return what was gathered, by layer: `trial.mean`, `trial.cov` and `trial.weight`."""
         found: dict[str, dict[str, Tensor]] = {}
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
@@ -167,6 +139,5 @@ class MLPStatistics(nn.Module):
             found[moments.name] = {f"trial.{part}": tensor for part, tensor in parts}
         for name in self._buffers_of(*(mlp.end for mlp in self.mlps)):
             owner, _, part = name.rpartition(".")
-            key = part if part in ("target", "fingerprint") else f"trial.{part}"
-            found.setdefault(owner, {})[key] = self.get_buffer(key_of(name))
+            found.setdefault(owner, {})[f"trial.{part}"] = self.get_buffer(key_of(name))
         return found

@@ -102,7 +102,6 @@ class Trials(LightningModule):
             "recipe": recipe.settings(),
             "synthetic": synthetic and asdict(synthetic),
             "distance": distance,
-            **({"numbered_images": True} if compression.gathered == "targets" else {}),
         }
         self._stream = stream(net) if blocks else None
         self._ends = {block: ends[block] for block in blocks}

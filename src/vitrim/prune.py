@@ -11,6 +11,7 @@ from torch import nn
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.method import Compensates, Method
+from vitrim.network.computing import computing_on
 from vitrim.network.int8 import int8_of
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan, Proposal
@@ -52,8 +53,9 @@ class Slicing(Callback):
         self.name = name
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan from the scorer's evidence and cut its network."""
-        self.apply(check_scorer(pl_module))
+        """Plan from the scorer's evidence and cut its network; compute on the Trainer's device."""
+        with computing_on(trainer.strategy.root_device):
+            self.apply(check_scorer(pl_module))
 
     def apply(self, scorer: Scorer) -> None:
         """Set `evidence`, `proposal`, `plan` and `compact` from a finished scorer."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import MomentsError, MomentTensors
 from vitrim.closed_form.query_key import query_key_moments, query_key_spectrum
 from vitrim.network.attention import parameters_of
+from vitrim.network.computing import on_device
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.network.survivors import Kept, index_of, removed_of, resolve, widths_of
 from vitrim.plan import Plan
@@ -98,19 +99,40 @@ def _fold(
         raise MomentsError(f"{layer.name}: there are no finite moments of its inputs")
     removed = removed_of(weight.shape[1], kept).nonzero()[:, 0]
     mean = statistics["mean"].double()
-    removed_weight = weight[:, removed]
     if not ridge:
-        return weight[:, kept], removed_weight @ mean[removed]
+        return weight[:, kept], weight[:, removed] @ mean[removed]
     cov = statistics["cov"]
     if not biased:  # without a constant, the regression goes through the origin
         cov = cov + torch.outer(mean, mean).to(cov)
-    rows = cov.index_select(0, kept)
+    return _folded(weight, mean, cov, kept, removed, ridge)
+
+
+@on_device
+def _folded(
+    weight: Tensor, mean: Tensor, cov: Tensor, kept: Tensor, removed: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Return the new weight (out, kept) and the bias change (out,) by ridge regression."""
+    removed_weight, rows = weight[:, removed], cov.index_select(0, kept)
     inputs, cross = (rows.index_select(1, units).double() for units in (kept, removed))
-    folded = ridge_solve(inputs, cross @ removed_weight.T, ridge)
-    offset = removed_weight @ mean[removed] - folded.T @ mean[kept]
-    return weight[:, kept] + folded.T, offset
+    folded = taken_over(inputs, cross, removed_weight, ridge)
+    offset = removed_weight @ mean[removed] - folded @ mean[kept]
+    return weight[:, kept] + folded, offset
 
 
+@on_device
+def taken_over(cov: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """Return what is added to the weights of kept inputs, (out, kept), as others are removed.
+
+    Args:
+        cov: covariance of the kept inputs, (kept, kept), float64.
+        cross: their covariance with the removed ones, (kept, removed).
+        weight: of the removed inputs, (out, removed).
+        ridge: relative to the kept inputs' mean variance, see `ridge_solve`.
+    """
+    return ridge_solve(cov, cross @ weight.mT, ridge).mT
+
+
+@on_device
 def ridge_fit(
     statistics: Mapping[str, Tensor], n_inputs: int, ridge: float, *, biased: bool
 ) -> tuple[Tensor, Tensor]:
@@ -129,6 +151,7 @@ def ridge_fit(
     return weight, mean[n_inputs:] - weight @ mean[:n_inputs]
 
 
+@on_device
 def ridge_solve(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Return the ridge solution (C + ridge mean(diag C) I)^-1 X, and zero for constant inputs.
 

@@ -55,7 +55,7 @@ class Method(Protocol):
         ...
 
     def plan(self, net: nn.Module, evidence: Evidence, cost: Cost, target: Target) -> Proposal:
-        """Choose the edits: pure, on CPU, deterministic, within the target."""
+        """Choose the edits: pure, deterministic, within the target; all tensors are on the CPU."""
         ...
 
 

@@ -38,10 +38,11 @@ from vitrim.budget.cost import Cost
 from vitrim.budget.target import Metric, Target, TargetError
 from vitrim.budget.trim import Scope, trim
 from vitrim.closed_form.importance import consumer_of, importance
-from vitrim.closed_form.reconstruction import ridge_solve
+from vitrim.closed_form.reconstruction import taken_over
 from vitrim.errors import is_count, is_positive, is_rate, require
 from vitrim.method import Granularity
 from vitrim.network import structure
+from vitrim.network.computing import on_device
 from vitrim.network.structure import Kind, Structure, cuttable_channels
 from vitrim.network.survivors import index_of, removed_of, resolve
 from vitrim.plan import Evidence, Keep, Plan, Proposal
@@ -252,6 +253,7 @@ def grams(
 
 
 @torch.no_grad()
+@on_device
 def survival_steps(
     weight: Tensor, gram: Tensor, *, steps: int, power_iterations: int, step_margin: float
 ) -> Tensor:
@@ -268,14 +270,14 @@ def survival_steps(
     channels = weight.shape[1]
     rate = 1 / _max_eigenvalue(gram, power_iterations, step_margin)
     current = dense.clone()
-    survival = torch.zeros(channels, dtype=torch.float64)
+    survival = torch.zeros(channels, dtype=torch.float64, device=dense.device)
     for step in range(1, steps + 1):
         current -= rate * (current - dense) @ gram
         grouped = current.view(len(current), channels, -1)
         norms = grouped.square().sum((0, 2)).sqrt()
         order = norms.argsort(descending=True, stable=True)
         n_kept = channels - (channels - 1) * step // steps
-        threshold = norms[order[n_kept]] if n_kept < channels else norms.new_zeros(())
+        threshold = norms[order[n_kept : n_kept + 1]] if n_kept < channels else norms.new_zeros(1)
         shrunk = (1 - threshold / norms.clamp_min(1e-300)).clamp_min(0.0)
         shrunk[order[n_kept:]] = 0.0
         current = (grouped * shrunk[:, None]).flatten(1)
@@ -286,10 +288,10 @@ def survival_steps(
 
 def _max_eigenvalue(gram: Tensor, iterations: int, margin: float) -> float:
     """Return a bound on the largest eigenvalue: `margin` times what power iteration gives."""
-    vector = torch.ones(len(gram), dtype=gram.dtype)
+    vector = torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(iterations):
         vector = F.normalize(gram @ vector, dim=0)
-    return max(margin * float(vector @ gram @ vector), 1e-300)
+    return max(margin * float((vector[None] @ gram)[0] @ vector), 1e-300)
 
 
 def _minimum(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -298,8 +300,8 @@ def _minimum(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor
     area = flat.shape[1] // weight.shape[1]
     columns = (area * kept[:, None] + torch.arange(area)).flatten()
     removed = removed_of(flat.shape[1], columns)
-    cross = gram[columns][:, removed] @ flat[:, removed].T
-    solution = flat[:, columns] + ridge_solve(gram[columns][:, columns], cross, ridge).T
+    inputs, cross = (gram[columns][:, chosen] for chosen in (columns, removed))
+    solution = flat[:, columns] + taken_over(inputs, cross, flat[:, removed], ridge)
     return solution.view(len(weight), len(kept), *weight.shape[2:]).to(weight)
 
 

@@ -39,6 +39,7 @@ from vitrim.errors import is_count, is_positive, require
 from vitrim.method import Granularity
 from vitrim.network import structure
 from vitrim.network.attention import parameters_of
+from vitrim.network.computing import on_device
 from vitrim.network.structure import Kind, Layer, Structure, cuttable_channels
 from vitrim.network.survivors import index_of, resolve
 from vitrim.plan import Evidence, Keep, Plan, Proposal
@@ -202,6 +203,7 @@ def _rows(module: nn.Module, output: Tensor, samples_per_image: int) -> Tensor:
     return positions[:, sampled].flatten(0, 1)
 
 
+@on_device
 def _map(x: Tensor, target: Tensor, ridge: float, *, diagonal: bool) -> Tensor:
     """Return Q, (channels, channels), by least squares around the identity.
 
@@ -215,4 +217,5 @@ def _map(x: Tensor, target: Tensor, ridge: float, *, diagonal: bool) -> Tensor:
         squares = x.square().sum(0)
         level = (ridge * squares.mean()).clamp_min(torch.finfo(x.dtype).tiny)
         return torch.diag(1 + (x * (target - x)).sum(0) / (squares + level))
-    return torch.eye(x.shape[1], dtype=x.dtype) + ridge_solve(x.T @ x, x.T @ (target - x), ridge)
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return identity + ridge_solve(x.T @ x, x.T @ (target - x), ridge)

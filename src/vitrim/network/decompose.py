@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitrim.network.computing import on_device
+
 _EXACT = 512  # up to this many rows, eigenvectors are computed in float64
 
 
@@ -55,6 +57,7 @@ class Spectrum(NamedTuple):
         return (up * scale).contiguous(), (down / scale[:, None]).contiguous()
 
 
+@on_device
 def output_metric(
     weight: Tensor, products: Tensor, squares: Tensor, shrinkage: float
 ) -> Tensor | None:
@@ -79,6 +82,37 @@ def output_metric(
     return torch.lerp(products.to(shrunk), shrunk, shrinkage)
 
 
+@on_device
+def truncated(spectrum: Spectrum, rank: int) -> Tensor:
+    """Return W_r of the first `rank` components, (out, in)."""
+    return spectrum.up[:, :rank] @ spectrum.down[:rank]
+
+
+@on_device
+def output_errors(change: Tensor, cov: Tensor) -> Tensor:
+    """Return the mean square of D x by output, (out,).
+
+    Args:
+        change: D, (out, in).
+        cov: second moment of x, (in, in), of the same type.
+    """
+    return (change @ cov * change).sum(1)
+
+
+@on_device
+def lost_output(weight: Tensor, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """Return (W - up down) x, (out,), float64.
+
+    Args:
+        weight: W, (out, in).
+        up: (out, r).
+        down: (r, in).
+        x: one input, (in,).
+    """
+    return (weight - up @ down).double() @ x.double()
+
+
+@on_device
 def decompose(
     weight: Tensor,
     metric: Tensor | None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitrim.closed_form.reconstruction import ridge_solve
+from vitrim.closed_form.reconstruction import taken_over
 from vitrim.sensitivity.losses import Rotation
 
 
@@ -21,7 +21,7 @@ def without_units(
     kept[removed] = False
     kept_units = kept.nonzero()[:, 0]
     cross = cov[kept_units][:, removed]
-    folded = ridge_solve(cov[kept_units][:, kept_units], cross @ weight[:, removed].mT, ridge).mT
+    folded = taken_over(cov[kept_units][:, kept_units], cross, weight[:, removed], ridge)
     values = torch.zeros_like(weight)
     values[:, kept_units] = weight[:, kept_units] + folded
     return _with_bias(net, layer, values, weight, mean)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitrim.closed_form.obs import obs_greedy
 from vitrim.closed_form.query_key import query_key_spectrum
+from vitrim.network.computing import on_device
 
 
 class Rotation(NamedTuple):
@@ -28,6 +29,7 @@ class Rotation(NamedTuple):
     losses: Tensor
 
 
+@on_device
 def root_of(matrix: Tensor) -> Tensor:
     """Return R (n, n) with R R^T equal to a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -35,6 +37,21 @@ def root_of(matrix: Tensor) -> Tensor:
     return root
 
 
+@on_device
+def inverse_root_of(matrix: Tensor, ridge: float) -> Tensor:
+    """Return (M + ridge mean(diag M) I)^(-1/2) of a positive semidefinite matrix, (n, n).
+
+    Args:
+        matrix: M, (n, n); where it is zero, I is added to it.
+        ridge: relative to the mean of its diagonal.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = ridge * float(matrix.diagonal().mean())
+    root: Tensor = (vectors / (values.clamp_min(0.0) + (floor or 1.0)).sqrt()) @ vectors.mT
+    return root
+
+
+@on_device
 def effects_of(weight: Tensor, products: Tensor, squares: Tensor, shrinkage: float) -> Tensor:
     """Return E (in, r) with E E^T = W^T G W: what a change of each input does to the decision.
 
@@ -61,6 +78,7 @@ def unit_losses(effects: Tensor, cov: Tensor, ridge: float) -> Tensor:
     return obs_greedy(cov, effects, ridge=ridge)
 
 
+@on_device
 def unit_losses_in_order(effects: Tensor, cov: Tensor, order: Tensor, ridge: float) -> Tensor:
     """Return what each unit adds to the loss when units go in this order, (M,).
 
@@ -82,6 +100,18 @@ def unit_losses_in_order(effects: Tensor, cov: Tensor, order: Tensor, ridge: flo
     losses = torch.empty_like(costs)
     losses[last_first] = costs
     return losses
+
+
+@on_device
+def plain_unit_losses(effects: Tensor, cov: Tensor, order: Tensor) -> Tensor:
+    """Return what each unit adds to the loss in this order if nothing makes up for it, (M,).
+
+    Args:
+        effects: of the units, E (M, r), see `effects_of`.
+        cov: C of the units, (M, M).
+        order: the units, the one that goes first first, (M,).
+    """
+    return plain_losses_in_order(cov * (effects @ effects.mT), order)
 
 
 def plain_losses_in_order(products: Tensor, order: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vitrim.sensitivity import edits
 from vitrim.sensitivity.losses import (
     Rotation,
     plain_losses_in_order,
+    plain_unit_losses,
     query_key_rotation,
     unit_losses_in_order,
 )
@@ -150,7 +151,7 @@ class OrderedLosses:
         if self._folds:
             losses = unit_losses_in_order(effects, cov, of_units, self.order.ridge)
         else:
-            losses = plain_losses_in_order(cov * (effects @ effects.mT), of_units)
+            losses = plain_unit_losses(effects, cov, of_units)
         return torch.stack([losses[group].sum() for group in groups]) * self.passes.unit
 
     def _of_query_keys(self, site: Site, order: Tensor) -> Tensor:

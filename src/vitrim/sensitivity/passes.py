@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.network.structure import Attention
 from vitrim.sensitivity.curvature import directions, visible_attention, whitened
+from vitrim.sensitivity.losses import inverse_root_of
 from vitrim.sensitivity.parts import Parts
 from vitrim.sensitivity.probes import Probe, feature_divergence, kl_divergence, measure
 from vitrim.sensitivity.statistics import Statistics
@@ -108,11 +109,7 @@ class Passes:
     def _inverse_root(self) -> Tensor:
         """F^(-1/2) of the covariance of the features, with a hundredth of its mean added."""
         self._features.finish()
-        cov = self._features.cov.double()
-        values, vectors = torch.linalg.eigh(cov)
-        floor = 0.01 * float(cov.diagonal().mean())
-        root: Tensor = (vectors / (values.clamp_min(0.0) + (floor or 1.0)).sqrt()) @ vectors.mT
-        return root
+        return inverse_root_of(self._features.cov.double(), 0.01)
 
     @property
     def unit(self) -> float:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
-from vitrim.network.decompose import Spectrum, decompose, output_metric
+from vitrim.network.decompose import (
+    Spectrum,
+    decompose,
+    output_errors,
+    output_metric,
+    truncated,
+)
 from vitrim.network.int8_linear import fake_int8
 from vitrim.network.structure import Attention, Layer, Site, Structure, blocks_of
 from vitrim.network.survivors import head_of
@@ -79,7 +85,7 @@ def predict(
     for name in parts.int8:
         of_layer = statistics.of_layer(name)
         lost = weight_of(net, name) - fake_int8(weight_of(net, name))
-        errors = (lost @ of_layer["cov"] * lost).sum(1)
+        errors = output_errors(lost, of_layer["cov"])
         found.int8[name] = float(of_layer["squares"] @ errors) * unit
     return found
 
@@ -237,9 +243,7 @@ def _rank_probes(
         mean = statistics.regression(layer.name)["mean"]
         rank = max(1, weight.numel() // (2 * sum(weight.shape)))
         spectrum = layer_spectrum(net, layer.name, of_layer, ridges)
-        values = edits.with_weight(
-            net, layer.name, spectrum.up[:, :rank] @ spectrum.down[:rank], mean
-        )
+        values = edits.with_weight(net, layer.name, truncated(spectrum, rank), mean)
         predicted = float(prediction.losses[layer.name][rank:].sum())
         share = 1 - rank / len(spectrum.energy)
         yield Probe("ranks", layer.name, share, (layer.branch,), values, predicted)

@@ -22,6 +22,7 @@ from vitrim.errors import is_count, is_rate
 from vitrim.files import StoreError, digest, verify, write, write_manifest
 from vitrim.jobs import distributed, signals
 from vitrim.jobs.lock import lock
+from vitrim.network.computing import computing_on
 from vitrim.store import mismatches, read_tensors
 from vitrim.trainer.batchnorm import estimate_batchnorm
 from vitrim.trainer.classify import validate
@@ -191,7 +192,8 @@ class PhaseRunner:
                 estimate_batchnorm(phase.net, lambda: self._calibration(self.batchnorm_images))
             phase.train()
             validates = loader is not None and between > 0
-            with kept_on(trainer.strategy.root_device, loader):
+            device = trainer.strategy.root_device
+            with kept_on(device, loader), computing_on(device):
                 trainer.fit(
                     phase,
                     loader,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitrim.budget.cost import Cost
 from vitrim.closed_form.importance import consumer_of
 from vitrim.method.joint.allocation import Losses
-from vitrim.network.decompose import decompose
+from vitrim.network.decompose import decompose, lost_output
 from vitrim.network.structure import Structure
 from vitrim.network.survivors import removed_of
 from vitrim.plan import Evidence, Plan
@@ -131,6 +131,6 @@ def factors(net: nn.Module, plan: Plan, evidence: Evidence, ridge: float) -> Map
         values[f"{name}.up.weight"], values[f"{name}.down.weight"] = up, down
         bias = net.get_submodule(name).bias
         if isinstance(bias, Tensor):
-            lost = (weight - up @ down) @ of_layer["mean"].double()
+            lost = lost_output(weight, up, down, of_layer["mean"])
             values[f"{name}.up.bias"] = bias.detach().double() + lost
     return values

@@ -54,7 +54,7 @@ from vitrim.method.mixed_rank.settings import (
     Rule,
 )
 from vitrim.network import structure
-from vitrim.network.decompose import Spectrum
+from vitrim.network.decompose import Spectrum, lost_output
 from vitrim.network.factored import LowRankLinear
 from vitrim.network.structure import Structure
 from vitrim.plan import Evidence, LowRank, Plan, Proposal
@@ -203,10 +203,9 @@ class MixedRank:
             up[:, : factors[0].shape[1]], down[: len(factors[1])] = factors
             values[f"{name}.up.weight"], values[f"{name}.down.weight"] = up, down
             if self.decomposition in CENTRED and layer.up.bias is not None:
-                lost = piece.weight_in(net) - up @ down
-                mean = evidence.moments[piece.layer]["mean"].double()
-                offset = (lost.double() @ mean).to(lost)
-                values[f"{name}.up.bias"] = layer.up.bias.detach() + offset
+                mean = evidence.moments[piece.layer]["mean"]
+                offset = lost_output(piece.weight_in(net), up, down, mean)
+                values[f"{name}.up.bias"] = layer.up.bias.detach() + offset.to(up)
         return values
 
     def recovery(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitrim.method.mixed_rank.settings import MixedRankRidges, Rule
-from vitrim.network.decompose import Spectrum, decompose, output_metric
+from vitrim.network.computing import on_device
+from vitrim.network.decompose import Spectrum, decompose, output_errors, output_metric
 
 Decomposition = Literal[
     "plain", "asvd", "whitening", "normalised_output", "mean_input", "centred", "loss"
@@ -36,6 +37,7 @@ def input_gram(name: Decomposition, statistics: Mapping[str, Tensor]) -> Tensor 
             return statistics["cov"].double() + torch.outer(mean, mean)
 
 
+@on_device
 def spectrum_of(
     weight: Tensor,
     statistics: Mapping[str, Tensor],
@@ -75,7 +77,7 @@ def component_losses(
     by_loss = decomposition == "loss"
     if rule == "error" and by_loss and "cov" in statistics:
         down, squares = spectrum.down.double(), spectrum.up.double().square().sum(0)
-        errors = squares * (down @ statistics["cov"].double() * down).sum(1)
+        errors = squares * output_errors(down, statistics["cov"].double())
         return torch.where(spectrum.energy > 0, errors, 0.0)
     if rule != "loss" or by_loss or "gradient_squares" not in statistics:
         return spectrum.energy
@@ -85,6 +87,7 @@ def component_losses(
     return spectrum.energy * gain
 
 
+@on_device
 def rank_curves(
     weight: Tensor, spectrum: Spectrum, metric: Tensor | None, *, points: int = 24
 ) -> dict[str, Sequence[float]]:
@@ -107,7 +110,7 @@ def rank_curves(
     ranks = sorted({round(full ** (i / max(1, points - 1))) for i in range(points)} | {full})
     kept = plain.energy.cumsum(0)
     fractions = kept / kept[-1] if float(kept[-1]) > 0 else torch.ones_like(kept)
-    index = torch.tensor(ranks, device=fractions.device)
+    index = torch.tensor(ranks).to(fractions.device)
     return {
         "rank": ranks,
         "energy": fractions[index - 1].tolist(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from vitrim.budget.cost import Cost
 from vitrim.budget.target import Target
 from vitrim.cli.compose import CONF
+from vitrim.plan import Edit, Keep
 from vitrim.prune import Slicing
 
 from .loop import SameBatch, fit
@@ -63,5 +64,19 @@ def findings(scale: Scale) -> Iterator[Finding]:
     start, end = ended.times
     yield Finding(f"one-shot, calibration on {BATCHES * len(batch)} images", f"{end - start:.2f} s")
     seconds = planned - end
-    what = "one-shot: rank, plan, cut, fold"
+    what = f"one-shot: rank, plan, cut, fold, closed forms on {scale.device}"
     yield Finding(what, f"{seconds:.2f} s", f"<= {MOST_S:g} s", seconds <= MOST_S)
+    edits, began = slicing.plan.edits, time.perf_counter()
+    slicing.slice(phase.net, slicing.evidence)  # outside of the Trainer: where they lie
+    on_cpu = time.perf_counter() - began
+    yield Finding("one-shot: the same, closed forms on the CPU", f"{on_cpu:.2f} s")
+    yield Finding("one-shot: units kept in both", f"{_shared(edits, slicing.plan.edits):.2%}")
+
+
+def _shared(edits: Iterable[Edit], others: Iterable[Edit]) -> float:
+    """Return the share of the units that one plan keeps which another one keeps too."""
+    kept, also = (
+        {(edit.site, unit) for edit in plan if isinstance(edit, Keep) for unit in edit.index}
+        for plan in (edits, others)
+    )
+    return len(kept & also) / max(1, len(kept))

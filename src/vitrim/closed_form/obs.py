@@ -176,8 +176,8 @@ def _round(
     the diagonals of the two matrices (inverse, and products of weights) are updated; a row is
     computed when its unit is removed, as in a pivoted Cholesky decomposition.
     """
-    a = inverse.double().cpu().numpy()
-    p = (weights @ weights.T).double().cpu().numpy()
+    a = inverse.cpu().double().numpy()
+    p = (weights @ weights.T).cpu().double().numpy()
     limit = min(limit, len(a))
     a_rows, takes, gains = (np.empty((limit, len(a))) for _ in range(3))
     a_diagonal, p_diagonal, dead = a.diagonal().copy(), p.diagonal().copy(), np.zeros(len(a))

@@ -92,6 +92,25 @@ class Compression:
                 generator = torch.Generator().manual_seed(self.seed + position)
                 return torch.rand(units, generator=generator)
 
+    def rank_all(
+        self, net: nn.Module, ends: Mapping[str, str], moments: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the importance of the units of several MLPs, (M,) each, by the keys of `ends`.
+
+        Args:
+            net: whose MLPs these are.
+            ends: the paths of their last layers.
+            moments: by these paths, `trial.mean` and `trial.cov` as `rank` reads them.
+        """
+        scores = {}
+        for position, (key, end) in enumerate(ends.items()):
+            found = moments.get(end, {})
+            parts = [part for part in ("mean", "cov") if f"trial.{part}" in found]
+            statistics = {part: found[f"trial.{part}"] for part in parts}
+            weight = net.get_submodule(end).get_parameter("weight")
+            scores[key] = self.rank(statistics, weight, position)
+        return scores
+
 
 def edits_of(described: Structure, shape: Shape, scores: Mapping[str, Tensor]) -> tuple[Edit, ...]:
     """Return the edits that compress some blocks.

@@ -217,23 +217,15 @@ class Trials(LightningModule):
         if not self.group_scores.numel():
             return Evidence()
         moments = self.statistics.tensors()
-        scores = {}
-        for position, (block, end) in enumerate(self._ends.items()):
-            if end not in self._unit_scores:
-                weight = self.net.get_submodule(end).get_parameter("weight")
-                statistics = {
-                    name: moments[end][f"trial.{name}"]
-                    for name in ("mean", "cov")
-                    if f"trial.{name}" in moments.get(end, {})
-                }
-                self._unit_scores[end] = self.compression.rank(statistics, weight, position)
-            scores[self.hidden[block]] = self._unit_scores[end]
+        if not self._unit_scores:
+            ends = {self.hidden[block]: end for block, end in self._ends.items()}
+            self._unit_scores = self.compression.rank_all(self.net, ends, moments)
         blocks = [group[0] for group in self.groups]
         best: tuple[str, Tensor] | None = None
         if self.best_parameters.numel():
             best = blocks[int(self.best_position)], self.best_parameters
         return Evidence(
-            scores=scores,
+            scores=dict(self._unit_scores),
             moments=moments,
             block_scores=dict(zip(blocks, self.group_scores.tolist(), strict=True)),
             synthetic=self.synthetic_images if self.synthetic_images.numel() else None,

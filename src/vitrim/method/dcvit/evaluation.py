@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from itertools import islice
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.data.loader import ResumableLoader
 from vitrim.method.dcvit.synthetic import PixelRange, SyntheticImages
 from vitrim.network import stream
 from vitrim.network.stream import BranchStep, Stream
@@ -78,11 +80,6 @@ class JudgingSet:
         self._pixels: PixelRange | None = None
         self._evaluation: Evaluation | None = None
 
-    @property
-    def lacks_images(self) -> bool:
-        """Whether the calibration images that it consists of are still to be added."""
-        return self.synthetic is None and not self._images
-
     def add(self, images: Tensor) -> None:
         """Add a batch of calibration images (B, C, H, W); synthetic ones need their range only."""
         if self.synthetic is None:
@@ -91,6 +88,20 @@ class JudgingSet:
         pixels = PixelRange.of(images)
         self._pixels = pixels if self._pixels is None else pixels.union(self._pixels)
         self._images = self._images or [images]
+
+    def add_missing(self, loader: object, n_batches: int, device: torch.device) -> None:
+        """Add the calibration images if there are none: this process began after the first epoch.
+
+        Args:
+            loader: a `ResumableLoader`, of whose first epoch they are.
+            n_batches: how many batches of it.
+            device: where they go.
+        """
+        if self.synthetic is not None or self._images:
+            return
+        assert isinstance(loader, ResumableLoader)
+        for batch in islice(loader.first_epoch(), n_batches):
+            self.add(cast(Sequence[Tensor], batch)[0].to(device))
 
     def synthesise(self, dense: nn.Module) -> Tensor:
         """Return the synthetic images (n, C, H, W), or an empty tensor where there are none."""

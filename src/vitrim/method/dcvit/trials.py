@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import torch
@@ -144,10 +143,8 @@ class Trials(LightningModule):
         if self.current_epoch == 0:
             return
         n_batches = int(self.trainer.num_training_batches)
-        if self.recipe.views == "augmented" and self._judging_set.lacks_images:
-            plain = self.trainer.train_dataloader.first_epoch()  # type: ignore[union-attr]
-            for images, *_ in islice(plain, n_batches):  # this process began after that epoch
-                self._judging_set.add(images.to(self.device))
+        if self.recipe.views == "augmented":
+            self._judging_set.add_missing(self.trainer.train_dataloader, n_batches, self.device)
         position, epoch = divmod(self.current_epoch - 1, self.recipe.training.epochs)
         if epoch and interrupted is None:
             return

@@ -51,16 +51,19 @@ def of_torchrun(processes: int) -> list[dict[str, str]]:
     return [{**alike, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def in_two_processes(script: str) -> None:
-    """Run a script, which imports modules of tests/trainer, in two processes as torchrun would."""
+def in_two_processes(script: str, *, timeout: float = 500) -> None:
+    """Run a script, which imports modules of tests/trainer, in two processes as torchrun would.
+
+    They are killed after so many seconds.
+    """
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests / "trainer"), str(Path(vitrim.__file__).parents[1])]
     env = [
         {**of_rank, "PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"}
         for of_rank in of_torchrun(2)
     ]
-    done = together([("-c", script)] * 2, env=env, timeout=500)
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    done = together([("-c", script)] * 2, env=env, timeout=timeout)
+    assert [each.returncode for each in done] == [0, 0], "\n".join(each.stderr for each in done)
 
 
 def free_port() -> int:

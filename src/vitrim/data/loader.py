@@ -52,9 +52,12 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
     an epoch of as many batches, which so has fewer different images (repeated augmentation, Hoffer
     et al., arXiv 1901.09335). Each view has an epoch number of its own, which what it draws depends
     on.
+
+    `drawn_epoch` is the epoch whose order and randomness these batches have; None: that of `epoch`.
     """
 
     repeats: int = 1
+    drawn_epoch: int | None = None
 
     def __init__(
         self,
@@ -93,10 +96,11 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
             self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        epoch = self.epoch if self.drawn_epoch is None else self.drawn_epoch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = (
             torch.randperm(self.size, generator=generator)
-            if self.shuffle or (self.reshuffle and self.epoch)
+            if self.shuffle or (self.reshuffle and epoch)
             else torch.arange(self.size)
         )
         repeats = self.repeats if self.shuffle else 1
@@ -104,7 +108,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
             first, last = batch * self.batch_size, (batch + 1) * self.batch_size
             place = self.rank + self.world * torch.arange(first, last)
             place = place[place < self.size]
-            epochs = (self.epoch + (place % repeats << 32)).tolist()
+            epochs = (epoch + (place % repeats << 32)).tolist()
             yield [*zip(epochs, order[place // repeats].tolist(), strict=True)]
 
 
@@ -225,6 +229,10 @@ class ResumableLoader(DataLoader[object]):
         ended = state["given"] >= len(self)
         self.batches.epoch = state["epoch"] + ended
         self.batches.start = 0 if ended else state["given"]
+
+    def draw_as(self, epoch: int) -> None:
+        """Draw from now on, in any epoch, the order and randomness of `epoch`, from 0 on."""
+        self.batches.drawn_epoch = epoch
 
     def first_epoch(self) -> ResumableLoader:
         """Return the batches of the first epoch, of a loader that is not shuffled in it."""

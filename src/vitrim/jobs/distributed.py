@@ -24,6 +24,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities import move_data_to_device
 
 from vitrim.errors import ConfigError, VitrimError, shown
 from vitrim.jobs import signals
@@ -128,11 +129,11 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def broadcast(value: T | None) -> T:
-    """Return the value that the main process passes; the others may pass None."""
+def broadcast(value: T | None, *, source: int = 0) -> T:
+    """Return the value of process `source`, by default the main one; the others may pass None."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=source)
     return cast(T, values[0])
 
 
@@ -142,6 +143,36 @@ def summed(x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
         dist.all_reduce(x)
     return x
+
+
+def sent(x: torch.Tensor | None, *, source: int, device: torch.device) -> torch.Tensor:
+    """Return a copy of the tensor of process `source`, on `device`, in all processes.
+
+    Each must call this; all but `source` may pass None.
+    """
+    if not dist.is_initialized():
+        assert x is not None
+        return x
+    is_source = dist.get_rank() == source
+    kind = broadcast((x.shape, x.dtype) if is_source and x is not None else None, source=source)
+    received = torch.empty(kind[0], dtype=kind[1], device=device)
+    if is_source and x is not None:
+        received.copy_(x)
+    if received.numel():
+        dist.broadcast(received, src=source)
+    return received
+
+
+def gathered(value: T) -> list[T]:
+    """Return the values of all processes, by rank, with their tensors on the CPU.
+
+    Each process must call this; all but the main process get an empty list.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size() if is_main_process() else []
+    dist.gather_object(move_data_to_device(value, torch.device("cpu")), values or None)
+    return values
 
 
 @contextmanager

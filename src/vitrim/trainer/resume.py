@@ -144,6 +144,18 @@ def _split(trainer: Trainer) -> dict[str, int | str]:
     }
 
 
+def _drawn_step(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of the step, from 1 on, and of the process whose draws this step has.
+
+    Where the loader draws another epoch, these are those of one process alone in that epoch.
+    """
+    done, loader = trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.train_dataloader
+    drawn = loader.batches.drawn_epoch if isinstance(loader, ResumableLoader) else None
+    if drawn is None:
+        return done, trainer.global_rank
+    return done + (drawn - trainer.current_epoch) * int(trainer.num_training_batches), 0
+
+
 def _any(*facts: bool) -> list[bool]:
     """Return which facts are true in any process; the message does not wait for devices."""
     shared = torch.tensor(facts, dtype=torch.int32)
@@ -214,8 +226,7 @@ class Resume(Checkpoint):
         if self._stopping:
             _stop()
         if trainer.datamodule is None:  # type: ignore[attr-defined]
-            done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            seed_all(self.seed, done, trainer.global_rank)
+            seed_all(self.seed, *_drawn_step(trainer))
 
     def on_train_batch_end(
         self,

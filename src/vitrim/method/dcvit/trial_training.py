@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitrim.method.dcvit.evaluation import features_of
 from vitrim.trainer.mimic import FeatureLoss
-from vitrim.trainer.recipe import Recipe, optimizer_and_schedule, scaled_to
+from vitrim.trainer.recipe import Recipe, images_per_step, optimizer_and_schedule
 
 TrialState = dict[str, dict[str, Any]]
 """State dicts of the network, the optimiser and the schedule."""
@@ -44,8 +44,11 @@ class TrialRecipe:
         return {**known, "loss": list(self.loss)}
 
     def scaled_to(self, trainer: Trainer) -> TrialRecipe:
-        """Return the recipe with the learning rate for the batches of `trainer`."""
-        return replace(self, training=scaled_to(trainer, self.training))
+        """Return the recipe with the learning rate for the batches of one process of `trainer`."""
+        if self.training.reference_batch is None:
+            return self
+        batch = images_per_step(trainer) // trainer.world_size
+        return replace(self, training=self.training.scaled(batch))
 
 
 class Targets:
@@ -167,3 +170,8 @@ def trained_tensors(net: nn.Module) -> list[Tensor]:
     """Return what training changes in `net`: its parameters and its BatchNorms' statistics."""
     statistics = (tensor for name, tensor in net.named_buffers() if ".running_" in name)
     return [tensor.detach() for tensor in (*net.parameters(), *statistics)]
+
+
+def trained_vector(net: nn.Module) -> Tensor:
+    """Return what training changes in `net` as one tensor, (n,)."""
+    return torch.cat([tensor.flatten() for tensor in trained_tensors(net)])

@@ -23,13 +23,14 @@ from vitrim.budget.blocks import Group, flatten, hidden_of, whole_blocks
 from vitrim.method.dcvit.compression import Compression, compressed, last_layers
 from vitrim.method.dcvit.evaluation import Distance, JudgingSet, evaluate_in_order
 from vitrim.method.dcvit.mlp_statistics import CompressedMLP, MLPStatistics
+from vitrim.method.dcvit.rounds import Rounds
 from vitrim.method.dcvit.synthetic import SyntheticImages
 from vitrim.method.dcvit.trial_training import (
     Targets,
     TrialRecipe,
     TrialState,
     TrialTraining,
-    trained_tensors,
+    trained_vector,
 )
 from vitrim.network import stream, structure
 from vitrim.plan import Evidence
@@ -90,7 +91,8 @@ class Trials(LightningModule):
         self.hidden = {block: hidden_of(described, mlp) for block, (_, mlp) in blocks.items()}
         self.compression = compression
         self.recipe = recipe
-        self.epochs = 1 + len(groups) * recipe.training.epochs
+        self.rounds = Rounds.here(len(groups), recipe.training.epochs)
+        self.epochs = self.rounds.n_epochs
         self.own_steps = recipe.training.epochs > 0
         n, augments = sampling.images, self.own_steps and recipe.views == "augmented"
         self.calibration_images = AugmentedImages(images=n) if augments else n
@@ -130,6 +132,8 @@ class Trials(LightningModule):
             if self.recipe.training.epochs:
                 self._targets.keep(images)
             return
+        if self.rounds.at(self.current_epoch)[0] is None:
+            return
         assert self._trial is not None
         if self._targets.lacks(batch_index):  # this process began after the first epoch
             self._targets.keep(images)
@@ -140,12 +144,13 @@ class Trials(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin the next trial, or continue the one that was interrupted."""
         interrupted, self._interrupted = self._interrupted, None
-        if self.current_epoch == 0:
+        self.rounds.place(self.trainer.train_dataloader, self.current_epoch)
+        position, epoch = self.rounds.at(self.current_epoch)
+        if position is None:
             return
         n_batches = int(self.trainer.num_training_batches)
         if self.recipe.views == "augmented":
             self._judging_set.add_missing(self.trainer.train_dataloader, n_batches, self.device)
-        position, epoch = divmod(self.current_epoch - 1, self.recipe.training.epochs)
         if epoch and interrupted is None:
             return
         group, recipe = self.groups[position], self.recipe.scaled_to(self.trainer)
@@ -161,29 +166,29 @@ class Trials(LightningModule):
         if self.current_epoch == 0:
             self._finish_statistics()
             return
-        position, epoch = divmod(self.current_epoch, self.recipe.training.epochs)
-        if epoch == 0:
-            assert self._trial is not None
-            net, self._trial = self._trial.net, None
-            self._score(position - 1, net)
+        position, epoch = self.rounds.at(self.current_epoch)
+        if epoch + 1 == self.recipe.training.epochs:
+            trial, self._trial = self._trial, None
+            self._score(position, trial)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the trial in training, and omit the dense network, which does not change."""
         state = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {k: v for k, v in state if not k.startswith("net.")}
-        checkpoint["trial"] = None if self._trial is None else self._trial.state_dict()
+        checkpoint["trial"] = self.rounds.gathered(self._trial)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give buffers the size of what was gathered, and keep the trial that was in training."""
         state = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         checkpoint["state_dict"] = state | checkpoint["state_dict"]
         size_buffers(self, checkpoint["state_dict"])
-        self._interrupted = checkpoint["trial"]
+        self._interrupted = self.rounds.own(checkpoint["trial"])
 
     def _finish_statistics(self) -> None:
         """Bring sums into their final form; make the judging set; score what is not trained."""
         self.statistics.finish()
-        self.synthetic_images = self._judging_set.synthesise(self.net.eval())
+        synthetic = self._judging_set.synthesise(self.net.eval())
+        self.synthetic_images = self.rounds.sent(synthetic, 0, self.device)
         self.group_scores = torch.zeros(len(self.groups), device=self.device)
         if self.recipe.training.epochs:
             return
@@ -197,13 +202,19 @@ class Trials(LightningModule):
         for position, distance in enumerate(distances):
             self.group_scores[position] = distance
 
-    def _score(self, position: int, net: nn.Module) -> None:
-        """Score a trained trial, and keep what was trained if it is the best so far."""
-        evaluation = self._judging_set.evaluation(self.net, self.synthetic_images)
-        self.group_scores[position] = evaluation.of_network(net)
-        if position == int(self.group_scores[: position + 1].argmin()):
-            self.best_parameters = torch.cat([tensor.flatten() for tensor in trained_tensors(net)])
-            self.best_position = torch.tensor(position)
+    def _score(self, position: int | None, trial: TrialTraining | None) -> None:
+        """Score a round of trials, of which this process may have none; keep the best so far."""
+        scores = torch.zeros_like(self.group_scores)
+        if position is not None and trial is not None:
+            evaluation = self._judging_set.evaluation(self.net, self.synthetic_images)
+            scores[position] = evaluation.of_network(trial.net)
+        self.group_scores = self.group_scores + self.rounds.summed(scores)
+        tried = self.rounds.tried(self.current_epoch)
+        best = int(self.group_scores[: tried.stop].argmin())
+        if best in tried:
+            trained = None if trial is None or best != position else trained_vector(trial.net)
+            self.best_parameters = self.rounds.sent(trained, best, self.device)
+            self.best_position = torch.tensor(best)
 
     def _compressed(self, group: Group) -> nn.Module:
         """Return the network with one group compressed."""

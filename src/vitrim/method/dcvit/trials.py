@@ -6,7 +6,7 @@ distance of the network to the dense one on the judging set. Beyond the paper, u
 their values without the attention, and the last layer is first solved by least squares towards what
 the whole block did. Both come from one pass over the images, for all blocks at once; with 0 epochs
 of training that pass is all. In a convolutional network the whole block is removed, and only
-training compensates.
+training compensates. Trials that are trained are shared out among the processes of a run.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ from vitrim.deploy.runfolder import DIAGNOSTICS
 from vitrim.errors import ConfigError
 from vitrim.jobs import signals
 from vitrim.jobs.distributed import process_group
-from vitrim.method.dcvit.rounds import Rounds
 from vitrim.method.dcvit.trial_training import TrialRecipe, TrialState, TrialTraining, Views
 from vitrim.method.dcvit.trials import Trials
 from vitrim.trainer.calibrate import Sampling
 from vitrim.trainer.mimic import FeatureLoss
+from vitrim.trainer.shares import own_state
 
 N_CANDIDATES = 3
 CANDIDATES = {
@@ -166,11 +166,10 @@ def test_another_number_of_processes_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("saved", [None, {"net": {}, "optimizer": {}, "schedule": {}}])
 def test_trials_that_were_not_shared_are_not_resumed_by_several(saved: TrialState | None) -> None:
-    rounds = Rounds(trials=3, epochs=2, rank=0, processes=2)
     with pytest.raises(ConfigError, match="not shared out, and this run has 2 processes"):
-        rounds.own(saved)
-    assert replace(rounds, processes=1).own(saved) == saved
-    assert replace(rounds, rank=1).own([None]) is None  # refused later
+        own_state(saved, rank=0, processes=2)
+    assert own_state(saved, rank=0, processes=1) == saved
+    assert own_state([None], rank=1, processes=2) is None  # refused later
 
 
 def test_stopped_within_trials_both_go_on_with_their_own(shared: list[dict[str, Any]]) -> None:

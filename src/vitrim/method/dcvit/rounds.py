@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vitrim.data.loader import ResumableLoader
-from vitrim.errors import ConfigError
 from vitrim.jobs import distributed
 from vitrim.method.dcvit.trial_training import TrialState, TrialTraining
+from vitrim.trainer.shares import own_state, states_of_all
 
 SavedTrials = TrialState | None | list[TrialState | None]
 """The trial in training, or that of each process by its rank; None: there is none."""
@@ -104,24 +104,9 @@ class Rounds:
         return distributed.summed(x) if self.shared else x
 
     def gathered(self, trial: TrialTraining | None) -> SavedTrials:
-        """Return the trial in training, of every process if they share; all of them call this."""
-        state = None if trial is None else trial.state_dict()
-        return distributed.gathered(state) if self.shared else state
+        """Return the state of the trial in training, of all processes if they share."""
+        return states_of_all(None if trial is None else trial.state_dict(), self.processes)
 
     def own(self, saved: SavedTrials) -> TrialState | None:
-        """Return this process's part of what `gathered` returned in the main process.
-
-        That of another number of processes is refused by the runner of phases.
-
-        Raises:
-            ConfigError: the processes did not share, and these do.
-        """
-        if isinstance(saved, list):
-            return saved[self.rank] if self.rank < len(saved) else None
-        if self.shared:
-            raise ConfigError(
-                f"a checkpoint of trials that were not shared out, and this run has "
-                f"{self.processes} processes, which share them: resume it with one process if it "
-                "had one, or remove its folder `checkpoints` to start the phase over"
-            )
-        return saved
+        """Return this process's part of what `gathered` returned (`vitrim.trainer.shares`)."""
+        return own_state(saved, self.rank, self.processes)

@@ -6,8 +6,9 @@ features; nothing else is trained. Recoverability is the error that remains.
 
 Where we differ from the paper's code: images are not augmented while adaptors are trained, and they
 come in the same batches in every pass, so that the dense network's features are computed once per
-batch for all candidates. All candidates are trained side by side: their adaptors and momenta are in
-memory together, 2 x candidates x blocks x D^2 numbers in a transformer of width D.
+batch for all candidates. All candidates of a process are trained side by side: their adaptors and
+momenta are in memory together, 2 x candidates x blocks x D^2 numbers in a transformer of width D.
+Process r of n trains the candidates r, r + n, r + 2n, ..., and may have none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group
 from vitrim.closed_form.moments import full_precision
+from vitrim.jobs import distributed
 from vitrim.method.practise.adaptors import (
     Adaptor,
     Place,
@@ -39,6 +41,7 @@ from vitrim.network import structure
 from vitrim.plan import Evidence
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.resume import size_buffers
+from vitrim.trainer.shares import own_state, states_of_all
 
 
 class Candidate:
@@ -138,10 +141,12 @@ class EndToEnd(LightningModule):
             "latency_repeats": latency_repeats,
         }
         self.register_buffer("scores", torch.empty(0))
+        self._rank, self._processes = distributed.place()
+        self._own = slice(self._rank, None, self._processes)
         self._widths: dict[Place, int] = {}
         self._candidates: list[Candidate] = []
         self._iteration = 0
-        self._errors = [0.0] * len(self.groups)
+        self._errors = [0.0] * len(self.groups[self._own])
         self._savings: list[float] = []
         self._seen = 0
         self._interrupted: Mapping[str, Any] | None = None
@@ -172,7 +177,8 @@ class EndToEnd(LightningModule):
         images = batch[0]
         if self._iteration < self.training_recipe.iterations:
             loss = self._train(images)
-            self.log("loss", loss)
+            if loss is not None:
+                self.log("loss", loss)
             return loss
         if self.current_epoch == self.epochs - 1:
             self._measure(images)
@@ -181,12 +187,15 @@ class EndToEnd(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Compute the scores once all images are measured."""
         if self._seen:
-            self.scores = as_scores(self._errors, self._seen, self._savings)
+            errors = torch.zeros(len(self.groups), dtype=torch.float64)
+            errors[self._own] = torch.tensor(self._errors, dtype=torch.float64)
+            errors = distributed.summed(errors)
+            self.scores = as_scores(errors.tolist(), self._seen, self._savings)
             self._candidates = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the adaptors in training, and the errors so far."""
-        checkpoint["adaptors"] = {
+        state = {
             "iteration": self._iteration,
             "seen": self._seen,
             "errors": list(self._errors),
@@ -194,14 +203,18 @@ class EndToEnd(LightningModule):
             "widths": [[*place, width] for place, width in self._widths.items()],
             "candidates": [candidate.state_dict() for candidate in self._candidates],
         }
+        checkpoint["adaptors"] = states_of_all(state, self._processes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the scores their size, and keep what was in training."""
         size_buffers(self, checkpoint["state_dict"])
-        self._interrupted = checkpoint["adaptors"]
+        self._interrupted = own_state(checkpoint["adaptors"], self._rank, self._processes)
 
-    def _train(self, images: Tensor) -> Tensor:
-        """Train the adaptors of all candidates on one batch; return the mean of their losses."""
+    def _train(self, images: Tensor) -> Tensor | None:
+        """Train the adaptors of the candidates on one batch; return the mean of their losses."""
+        if not self._errors:  # other processes have the candidates
+            self._iteration += 1
+            return None
         with _safe_precision(images), frozen(self.net):
             if not self._candidates:
                 places = {
@@ -231,7 +244,8 @@ class EndToEnd(LightningModule):
 
     def _build(self) -> list[Candidate]:
         return [
-            Candidate(self.net, group, self._widths, self.training_recipe) for group in self.groups
+            Candidate(self.net, group, self._widths, self.training_recipe)
+            for group in self.groups[self._own]
         ]
 
     def evidence(self) -> Evidence:

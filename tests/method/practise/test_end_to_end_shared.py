@@ -20,6 +20,7 @@ from phase_runner import DIGITS, At, runner, stop
 from vitrim.jobs import signals
 from vitrim.jobs.distributed import process_group
 from vitrim.method.practise.end_to_end import EndToEnd
+from vitrim.plan import Evidence
 
 TWO = {"devices": 2, "strategy": "ddp"}
 SCRIPT = """
@@ -30,14 +31,16 @@ tests.all_cases({folder!r})
 """
 
 
-def scored(folder: Path, blocks: int, *callbacks: Callback, **options: object) -> EndToEnd:
+def scored(
+    folder: Path, blocks: int, *callbacks: Callback, repeats: int = 0, **options: object
+) -> EndToEnd:
     """Score some blocks: two epochs of 5 batches, and one of measuring."""
     phase = EndToEnd(
         small_net(dtype=torch.float32, depth=4, **DIGITS),
         groups=[(f"blocks.{number}",) for number in range(blocks)],
         images=8 * STEPS,
         training=training(8),
-        latency_repeats=0,
+        latency_repeats=repeats,
     )
     run = runner(folder, minutes=0.0, batch_size=8)
     run = replace(run, trainer=partial(run.trainer, **options))
@@ -68,11 +71,17 @@ def all_cases(folder: str) -> None:
         for blocks in (1, 3):
             found[f"{blocks}"] = scored(place / f"{blocks}", blocks, **TWO).scores
         found["built"] = list(built)
+        found["savings"] = evidence_of(scored(place / "savings", 3, repeats=3, **TWO))
         action = stop() if rank else (lambda: None)
         stopped(place / "stopped", 2, action)
         stopped(place / "stopped", 2 * STEPS + 2, action)  # while errors are measured
         found["resumed"] = scored(place / "stopped", 3, **TWO).scores
     torch.save(found, place / f"found{rank}.pt")
+
+
+def evidence_of(phase: EndToEnd) -> dict[str, dict[str, float]]:
+    evidence: Evidence = phase.evidence()
+    return {"scores": dict(evidence.block_scores), "savings": dict(evidence.block_savings)}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,12 @@ def test_two_processes_find_what_one_does(
 
 def test_each_trains_its_share_alone(shared: list[dict[str, Any]]) -> None:
     assert [found["built"] for found in shared] == [[1, 2], [1]]
+
+
+def test_savings_are_those_of_the_main_process(shared: list[dict[str, Any]]) -> None:
+    first, second = (found["savings"] for found in shared)
+    assert len(first["savings"]) == 3
+    assert first == second
 
 
 def test_stopped_anywhere_both_go_on_with_their_own(shared: list[dict[str, Any]]) -> None:

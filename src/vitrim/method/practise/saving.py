@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.budget.blocks import Group
+from vitrim.jobs import distributed
 from vitrim.method.practise.adaptors import Skip, adapted
 from vitrim.network.timing import clock_of, interleaved_times
 from vitrim.plan import Evidence
@@ -22,7 +23,7 @@ def latency_shares(
     """Return by how much latency falls without each group, as a share of the whole network's.
 
     All networks are timed in turn, so that changes of the machine's speed affect them alike; the
-    medians count.
+    medians count. Of several processes, each of which must call this, the main one measures.
 
     Args:
         net: the network, in eval mode.
@@ -30,10 +31,13 @@ def latency_shares(
         images: of one forward pass, (B, C, H, W), on the device where it is timed.
         repeats: timed passes of each network.
     """
-    calls = [_pass(net, group, images) for group in ((), *groups)]
-    times = interleaved_times(calls, repeats, clock=clock_of(images.device))
-    whole, *others = map(statistics.median, times)
-    return [max(1 - other / whole, _LEAST) for other in others]
+    shares: list[float] | None = None
+    if distributed.is_main_process():
+        calls = [_pass(net, group, images) for group in ((), *groups)]
+        times = interleaved_times(calls, repeats, clock=clock_of(images.device))
+        whole, *others = map(statistics.median, times)
+        shares = [max(1 - other / whole, _LEAST) for other in others]
+    return distributed.broadcast(shares)
 
 
 def as_scores(errors: Sequence[float], n_images: int, savings: Sequence[float]) -> Tensor:

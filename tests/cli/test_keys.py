@@ -20,6 +20,26 @@ from vitrim.jobs.distributed import check_processes, check_workers
 
 
 @pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model.training=inf", "expected keys and values: model.training.KEY=VALUE"),
+        ("method.fine_tuning=abc", "expected keys and values: method.fine_tuning.KEY=VALUE"),
+        ("model.args=null", "expected keys and values: model.args.KEY=VALUE"),
+        ("model.args='[0'", "expected keys and values: model.args.KEY=VALUE"),
+        ("model.mean=0", "expected a list"),
+        ("method.gate_lr=0x10", "expected a number"),
+        ("method.gating.epochs=[1,2]", "expected a number"),
+        ("model.checkpoint=true", "expected the name of a file"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_key(
+    command: Command, word: str, expected: str
+) -> None:
+    key = word.partition("=")[0]
+    assert_refused(command, "method=vtp", "strength=1", word, expected=[f"{key}=", expected])
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import get_type_hints, is_typeddict
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import yaml
 
 from vitrim.cli.checks import Config
-from vitrim.errors import is_count, is_rate
+from vitrim.errors import is_count, is_rate, shown
 
 TRAINER = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches"),
@@ -54,6 +56,8 @@ INSTEAD: Mapping[str, str] = {
 _OF_TIMM = ("augmentation", "mixing")
 _OPEN = ("model.args",)
 """Mappings whose keys are checked by the network that takes them."""
+_MAY_BE: Mapping[type, set[str]] = {dict: {"keys"}, list: {"list"}, str: {"value"}}
+"""What a value of plain data may be (`_shape_of`), where it is no number."""
 _NOT_TRAINING = (
     *("input_size", "mean", "std", "interpolation", "is_training", "crop_pct", "crop_mode"),
     *("crop_border_pixels", "tf_preprocessing", "use_prefetcher", "normalize", "separate"),
@@ -116,12 +120,62 @@ def _of_call(node: Config, where: str) -> Iterator[str]:
     for key, child in node.items():
         if key in _OF_TIMM and where == "data" and not _is_for_timm(function):
             continue
-        yield from _of_child(child, f"{where}.{key}", _hints(function).get(key))
+        hint = _hints(function).get(key)
+        if hint is not None and _is_ours(function):
+            yield from _misshapen(child, f"{where}.{key}", hint)
+        yield from _of_child(child, f"{where}.{key}", hint)
 
 
 def _is_for_timm(function: object) -> bool:
     """Whether the mappings augmentation and mixing of a data set are arguments of timm."""
-    return getattr(function, "__module__", "").startswith("vitrim.") or hasattr(function, "splits")
+    return _is_ours(function) or hasattr(function, "splits")
+
+
+def _is_ours(function: object) -> bool:
+    return getattr(function, "__module__", "").startswith("vitrim.")
+
+
+def _misshapen(child: object, where: str, hint: object) -> Iterator[str]:
+    """Iterate over what is wrong with a value where keys, a list or a number are expected.
+
+    What an annotation does not say is left to whatever takes the value.
+    """
+    members = [*_alternatives(hint)]
+    kinds = {_shape_of(member) for member in members if member is not NoneType}
+    may_be = _MAY_BE.get(type(child), {"value", "number"})
+    if not kinds or "any" in kinds or kinds & may_be or (child is None and NoneType in members):
+        return
+    words = {
+        "keys": f"keys and values: {where}.KEY=VALUE",
+        "list": "a list",
+        "number": "a number",
+        "value": "a value",
+    }
+    allowed = " or ".join(text for kind, text in words.items() if kind in kinds)
+    yield f"{where}={shown(child)}: expected {allowed}"
+
+
+def _alternatives(hint: object) -> Iterator[object]:
+    """Iterate over the members of a union, or over the one type that it is."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        for member in get_args(hint):
+            yield from _alternatives(member)
+    else:
+        yield hint
+
+
+def _shape_of(kind: object) -> str:
+    """Return what values of a type are: keys, list, number or another value; any: unknown."""
+    origin = get_origin(kind) or kind
+    if origin in (int, float):
+        return "number"
+    if origin is Literal or origin in (bool, str):
+        return "value"
+    if not isinstance(origin, type):
+        return "any"
+    if is_dataclass(origin) or is_typeddict(origin) or issubclass(origin, Mapping):
+        return "keys"
+    return "list" if issubclass(origin, Collection) else "any"
 
 
 def _of_child(child: object, where: str, hint: object) -> Iterator[str]:

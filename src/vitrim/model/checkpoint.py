@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, shown
 from vitrim.files import PLAN, WEIGHTS, StoreError, read_text, sha256
 from vitrim.model.conversion import converted, from_arrays
 from vitrim.model.layout import NAMES, layout_of, nearest
@@ -34,6 +34,8 @@ def check_path(checkpoint: str) -> None:
     Raises:
         ConfigError: `checkpoint` is one of them.
     """
+    if not isinstance(checkpoint, str):
+        raise ConfigError(f"model.checkpoint={shown(checkpoint)}: expected the name of a file")
     if _ADDRESS.match(checkpoint):
         raise ConfigError(
             f"model.checkpoint={checkpoint}: an address; download the file yourself, set its path, "

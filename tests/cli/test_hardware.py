@@ -119,9 +119,7 @@ def test_a_share_of_one_batch_of_calibration_is_that_batch(tmp_path: Path) -> No
     phases = replace(runner(tmp_path), trainer=few)
     net = small_net(dtype=torch.float32, **DIGITS)
     sampling = Sampling(images=64, tokens=2, class_token_weight=1.0)
-    scorer = Calibrate(
-        net, sites=("blocks.0.mlp.hidden",), sampling=sampling, taylor=False, targets=False
-    )
+    scorer = Calibrate(net, sites=("blocks.0.mlp.hidden",), sampling=sampling, taylor=False)
     phases.run_or_load(tmp_path / "score", scorer, name="score")
 
 

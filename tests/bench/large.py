@@ -56,6 +56,7 @@ def _compress(method: str) -> tuple[float, float, float]:
     command = [sys.executable, "-c", _COMPRESS, method, threads]
     env = {**os.environ, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{method}: ended with {done.returncode} {done.stderr}")
     seconds, gigabytes, kept = json.loads(done.stdout.splitlines()[-1])
     return seconds, gigabytes, kept

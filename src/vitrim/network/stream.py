@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -102,3 +102,17 @@ class Stream:
         """Return the path of the module whose input is the stream after `step`."""
         index = self.steps.index(step) + 1
         return self.steps[index].reader if index < len(self.steps) else self.final_norm
+
+
+def paired_steps(
+    dense: Stream, compact: Stream
+) -> Iterator[tuple[BranchStep | MergeStep, BranchStep | MergeStep | None]]:
+    """Iterate over the steps of a dense network, each with that of its compact network.
+
+    That is None where the compact network has lost the branch.
+    """
+    kept = {branch.name for branch in compact.branches}
+    own = iter(compact.steps)
+    for step in dense.steps:
+        is_dropped = isinstance(step, BranchStep) and step.name not in kept
+        yield step, None if is_dropped else next(own)

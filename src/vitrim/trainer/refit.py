@@ -22,7 +22,7 @@ from vitrim.closed_form.moments import Moments, full_precision
 from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
-from vitrim.network.stream import BranchStep
+from vitrim.network.stream import BranchStep, paired_steps
 from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
@@ -124,13 +124,10 @@ class Refit(LightningModule):
         self._features = {}
 
     def _solve_layers(self) -> None:
-        own_steps = iter(self._stream.steps)
-        names = {branch.name for branch in self._stream.branches}
-        for dense in stream(self._teacher[0]).steps:
+        for dense, own in paired_steps(stream(self._teacher[0]), self._stream):
             self._dense = [dense.advance(x) for x in self._dense]
-            if isinstance(dense, BranchStep) and dense.name not in names:
-                continue  # the branch was dropped
-            own = next(own_steps)
+            if own is None:
+                continue
             if isinstance(own, BranchStep) and own.name in self._consumers:
                 self._solve_layer(own, self._consumers[own.name])
             self._compact = [own.advance(x) for x in self._compact]

@@ -21,7 +21,7 @@ from vitrim.method.joint.local import Rows, joined, train
 from vitrim.method.joint.settings import LocalTraining
 from vitrim.network import stepwise, structure
 from vitrim.network.factored import widths_of_layer
-from vitrim.network.stream import BranchStep, Stream
+from vitrim.network.stream import BranchStep, Stream, paired_steps
 from vitrim.network.structure import ends_of
 from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
@@ -100,13 +100,11 @@ class Reconstruct(LightningModule):
     @torch.no_grad()
     def solve(self) -> None:
         """Do `on_train_epoch_end` without a Trainer."""
-        names, own_steps = {step.name for step in self._stream.branches}, iter(self._stream.steps)
         with full_precision(self._dense[0]):
-            for dense in stepwise(self._teacher[0]).steps:
+            for dense, own in paired_steps(stepwise(self._teacher[0]), self._stream):
                 self._dense = [dense.advance(x) for x in self._dense]
-                if isinstance(dense, BranchStep) and dense.name not in names:
-                    continue  # the branch was dropped
-                own = next(own_steps)
+                if own is None:
+                    continue
                 if isinstance(own, BranchStep) and own.name in self._ends:
                     self._correct(own, self._ends[own.name])
                 self._compact = [own.advance(x) for x in self._compact]

@@ -28,7 +28,7 @@ from vitrim.model.teacher import Teacher
 from vitrim.network import structure
 from vitrim.network.surgery import cut
 from vitrim.plan import Evidence, Plan
-from vitrim.trainer.calibrate import capture
+from vitrim.trainer.activations import capture
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TAR, WEIGHTS = DATA / "imagenet_mini.tar", DATA / "vit_tiny_patch16_224.safetensors"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitrim.method.mixed_rank.method import MixedRank
 from vitrim.network.decompose import decompose
 from vitrim.network.factored import LowRankLinear
-from vitrim.trainer.calibrate import capture
+from vitrim.trainer.activations import capture
 
 from .scoring import DEIT, NETS, against_forward, method_of, net_of
 from .timing import Row, Side, take_turns

@@ -36,7 +36,7 @@ class Moments(nn.Module):
     mean: Tensor
     cov: Tensor
     _sum: Tensor
-    _squares: Tensor
+    _squares: list[Tensor]  # by block of rows, the columns from the diagonal on
 
     def __init__(self, name: str, channels: int, groups: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -64,12 +64,16 @@ class Moments(nn.Module):
             self._shift = (rows * root.square()).sum(-2) / root.square().sum()
             groups, channels = self._shift.shape[:-1], self._shift.shape[-1]
             self._sum = rows.new_zeros(*groups, channels, dtype=torch.float64)
-            self._squares = rows.new_zeros(*groups, channels, channels, dtype=torch.float64)
+            self._squares = [
+                rows.new_zeros(*groups, len(block), channels - block.start, dtype=torch.float64)
+                for block in _blocks(channels)
+            ]
             self.weight = self.weight.to(rows.device)
         centred = (rows - self._shift.unsqueeze(-2)) * root
-        for start in range(0, centred.shape[-1], _BLOCK):  # the upper triangle; it is symmetric
-            block = slice(start, start + _BLOCK)
-            self._squares[..., block, start:] += centred[..., block].mT @ centred[..., start:]
+        blocks = zip(self._squares, _blocks(centred.shape[-1]), strict=True)
+        for squares, block in blocks:  # the upper triangle; it is symmetric
+            rows_of_block = centred[..., block.start : block.stop]
+            squares.add_(rows_of_block.mT @ centred[..., block.start :])
         if is_first:
             self._check()
         self._sum += (centred * root).sum(-2, dtype=torch.float64)
@@ -90,7 +94,10 @@ class Moments(nn.Module):
         self._check()
         step = self._sum / self.weight
         outer = step.unsqueeze(-1) * step.unsqueeze(-2)
-        upper = self._squares.div_(self.weight).triu_()
+        upper = torch.zeros_like(outer)
+        for squares, block in zip(self._squares, _blocks(step.shape[-1]), strict=True):
+            upper[..., block.start : block.stop, block.start :] = squares / self.weight
+        upper.triu_()
         second_moment = upper + upper.triu(1).mT
         self.cov = (second_moment - outer).float().cpu()
         self.mean = (self._shift.double() + step).cpu()
@@ -99,7 +106,8 @@ class Moments(nn.Module):
         del self._sum, self._squares  # twice as large as all moments together
 
     def _check(self) -> None:
-        if not bool(torch.isfinite(self._squares.diagonal(dim1=-2, dim2=-1)).all()):
+        variances = torch.cat([each.diagonal(dim1=-2, dim2=-1) for each in self._squares], dim=-1)
+        if not bool(torch.isfinite(variances).all()):
             raise MomentsError(
                 f"{self.name}: its activations are not finite (or overflow float32) on a "
                 "calibration batch; check the images and the weights"
@@ -108,6 +116,11 @@ class Moments(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return the finished moments by name."""
         return {"weight": self.weight, "mean": self.mean, "cov": self.cov}
+
+
+def _blocks(channels: int) -> list[range]:
+    """Return the channels in blocks: each is multiplied by the channels from its first one on."""
+    return [range(start, min(start + _BLOCK, channels)) for start in range(0, channels, _BLOCK)]
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:

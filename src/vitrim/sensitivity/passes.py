@@ -16,7 +16,8 @@ from vitrim.sensitivity.losses import inverse_root_of
 from vitrim.sensitivity.parts import Parts
 from vitrim.sensitivity.probes import Probe, feature_divergence, kl_divergence, measure
 from vitrim.sensitivity.statistics import Statistics
-from vitrim.trainer.calibrate import Sampling, capture, classifiers
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling, classifiers
 
 _CHUNK = 16  # images of one backward pass, whose attention maps are in memory together
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
+from vitrim.trainer.activations import Batches, capture
 from vitrim.trainer.phase import ResumePoint
 
 
@@ -172,6 +172,7 @@ class Calibrate(LightningModule):
         for name in self._extra_statistics():
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
+        self._batches = Batches(self._points() if sites else [])
 
     def _extra_statistics(self) -> list[str]:
         """Return the names of the statistics that are kept besides moments."""
@@ -189,28 +190,28 @@ class Calibrate(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add one batch of images (B, C, H, W) to the statistics."""
-        images = batch[0]
         if self.losses:
-            self.losses.observe(images, self.current_epoch)
+            self.losses.observe(batch[0], self.current_epoch)
         if self.current_epoch + 1 < self.epochs:
             return
-        with full_precision(images):
-            with (
-                torch.set_grad_enabled(self.taylor),
-                capture(self.net, self._points()) as activations,
-            ):
-                logits = self.net(images)
-            if self.taylor:
-                self._first_order(logits, activations)
-            with torch.no_grad():
-                self._take_in(activations)
-        self._seen += len(images)
+        with full_precision(batch[0]):
+            for images in self._batches.of(batch[0], self.net):
+                with (
+                    torch.set_grad_enabled(self.taylor),
+                    capture(self.net, self._points()) as activations,
+                ):
+                    logits = self.net(images)
+                if self.taylor:
+                    self._first_order(logits, activations)
+                with torch.no_grad():
+                    self._take_in(activations)
+                self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
         """Return the modules to capture, and whether their output is meant (else their input)."""
-        norms = [step.reader for step in self._stream.steps]
-        consumers = [layer.name for layer in self._consumers]
-        inputs = [*norms, self._stream.final_norm, *consumers]
+        parts = [*self._consumers, *self._attentions]
+        readers = dict.fromkeys(self._branches[part.branch].reader for part in parts)
+        inputs = [*readers, *(layer.name for layer in self._consumers)]
         return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 
     def _take_in(self, activations: Mapping[str, Tensor]) -> None:
@@ -311,34 +312,3 @@ def _by_head(rows: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack(
         [F.pad(part, (0, widest - part.shape[1])) for part in torch.split(rows, list(dims), dim=1)]
     )
-
-
-@contextmanager
-def capture(net: nn.Module, points: Sequence[tuple[str, bool]]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that gets the activations of modules, by their path, while `net` runs.
-
-    Of several calls of a module, the first counts.
-
-    Args:
-        net: the network.
-        points: paths of modules, and whether their output is meant (else their input).
-    """
-    activations: dict[str, Tensor] = {}
-
-    def hook_for(name: str, *, output: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], *out: Tensor) -> None:
-            activations.setdefault(name, out[0] if output else args[0])
-
-        return hook
-
-    handles = [
-        net.get_submodule(name).register_forward_hook(hook_for(name, output=True))
-        if output
-        else net.get_submodule(name).register_forward_pre_hook(hook_for(name, output=False))
-        for name, output in points
-    ]
-    try:
-        yield activations
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -23,7 +23,8 @@ from vitrim.closed_form.reconstruction import ridge_fit
 from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep, paired_steps
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 _log = logging.getLogger(__name__)

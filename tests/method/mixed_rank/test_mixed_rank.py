@@ -28,7 +28,7 @@ from vitrim.method.mixed_rank.profile import Profile
 from vitrim.method.mixed_rank.regress import Regress
 from vitrim.method.mixed_rank.residual import Residual
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import capture
+from vitrim.trainer.activations import capture
 from vitrim.trainer.mimic import Mimic
 from vitrim.trainer.recovery import Recovery
 

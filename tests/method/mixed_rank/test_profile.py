@@ -11,7 +11,8 @@ from vitrim.closed_form.moments import MomentsError
 from vitrim.method.mixed_rank.metric import Decomposition
 from vitrim.method.mixed_rank.pieces import Piece
 from vitrim.method.mixed_rank.profile import Profile
-from vitrim.trainer.calibrate import Sampling, capture
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling
 
 ALL = Sampling(images=24, tokens=None, class_token_weight=1.0)
 LAYERS = ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"]

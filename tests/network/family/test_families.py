@@ -24,7 +24,7 @@ from vitrim.budget.cost import Cost
 from vitrim.network import UnsupportedArchitecture, branches, sites, stream, structure
 from vitrim.network.skeleton import on_meta
 from vitrim.plan import PlanError
-from vitrim.trainer.calibrate import capture
+from vitrim.trainer.activations import capture
 
 
 def of(*families: str) -> pytest.MarkDecorator:

@@ -30,7 +30,8 @@ from vitrim.network.attention import SlicedWindowAttention
 from vitrim.network.skeleton import on_meta
 from vitrim.network.structure import members
 from vitrim.plan import dumps, loads
-from vitrim.trainer.calibrate import Calibrate, Sampling, capture
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Calibrate, Sampling
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.refit import Refit
 

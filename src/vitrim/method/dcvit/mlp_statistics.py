@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vitrim.closed_form.moments import Moments, add_to, full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.stream import BranchStep
-from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
+from vitrim.trainer.activations import Batches, capture
+from vitrim.trainer.calibrate import Sampling, gather_tokens
 
 Gathered = Literal["none", "mean", "moments", "regression"]
 """How much is gathered of each MLP (`MLPStatistics`)."""
@@ -63,6 +64,7 @@ class MLPStatistics(nn.Module):
         for name in self._buffers_of(*(mlp.end for mlp in mlps)):
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
+        self._batches = Batches(self._points() if self.gathered != "none" else [])
 
     def _buffers_of(self, *ends: str) -> list[str]:
         """Return the names of the statistics besides moments."""
@@ -75,11 +77,12 @@ class MLPStatistics(nn.Module):
         if self.gathered == "none":
             return
         with torch.no_grad(), full_precision(images):
-            with capture(net, self._points()) as activations:
-                net(images)
-            for mlp in self.mlps:
-                self._add_mlp(net, mlp, activations)
-        self._seen += len(images)
+            for few in self._batches.of(images, net):
+                with capture(net, self._points()) as activations:
+                    net(few)
+                for mlp in self.mlps:
+                    self._add_mlp(net, mlp, activations)
+                self._seen += len(few)
 
     def _points(self) -> list[tuple[str, bool]]:
         """Return the modules whose inputs are captured."""

@@ -23,7 +23,8 @@ from vitrim.network import stepwise, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep, Stream, paired_steps
 from vitrim.network.structure import ends_of
-from vitrim.trainer.calibrate import Sampling, capture, classifiers, gather_tokens
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling, classifiers, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.refit import add_solution, fold_map
 

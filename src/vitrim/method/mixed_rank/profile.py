@@ -16,7 +16,8 @@ from vitrim.network import stream, structure
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import widths_of_layer
 from vitrim.plan import Evidence
-from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
+from vitrim.trainer.activations import Batches, capture
+from vitrim.trainer.calibrate import Sampling, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 
 _MOMENTS: tuple[Decomposition, ...] = ("whitening", "normalised_output", "centred", "loss")
@@ -82,6 +83,13 @@ class Profile(LightningModule):
             self.register_buffer(key_of(f"{name}.gradient_products"), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
         self._n_seen = 0
+        self._inputs, self._outputs = (
+            [(name, after) for name in layers] for after in (False, True)
+        )
+        self._batches = {  # by whether gradients are computed
+            False: Batches(self._inputs),
+            True: Batches(self._inputs, self._outputs),
+        }
 
     def _sums(self) -> list[str]:
         """Return the statistics of a layer that are summed, besides moments."""
@@ -102,14 +110,14 @@ class Profile(LightningModule):
         for part, differentiate in parts:
             if len(part):
                 with full_precision(part):
-                    self._take_in(part, differentiate=differentiate)
+                    for few in self._batches[differentiate].of(part, self.net):
+                        self._take_in(few, differentiate=differentiate)
 
     def _take_in(self, images: Tensor, *, differentiate: bool) -> None:
-        inputs, outputs = ([(name, after) for name in self._layers] for after in (False, True))
         with (
             torch.set_grad_enabled(differentiate),
-            capture(self.net, inputs) as input_of,
-            capture(self.net, outputs if differentiate else []) as output_of,
+            capture(self.net, self._inputs) as input_of,
+            capture(self.net, self._outputs if differentiate else []) as output_of,
         ):
             logits = self.net(images)
         with torch.no_grad():

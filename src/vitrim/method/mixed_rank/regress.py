@@ -19,7 +19,8 @@ from vitrim.network import stream, structure
 from vitrim.network.factored import widths_of_layer
 from vitrim.network.stream import BranchStep
 from vitrim.network.structure import ends_of
-from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.refit import add_solution
 

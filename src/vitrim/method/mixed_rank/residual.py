@@ -19,7 +19,8 @@ from vitrim.closed_form.moments import full_precision, key_of
 from vitrim.network import stream
 from vitrim.network.attention import GatheredLinear
 from vitrim.network.factored import LowRankLinear, low_rank_layers
-from vitrim.trainer.calibrate import Sampling, capture, gather_tokens
+from vitrim.trainer.activations import capture
+from vitrim.trainer.calibrate import Sampling, gather_tokens
 from vitrim.trainer.phase import ResumePoint
 from vitrim.trainer.recipe import Recipe, adamw_cosine
 

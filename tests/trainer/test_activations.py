@@ -63,7 +63,7 @@ def gathered(statistics: str) -> Iterator[tuple[str, Tensor]]:
         if statistics == "layers":
             pieces = {"fc2": Piece("blocks.1.mlp.fc2", 0, 24, 48)}
             phase = Profile(
-                net, pieces=pieces, decomposition="asvd", sampling=SAMPLING, gradient_images=0
+                net, pieces=pieces, decomposition="loss", sampling=SAMPLING, gradient_images=6
             )
         else:
             sites = ["blocks.0.mlp.hidden", "blocks.1.attn.qk"]

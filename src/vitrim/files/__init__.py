@@ -12,7 +12,6 @@ import re
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import xxhash
@@ -305,10 +304,8 @@ def sha256(path: Path) -> str:
 
 
 def _xxh3(path: Path) -> str:
-    if not path.stat().st_size:  # an empty file cannot be mapped
-        return xxhash.xxh3_128_hexdigest(b"")
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def digest(value: object) -> str:

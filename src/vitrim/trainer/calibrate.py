@@ -209,8 +209,9 @@ class Calibrate(LightningModule):
 
     def _points(self) -> list[tuple[str, bool]]:
         """Return the modules to capture, and whether their output is meant (else their input)."""
-        parts = [*self._consumers, *self._attentions]
-        readers = dict.fromkeys(self._branches[part.branch].reader for part in parts)
+        branches = [layer.branch for layer in self._consumers]
+        branches += [attention.branch for attention in self._attentions]
+        readers = dict.fromkeys(self._branches[branch].reader for branch in branches)
         inputs = [*readers, *(layer.name for layer in self._consumers)]
         return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 

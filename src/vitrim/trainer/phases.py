@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 _STATE = "state.safetensors"
 LAST = "last.safetensors"
 """The state after the last epoch, beside the best one, of phases that keep the best."""
+_LARGE = 100_000_000  # bytes of a phase's state
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _EXPECTED: tuple[tuple[str, type[Warning]], ...] = (
     (".*does not have many workers.*", Warning),  # data.workers is a choice
@@ -127,6 +129,8 @@ class PhaseRunner:
         """
         check_phase(phase)
         assert isinstance(phase, LightningModule)
+        if sum(tensor.nbytes for tensor in phase.state_dict().values()) > _LARGE:
+            gc.collect()  # an earlier phase and its Trainer refer to each other
         signals.raise_if_stopped()
         with lock(folder):
             if distributed.broadcast((folder / "manifest.json").is_file()):

@@ -109,11 +109,13 @@ class Profile(LightningModule):
         parts = ((images[:n_differentiated], True), (images[n_differentiated:], False))
         for part, differentiate in parts:
             if len(part):
+                generator = torch.Generator().manual_seed(self._n_seen)
                 with full_precision(part):
                     for few in self._batches[differentiate].of(part, self.net):
-                        self._take_in(few, differentiate=differentiate)
+                        self._take_in(few, generator if differentiate else None)
 
-    def _take_in(self, images: Tensor, *, differentiate: bool) -> None:
+    def _take_in(self, images: Tensor, generator: torch.Generator | None) -> None:
+        differentiate = generator is not None
         with (
             torch.set_grad_enabled(differentiate),
             capture(self.net, self._inputs) as input_of,
@@ -122,8 +124,8 @@ class Profile(LightningModule):
             logits = self.net(images)
         with torch.no_grad():
             self._add_inputs(input_of)
-        if differentiate:
-            self._add_gradients(logits, output_of)
+        if generator is not None:
+            self._add_gradients(logits, output_of, generator)
         self._n_seen += len(images)
 
     def _add_inputs(self, input_of: Mapping[str, Tensor]) -> None:
@@ -164,9 +166,10 @@ class Profile(LightningModule):
             weights = weights / outputs.square().sum(-1).clamp_min(1e-12)
         return weights
 
-    def _add_gradients(self, logits: Tensor, output_of: Mapping[str, Tensor]) -> None:
+    def _add_gradients(
+        self, logits: Tensor, output_of: Mapping[str, Tensor], generator: torch.Generator
+    ) -> None:
         """Add up products of the logits' gradients, by random signs (Hutchinson's estimator)."""
-        generator = torch.Generator().manual_seed(self._n_seen)
         signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
         outputs = [output_of[name] for name in self._layers]
         by_layer = zip(

@@ -215,17 +215,18 @@ class Calibrate(LightningModule):
         inputs = [*readers, *(layer.name for layer in self._consumers)]
         return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 
-    def _take_in(self, activations: Mapping[str, Tensor]) -> None:
+    def _take_in(self, activations: dict[str, Tensor]) -> None:
+        """Add activations to the moments; the widest ones are freed one after the other."""
         for layer in self._consumers:
             branch = self._branches[layer.branch]
             index, weights = self._sampled(activations[branch.reader])
-            rows = gather_tokens(branch.tokens(activations[layer.name]), index)
+            rows = gather_tokens(branch.tokens(activations.pop(layer.name)), index)
             self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
         for attention in self._attentions:
             branch = self._branches[attention.branch]
             index, weights = self._sampled(activations[branch.reader])
             dims = self._dims[attention.qkv]
-            outputs = gather_tokens(branch.tokens(activations[attention.qkv]), index)
+            outputs = gather_tokens(branch.tokens(activations.pop(attention.qkv)), index)
             both = outputs.flatten(0, 1)[:, : 2 * sum(dims)]
             for part, rows in zip(("q", "k"), both.chunk(2, dim=1), strict=True):
                 self._moments(f"{attention.qk}.{part}").add(_by_head(rows, dims), weights.flatten())

@@ -36,7 +36,7 @@ class Moments(nn.Module):
     mean: Tensor
     cov: Tensor
     _sum: Tensor
-    _squares: list[Tensor]  # by block of rows, the columns from the diagonal on
+    _squares: list[Tensor]  # of each block of rows, the columns from its first one on
 
     def __init__(self, name: str, channels: int, groups: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class Moments(nn.Module):
         centred = (rows - self._shift.unsqueeze(-2)) * root
         blocks = zip(self._squares, _blocks(centred.shape[-1]), strict=True)
         for squares, block in blocks:  # the upper triangle; it is symmetric
-            rows_of_block = centred[..., block.start : block.stop]
-            squares.add_(rows_of_block.mT @ centred[..., block.start :])
+            part = centred[..., block.start : block.stop]
+            squares.add_(part.mT @ centred[..., block.start :])
         if is_first:
             self._check()
         self._sum += (centred * root).sum(-2, dtype=torch.float64)
@@ -103,7 +103,7 @@ class Moments(nn.Module):
         self.mean = (self._shift.double() + step).cpu()
         self.weight = self.weight.cpu()
         self._shift = None
-        del self._sum, self._squares  # twice as large as all moments together
+        del self._sum, self._squares  # together about as large as the finished moments
 
     def _check(self) -> None:
         variances = torch.cat([each.diagonal(dim1=-2, dim2=-1) for each in self._squares], dim=-1)

@@ -47,6 +47,7 @@ from vitrim.trainer.distillation import Distillation
 from vitrim.trainer.phase import Phase, Scorer, check_scorer, stage_name
 from vitrim.trainer.phases import LAST, PhaseRunner
 from vitrim.trainer.recipe import Recipe
+from vitrim.trainer.sharing import shared_weights
 from vitrim.trainer.tracking import Tracker, Wandb
 
 IDENTITY = Plan(model={}, edits=())
@@ -268,7 +269,9 @@ def _compressed(
     own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
     prune = Slicing(job.method, own_cost, job.target, name=identity.method)
     scorer = scorer_of(job.method, copy.deepcopy(start.net), own_cost, job.target)
-    _score(scorer, prune, runner, identity)
+    check_scorer(scorer)
+    with shared_weights(scorer, start.net):
+        _score(scorer, prune, runner, identity)
     plan = replace(prune.plan, provenance={"strength": identity.strength, **prune.proposal.notes})
     plan = plan if job.start is None else combine(dense, start.plan, plan)
     if prune.evidence.synthetic is not None and distributed.is_main_process():
@@ -280,7 +283,6 @@ def _compressed(
 
 def _score(scorer: Scorer, prune: Slicing, runner: PhaseRunner | None, identity: Identity) -> None:
     """Train the scorer, once for all strengths; the callback plans and cuts."""
-    check_scorer(scorer)
     if runner is None:
         prune.apply(scorer)
         return

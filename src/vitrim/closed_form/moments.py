@@ -142,5 +142,8 @@ def key_of(name: str) -> str:
 
 def add_to(module: nn.Module, name: str, part: Tensor) -> None:
     """Add `part`, in float64, to the buffer of that name, which is empty at first."""
-    total, part = module.get_buffer(key_of(name)), part.double()
-    module.register_buffer(key_of(name), total.to(part) + part if total.numel() else part)
+    total = module.get_buffer(key_of(name))
+    if total.numel():
+        module.register_buffer(key_of(name), total.to(part.device).add_(part))
+    else:
+        module.register_buffer(key_of(name), part.to(torch.float64, copy=True))

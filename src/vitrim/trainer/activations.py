@@ -12,6 +12,8 @@ Points = Sequence[tuple[str, bool]]
 """Paths of modules, and whether their output is meant (else their input)."""
 
 _CAPTURED_BYTES = 1 << 30
+_WITH_GRAPH = 3
+"""What gradients take, relative to what is captured: it, the rest of the graph, and they."""
 
 
 @contextmanager
@@ -52,10 +54,12 @@ class Batches:
 
     Args:
         points: what is captured; each sequence by a `capture` of its own.
+        graph: whether gradients are computed of it, which takes three times as much.
     """
 
-    def __init__(self, *points: Points) -> None:
+    def __init__(self, *points: Points, graph: bool = False) -> None:
         self._points = points
+        self._limit = _CAPTURED_BYTES // (_WITH_GRAPH if graph else 1)
         self._most: int | None = None
 
     def of(self, images: Tensor, net: nn.Module) -> Sequence[Tensor]:
@@ -68,7 +72,7 @@ class Batches:
         if len(images) <= 1:
             return (images,) if len(images) else ()
         if self._most is None:
-            self._most = max(1, _CAPTURED_BYTES // max(1, self._bytes_of(images[:1], net)))
+            self._most = max(1, self._limit // max(1, self._bytes_of(images[:1], net)))
         return torch.split(images, self._most)
 
     @torch.no_grad()

@@ -172,7 +172,7 @@ class Calibrate(LightningModule):
         for name in self._extra_statistics():
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
-        self._batches = Batches(self._points() if sites else [])
+        self._batches = Batches(self._points() if sites else [], graph=taylor)
 
     def _extra_statistics(self) -> list[str]:
         """Return the names of the statistics that are kept besides moments."""

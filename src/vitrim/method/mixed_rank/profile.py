@@ -88,7 +88,7 @@ class Profile(LightningModule):
         )
         self._batches = {  # by whether gradients are computed
             False: Batches(self._inputs),
-            True: Batches(self._inputs, self._outputs),
+            True: Batches(self._inputs, self._outputs, graph=True),
         }
 
     def _sums(self) -> list[str]:

@@ -2,8 +2,7 @@
 
     dense --scorer--> evidence --plan--> plan --cut--> compact --recovery--> evaluated, saved
 
-`run` is that line. It knows no Hydra: `vitrim.cli` turns a command line into its arguments, and
-`vitrim.api` a network at hand.
+`run` is that line. `vitrim.cli` calls it for a command line, `vitrim.api` for a network at hand.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from vitrim.store import save
 from vitrim.trainer.classify import Classify
 from vitrim.trainer.control import control_entry
 from vitrim.trainer.distillation import Distillation
-from vitrim.trainer.phase import Phase, Scorer, check_scorer, stage_name
+from vitrim.trainer.phase import Phase, check_scorer, stage_name
 from vitrim.trainer.phases import LAST, PhaseRunner
 from vitrim.trainer.recipe import Recipe
 from vitrim.trainer.sharing import shared_weights
@@ -78,7 +77,7 @@ class Job:
         seed: of everything that is random.
         tracking: offline, online, tensorboard, csv, mlflow or none.
         progress: whether progress bars are shown.
-        checkpoint_minutes: between two checkpoints within a phase.
+        checkpoint_minutes: between two checkpoints within a phase; None: no state is kept.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
         evaluates: whether the networks are evaluated on labelled images.
         wandb: where W&B keeps the run.
@@ -101,7 +100,7 @@ class Job:
     seed: int
     tracking: str
     progress: bool
-    checkpoint_minutes: float
+    checkpoint_minutes: float | None
     batchnorm_images: int
     evaluates: bool = True
     wandb: Wandb = field(default_factory=Wandb)
@@ -268,10 +267,7 @@ def _compressed(
         return CutNetwork(net, start.plan, Proposal(edits=()), recovery)
     own_cost = cost if job.start is None else Cost(start.net, cost.input_size, cost)
     prune = Slicing(job.method, own_cost, job.target, name=identity.method)
-    scorer = scorer_of(job.method, copy.deepcopy(start.net), own_cost, job.target)
-    check_scorer(scorer)
-    with shared_weights(scorer, start.net):
-        _score(scorer, prune, runner, identity)
+    _score(job, start.net, prune, runner, identity)
     plan = replace(prune.plan, provenance={"strength": identity.strength, **prune.proposal.notes})
     plan = plan if job.start is None else combine(dense, start.plan, plan)
     if prune.evidence.synthetic is not None and distributed.is_main_process():
@@ -281,13 +277,17 @@ def _compressed(
     return CutNetwork(prune.compact, plan, prune.proposal, recovery)
 
 
-def _score(scorer: Scorer, prune: Slicing, runner: PhaseRunner | None, identity: Identity) -> None:
+def _score(
+    job: Job, net: nn.Module, prune: Slicing, runner: PhaseRunner | None, identity: Identity
+) -> None:
     """Train the scorer, once for all strengths; the callback plans and cuts."""
-    if runner is None:
-        prune.apply(scorer)
-        return
-    key = digest([identity.start_key, type(scorer).__qualname__, scorer.settings])
-    runner.run_or_load(runner.shared / f"score-{key}", scorer, name="score", callbacks=[prune])
+    scorer = check_scorer(scorer_of(job.method, copy.deepcopy(net), prune.cost, job.target))
+    with shared_weights(scorer, net):
+        if runner is None:
+            prune.apply(scorer)
+            return
+        key = digest([identity.start_key, type(scorer).__qualname__, scorer.settings])
+        runner.run_or_load(runner.shared / f"score-{key}", scorer, name="score", callbacks=[prune])
 
 
 def _recovery(

@@ -120,3 +120,12 @@ def test_lightning_is_quiet_only_within() -> None:
     finally:
         loggers[1].setLevel(before[0][1])
     assert ([logger.level for logger in loggers], [*warnings.filters]) == before
+
+
+def test_without_checkpoints_no_state_is_kept(tmp_path: Path) -> None:
+    phases_of = replace(runner(tmp_path), checkpoint_minutes=None)
+    phase = classify()
+    before = [parameter.clone() for parameter in phase.net.parameters()]
+    phases_of.run_or_load(tmp_path / "x", phase, name="x")
+    assert not all(map(torch.equal, before, phase.net.parameters()))
+    assert not [path for path in tmp_path.rglob("*.safetensors")]

@@ -140,7 +140,7 @@ def _run(asked: Request, out: Path, *, progress: bool) -> Compressed:
             seed=asked.options.seed,
             tracking="none",
             progress=False,
-            checkpoint_minutes=1e9,
+            checkpoint_minutes=None,
             batchnorm_images=asked.data.needed,
             evaluates=evaluates,
         )

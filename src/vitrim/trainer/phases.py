@@ -92,7 +92,8 @@ class PhaseRunner:
         shared: the folder of results that several runs use.
         seed: of the run.
         progress: whether progress bars are shown.
-        checkpoint_minutes: between two checkpoints within a phase.
+        checkpoint_minutes: between two checkpoints within a phase; None: neither they nor the final
+            states of phases are kept, because `folder` does not outlive the run.
         batchnorm_images: that estimate the statistics of folded BatchNorms before training.
         evaluates: whether networks are evaluated.
         compiles: whether training steps are compiled (`Compiled`).
@@ -105,7 +106,7 @@ class PhaseRunner:
     shared: Path
     seed: int
     progress: bool
-    checkpoint_minutes: float
+    checkpoint_minutes: float | None
     batchnorm_images: int
     evaluates: bool = True
     compiles: bool = False
@@ -143,7 +144,7 @@ class PhaseRunner:
             last = self._fit(
                 name, phase, epochs=phase.epochs, callbacks=callbacks, checkpoints=checkpoints
             )
-            if distributed.is_main_process():
+            if distributed.is_main_process() and self.checkpoint_minutes is not None:
                 states = dict(zip((_STATE, LAST), [phase.state_dict(), *last], strict=False))
                 for file, state in states.items():
                     _write_state(folder / file, state)

@@ -175,13 +175,13 @@ class Resume(Checkpoint):
     Args:
         folder: of the checkpoints; None: nothing is saved.
         seed: of the phase.
-        minutes: between two checkpoints.
+        minutes: between two checkpoints; None: none is saved but on a request to stop.
         resumes_at: where the phase may resume (`vitrim.trainer.phase`): it is saved after any
             batch, only at the end of an epoch, or never, and then starts over when it was stopped.
     """
 
     def __init__(
-        self, folder: Path | None, *, seed: int, minutes: float, resumes_at: ResumePoint
+        self, folder: Path | None, *, seed: int, minutes: float | None, resumes_at: ResumePoint
     ) -> None:
         self.folder = folder
         self.seed = seed
@@ -291,7 +291,8 @@ class Resume(Checkpoint):
     def _agreed(self, trainer: Trainer) -> tuple[bool, bool, bool]:
         """Return what any process has noticed: a loss that diverged, a signal, time to save."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        late = time.monotonic() - self._last >= 60 * self.minutes
+        waited = time.monotonic() - self._last
+        late = self.minutes is not None and waited >= 60 * self.minutes
         stopping, due = signals.received() is not None, late and trainer.is_global_zero
         if trainer.world_size > 1:
             if progress.total.ready % AGREE_EVERY and not progress.is_last_batch:

@@ -99,3 +99,30 @@ def test_wide_rows_are_multiplied_in_blocks_and_mirrored() -> None:
     moments.finish()
     assert torch.allclose(moments.cov, torch.cov(x.double().T, correction=0).float(), atol=1e-5)
     assert torch.equal(moments.cov, moments.cov.T)
+
+
+def test_few_rows_wait_and_are_multiplied_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(40, 64, generator=generator), torch.rand(40, generator=generator)
+    waiting, at_once = Moments("x", 64), Moments("x", 64)
+    sizes = [20, 3, 3, 12, 2]
+    for part, weight in zip(rows.split(sizes), weights.split(sizes), strict=True):
+        waiting.add(part, weight, wait=True)
+    for n in ([20], [3, 3], [12], [2]):  # eight rows of 64 channels may wait
+        total = sum(n)
+        at_once.add(rows[:total], weights[:total])
+        rows, weights = rows[total:], weights[total:]
+    waiting.finish()
+    at_once.finish()
+    assert torch.equal(waiting.cov, at_once.cov)
+    torch.testing.assert_close(waiting.mean, at_once.mean, rtol=1e-6, atol=1e-8)
+
+
+def test_what_waits_is_in_the_sums() -> None:
+    rows = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    moments, expected = Moments("x", 64), Moments("x", 64)
+    for each, wait in ((moments, True), (expected, False)):
+        for part in rows.split(4):
+            each.add(part, torch.ones(4), wait=wait)
+    for sums, others in zip(moments.sums(), expected.sums(), strict=True):
+        torch.testing.assert_close(sums, others, rtol=1e-5, atol=1e-5)

@@ -12,8 +12,8 @@ Points = Sequence[tuple[str, bool]]
 """Paths of modules, and whether their output is meant (else their input)."""
 
 _CAPTURED_BYTES = 1 << 30
-_WITH_GRAPH = 3
-"""What gradients take, relative to what is captured: it, the rest of the graph, and they."""
+_WITH_GRAPH = 1.5
+"""How much more is needed where gradients are computed: for them and the rest of the graph."""
 
 
 @contextmanager
@@ -54,12 +54,12 @@ class Batches:
 
     Args:
         points: what is captured; each sequence by a `capture` of its own.
-        graph: whether gradients are computed of it, which takes three times as much.
+        graph: whether gradients are computed of it, which takes half as much again.
     """
 
     def __init__(self, *points: Points, graph: bool = False) -> None:
         self._points = points
-        self._limit = _CAPTURED_BYTES // (_WITH_GRAPH if graph else 1)
+        self._limit = int(_CAPTURED_BYTES / (_WITH_GRAPH if graph else 1))
         self._most: int | None = None
 
     def of(self, images: Tensor, net: nn.Module) -> Sequence[Tensor]:

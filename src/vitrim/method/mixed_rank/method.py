@@ -212,6 +212,7 @@ class MixedRank:
         self, student: nn.Module, teacher: nn.Module, evidence: Evidence, n_classes: int
     ) -> Iterator[Phase]:
         """Yield regression, residual, mimicking and recovery, those that are asked for."""
+        del evidence  # large, and not needed: not to be kept until the last phase
         if self.regression:
             yield Regress(student, teacher, sampling=self._sampling, ridge=self.ridges.regression)
         residual = Residual(

@@ -29,6 +29,7 @@ from vitrim.sensitivity.predict import layer_effects, rising, scaled, weight_of
 from vitrim.sensitivity.probes import Probe, rounded
 from vitrim.sensitivity.settings import LossSettings
 from vitrim.trainer.calibrate import Sampling
+from vitrim.trainer.shared_pass import Share
 
 _LEAST = 1e-12  # of a loss, where a ratio of two is taken
 
@@ -94,6 +95,7 @@ class OrderedLosses:
             kept_images=choices.scaling.images,
         )
         self.epochs = self.passes.epochs
+        self.shares: Sequence[Share] = self.passes.shares
         self._attentions = {attention.qk: attention for attention in self.parts.attentions}
         self._folds = compensation in ("ridge", "sequential")
 
@@ -108,7 +110,7 @@ class OrderedLosses:
         Args:
             moments: from which the order follows.
         """
-        self.passes.statistics.finish()
+        self.passes.finish()
         orders = {site.name: order_of(self._importance(moments, site)) for site in self.parts.sites}
         steps = {
             name: rising(self._predicted(self.parts.described.sites[name], order)[order])

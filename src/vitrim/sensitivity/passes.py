@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vitrim.sensitivity.probes import Probe, feature_divergence, kl_divergence, 
 from vitrim.sensitivity.statistics import Statistics
 from vitrim.trainer.activations import capture
 from vitrim.trainer.calibrate import Sampling, classifiers
+from vitrim.trainer.shared_pass import Share
 
 _CHUNK = 16  # images of one backward pass, whose attention maps are in memory together
 
@@ -26,7 +27,7 @@ class Passes:
     """Gather `statistics` of a network's parts, and the images on which losses are measured.
 
     Networks without a classifier see their images twice (`epochs`): first for the covariance of the
-    features.
+    features. Several processes share both passes out (`shares`), and the measurements.
 
     Args:
         net: the dense network, in evaluation mode while images are observed.
@@ -55,6 +56,9 @@ class Passes:
         width = 1 if self.has_classifier else int(net.num_features)  # type: ignore[arg-type]
         self._features = Moments("features", width)
         self._images: list[Tensor] = []
+        self._share = Share(self.statistics, self.statistics.sums)
+        self._share_of_features = Share(self._features)
+        self.shares = [self._share_of_features, self._share]
 
     def observe(self, images: Tensor, epoch: int = 0) -> None:
         """Take in a batch of images (B, C, H, W).
@@ -64,17 +68,21 @@ class Passes:
         """
         with full_precision(images):
             if epoch + 1 < self.epochs:
-                with torch.no_grad():
-                    features = self.net(images)
-                self._features.add(features, torch.ones(len(features), device=features.device))
+                self._share_of_features.take(partial(self._add_features, images))
                 return
+            self._share_of_features.reduce()
             for chunk in torch.split(images, _CHUNK):
                 if self.parts.readers or self.parts.attentions:
-                    self._backward(chunk)
+                    self._share.take(partial(self._backward, chunk))
                 self.statistics.images += len(chunk)
         missing = self.kept_images - sum(map(len, self._images))
         if missing > 0:
             self._images.append(images[:missing])
+
+    @torch.no_grad()
+    def _add_features(self, images: Tensor) -> None:
+        features = self.net(images)
+        self._features.add(features, torch.ones(len(features), device=features.device))
 
     def _backward(self, images: Tensor) -> None:
         readers, attentions = self.parts.readers, self.parts.attentions
@@ -112,13 +120,25 @@ class Passes:
         self._features.finish()
         return inverse_root_of(self._features.cov.double(), 0.01)
 
+    def finish(self) -> None:
+        """Sum over the processes, and bring the statistics into their final form.
+
+        Raises:
+            MomentsError: activations or gradients were not finite, in whichever process.
+        """
+        self._share.reduce()
+        self.statistics.finish()
+
     @property
     def unit(self) -> float:
         """What turns the second moments of gradients into the divergence."""
         return 1 / (2 * self.temperature**2) if self.has_classifier else 0.5
 
     def measure(self, probes: Sequence[Probe]) -> list[float]:
-        """Return the measured loss of each probe, on the images that were kept; they are freed."""
+        """Return the measured loss of each probe, on the images that were kept; they are freed.
+
+        Each of several processes measures some of the probes.
+        """
         images, self._images = self._images, []
         if not probes:
             return []
@@ -127,8 +147,13 @@ class Passes:
             if self.has_classifier
             else feature_divergence(self._inverse_root)
         )
-        with full_precision(images[0]):
-            return measure(self.net, torch.cat(images), probes, divergence)
+        kept = torch.cat(images)
+        with full_precision(kept):
+            return self._share.measured(
+                lambda own: measure(self.net, kept, [probes[at] for at in own], divergence),
+                len(probes),
+                kept.device,
+            )
 
 
 @contextmanager

@@ -67,6 +67,8 @@ def measure(
     The stream before the first edited branch is computed once, so that a probe costs the rest of a
     forward pass. Networks whose stream is not described are run as a whole.
     """
+    if not probes:
+        return []
     try:
         described: Stream | None = stepwise(net)
     except UnsupportedArchitecture:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import key_of
@@ -18,10 +17,10 @@ from vitrim.sensitivity.results import result_names, results
 from vitrim.sensitivity.settings import LossRidges, Scaling
 from vitrim.sensitivity.statistics import Statistics
 from vitrim.trainer.calibrate import Sampling
-from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.shared_pass import SharedPass
 
 
-class LossScorer(LightningModule):
+class LossScorer(SharedPass):
     """Pass calibration images through a network and back once; then predict and measure losses.
 
     Evidence has `scores`: what removing each unit, direction or component costs, in nats of the KL
@@ -32,10 +31,6 @@ class LossScorer(LightningModule):
     classifier see their images twice: first for the covariance of the features. Of the ranks, those
     of `layers` are scored, or of all.
     """
-
-    resumes_at: ResumePoint = "never"
-    clip_norm = 0.0
-    trains = False
 
     def __init__(
         self,
@@ -49,7 +44,6 @@ class LossScorer(LightningModule):
         layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.net = net
         self.sampling = sampling
         self.calibration_images = sampling.images
@@ -73,6 +67,7 @@ class LossScorer(LightningModule):
             kept_images=scaling.images,
         )
         self.epochs = self.passes.epochs
+        self.shares = self.passes.shares
         for name in result_names(self.parts):
             self.register_buffer(key_of(name), torch.empty(0))
 
@@ -80,13 +75,6 @@ class LossScorer(LightningModule):
     def statistics(self) -> Statistics:
         """The sums over images."""
         return self.passes.statistics
-
-    def on_train_start(self) -> None:
-        """Run the network in evaluation mode."""
-        self.net.eval()
-
-    def configure_optimizers(self) -> None:
-        """Return none: nothing is trained."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Take in a batch of images (B, C, H, W)."""
@@ -109,7 +97,7 @@ class LossScorer(LightningModule):
     def conclude(self) -> None:
         """Do `on_train_end` without a Trainer."""
         passes = self.passes
-        passes.statistics.finish()
+        passes.finish()
         prediction = predict(
             self.net, self.parts, passes.statistics, ridges=self.ridges, unit=passes.unit
         )

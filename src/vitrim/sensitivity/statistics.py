@@ -26,6 +26,9 @@ class Statistics(nn.Module):
     g^T, or W^T G W if that is smaller, and the diagonal of G. A query-key site has, by head, Q =
     sum u q q^T and K = sum v k k^T (centred), with u and v the sums over keys and over queries of
     the squared gradients by the scores. Gradients by the scores count all tokens.
+
+    `sums` are the names of all that is summed besides `Moments`; `images` counts those of the pass,
+    among several processes also those that another one takes in.
     """
 
     images: Tensor
@@ -41,11 +44,12 @@ class Statistics(nn.Module):
             width = widths_of_layer(net.get_submodule(reader.name))[0]
             self.moments[key_of(reader.name)] = Moments(reader.name, width)
             self.plain[key_of(reader.name)] = Moments(reader.name, width)
-            for statistic in ("products", "squares"):
-                self.register_buffer(key_of(f"{reader.name}.{statistic}"), torch.empty(0))
-        for attention in attentions:
-            for statistic in ("q", "k", "k_sum", "weight"):
-                self.register_buffer(key_of(f"{attention.qk}.{statistic}"), torch.empty(0))
+        self.sums = [f"{r.name}.{name}" for r in readers for name in ("products", "squares")]
+        self.sums += [
+            f"{a.qk}.{name}" for a in attentions for name in ("q", "k", "k_sum", "weight")
+        ]
+        for name in self.sums:
+            self.register_buffer(key_of(name), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

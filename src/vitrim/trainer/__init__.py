@@ -7,7 +7,7 @@
     recipe.py    AdamW with warm-up and cosine decay   batchnorm.py  statistics of folded BatchNorms
     classify.py  supervised training, evaluation       mimic.py      training towards a teacher
     recovery.py  the same from few images, with views.py, low_rank_updates.py and kept_states.py
-    calibrate.py, collect.py   scorers that train nothing
+    calibrate.py, collect.py   scorers that train nothing, with shared_pass.py
     refit.py     least squares on the compact network
 
 May import: store, measure, closed_form, network, data, jobs and what is below them. No method.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.importance import consumer_of
@@ -19,7 +19,7 @@ from vitrim.network.factored import widths_of_layer
 from vitrim.network.structure import Attention, Layer, Structure
 from vitrim.plan import Evidence
 from vitrim.trainer.activations import Batches, capture
-from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.shared_pass import Share, SharedPass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +108,7 @@ class UnitLosses(Protocol):
     sites: Sequence[str]
     epochs: int
     settings: Mapping[str, object]
+    shares: Sequence[Share]
 
     def observe(self, images: Tensor, epoch: int) -> None:
         """Take in a batch of images (B, C, H, W)."""
@@ -118,7 +119,7 @@ class UnitLosses(Protocol):
         ...
 
 
-class Calibrate(LightningModule):
+class Calibrate(SharedPass):
     """Pass calibration images through a network once and keep moments of its units' activations.
 
     Evidence has no scores (the criterion computes them), but `moments`: for each layer that
@@ -126,10 +127,6 @@ class Calibrate(LightningModule):
     and k, per head. With `taylor` also each unit's first-order effect on the loss against the
     network's own decision. Memory does not depend on the number of images.
     """
-
-    resumes_at: ResumePoint = "never"
-    clip_norm = 0.0
-    trains = False
 
     def __init__(
         self,
@@ -141,7 +138,6 @@ class Calibrate(LightningModule):
         losses: UnitLosses | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.net = net
         self.epochs = (losses.epochs if losses else 1) if sites else 0
         self.losses = losses
@@ -172,6 +168,8 @@ class Calibrate(LightningModule):
         for name in self._extra_statistics():
             self.register_buffer(key_of(name), torch.empty(0))
         self._seen = 0
+        self._share = Share(self, self._extra_statistics())
+        self.shares = [*(losses.shares if losses else ()), self._share]
         self._batches = Batches(self._points() if sites else [], graph=taylor)
 
     def _extra_statistics(self) -> list[str]:
@@ -181,13 +179,6 @@ class Calibrate(LightningModule):
         losses = [f"{site}.losses" for site in self.losses.sites] if self.losses else []
         return [*losses, *(f"{name}.taylor" for name in units if self.taylor)]
 
-    def on_train_start(self) -> None:
-        """Set the network to eval mode, in which it is used."""
-        self.net.eval()
-
-    def configure_optimizers(self) -> None:
-        """Return none: nothing is trained."""
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add one batch of images (B, C, H, W) to the statistics."""
         if self.losses:
@@ -196,15 +187,7 @@ class Calibrate(LightningModule):
             return
         with full_precision(batch[0]):
             for images in self._batches.of(batch[0], self.net):
-                with (
-                    torch.set_grad_enabled(self.taylor),
-                    capture(self.net, self._points()) as activations,
-                ):
-                    logits = self.net(images)
-                if self.taylor:
-                    self._first_order(logits, activations)
-                with torch.no_grad():
-                    self._take_in(activations)
+                self._share.take(partial(self._take_in, images))
                 self._seen += len(images)
 
     def _points(self) -> list[tuple[str, bool]]:
@@ -215,13 +198,24 @@ class Calibrate(LightningModule):
         inputs = [*readers, *(layer.name for layer in self._consumers)]
         return [*((name, False) for name in inputs), *((a.qkv, True) for a in self._attentions)]
 
-    def _take_in(self, activations: dict[str, Tensor]) -> None:
+    def _take_in(self, images: Tensor) -> None:
+        with (
+            torch.set_grad_enabled(self.taylor),
+            capture(self.net, self._points()) as activations,
+        ):
+            logits = self.net(images)
+        if self.taylor:
+            self._first_order(logits, activations)
+        with torch.no_grad():
+            self._add_moments(activations)
+
+    def _add_moments(self, activations: dict[str, Tensor]) -> None:
         """Add activations to the moments; the widest ones are freed one after the other."""
         for layer in self._consumers:
             branch = self._branches[layer.branch]
             index, weights = self._sampled(activations[branch.reader])
             rows = gather_tokens(branch.tokens(activations.pop(layer.name)), index)
-            self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten())
+            self._moments(layer.name).add(rows.flatten(0, 1), weights.flatten(), wait=True)
         for attention in self._attentions:
             branch = self._branches[attention.branch]
             index, weights = self._sampled(activations[branch.reader])
@@ -258,7 +252,9 @@ class Calibrate(LightningModule):
             add_to(self, f"{key}.taylor", effect)
 
     def on_train_end(self) -> None:
-        """Bring sums into their final form."""
+        """Sum over the processes, and bring sums into their final form."""
+        for share in self.shares:
+            share.reduce()
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
             moments.finish()

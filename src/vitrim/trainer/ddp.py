@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.jobs import distributed
 from vitrim.trainer.phase import Phase, Reaches
+from vitrim.trainer.shared_pass import SharedPass
 
 SEARCHING = "ddp_find_unused_parameters_true"
 """Lightning's name of the strategy that looks for unused parameters in every step."""
@@ -27,13 +28,21 @@ def strategy_for(
 ) -> dict[str, object]:
     """Return the strategy for a phase, where `chosen` leaves it open and there are processes.
 
+    A `SharedPass` is shared out among them, unless `chosen` is no DDP: sharded networks need all
+    processes at every step. Its sums are those of each process: DDP must not send them around.
+
     Args:
         phase: that is to be run.
         chosen: `trainer.strategy`.
         epochs: of the phase; 0: it is not trained.
         image: returns a batch of one image (1, C, H, W).
     """
-    if chosen not in ("ddp", "auto") or distributed.place()[1] == 1:
+    if chosen not in ("ddp", "auto", SEARCHING) or distributed.place()[1] == 1:
+        return {}
+    if epochs and isinstance(phase, SharedPass):
+        phase.share_out(*distributed.place())
+        return {"strategy": DDPStrategy(broadcast_buffers=False)}
+    if chosen == SEARCHING:
         return {}
     if not epochs or not isinstance(phase, Reaches):
         return {"strategy": SEARCHING} if chosen == "ddp" else {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from vitrim.closed_form.moments import Moments, MomentsError, add_to, full_precision, key_of
@@ -18,12 +18,12 @@ from vitrim.network.factored import widths_of_layer
 from vitrim.plan import Evidence
 from vitrim.trainer.activations import Batches, capture
 from vitrim.trainer.calibrate import Sampling, gather_tokens
-from vitrim.trainer.phase import ResumePoint
+from vitrim.trainer.shared_pass import Share, SharedPass
 
 _MOMENTS: tuple[Decomposition, ...] = ("whitening", "normalised_output", "centred", "loss")
 
 
-class Profile(LightningModule):
+class Profile(SharedPass):
     """Pass calibration images through a network once and keep what a decomposition needs.
 
     Evidence has no scores but `moments`, by layer: `weight`, `mean` and `cov` of its inputs (for
@@ -34,10 +34,6 @@ class Profile(LightningModule):
     `gradient_products`, G (out, out), or W^T G W (in, in) if that is smaller. The memory does not
     grow with the number of images.
     """
-
-    resumes_at: ResumePoint = "never"
-    clip_norm = 0.0
-    trains = False
 
     images: Tensor
 
@@ -51,7 +47,6 @@ class Profile(LightningModule):
         gradient_images: int,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.net = net
         layers = [*dict.fromkeys(piece.layer for piece in pieces.values())]
         self.epochs = 1 if layers else 0
@@ -64,6 +59,7 @@ class Profile(LightningModule):
             "decomposition": decomposition,
             "sampling": asdict(sampling),
             "gradient_images": gradient_images,
+            "version": 2,  # of the state: 1 had sums where 2 has means
         }
         self._layers = layers
         self._pieces = dict(pieces) if gradient_images else {}
@@ -77,12 +73,16 @@ class Profile(LightningModule):
             if decomposition in _MOMENTS:
                 width = widths_of_layer(net.get_submodule(name))[0]
                 self.moments[key_of(name)] = Moments(name, width)
-            for statistic in self._sums():
-                self.register_buffer(key_of(f"{name}.{statistic}"), torch.empty(0))
-        for name in self._pieces:
-            self.register_buffer(key_of(f"{name}.gradient_products"), torch.empty(0))
+        statistics = {"asvd": ["abs"], "mean_input": ["tokens"]}.get(decomposition, [])
+        statistics += ["gradient_squares"] if gradient_images else []
+        self._sums = [f"{name}.{statistic}" for name in layers for statistic in statistics]
+        self._sums += [f"{name}.gradient_products" for name in self._pieces]
+        for name in self._sums:
+            self.register_buffer(key_of(name), torch.empty(0))
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
         self._n_seen = 0
+        self._share = Share(self, self._sums)
+        self.shares = [self._share]
         self._inputs, self._outputs = (
             [(name, after) for name in layers] for after in (False, True)
         )
@@ -91,28 +91,19 @@ class Profile(LightningModule):
             True: Batches(self._inputs, self._outputs, graph=True),
         }
 
-    def _sums(self) -> list[str]:
-        """Return the statistics of a layer that are summed, besides moments."""
-        own = {"asvd": ["abs"], "mean_input": ["tokens"]}.get(self.decomposition, [])
-        return [*own, "gradient_squares"] if self.gradient_images else own
-
-    def on_train_start(self) -> None:
-        """Run the network in evaluation mode."""
-        self.net.eval()
-
-    def configure_optimizers(self) -> None:
-        """Return none: nothing is trained."""
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Take in one batch of images (B, C, H, W)."""
         images, n_differentiated = batch[0], max(0, self.gradient_images - self._n_seen)
         parts = ((images[:n_differentiated], True), (images[n_differentiated:], False))
         for part, differentiate in parts:
             if len(part):
-                generator = torch.Generator().manual_seed(self._n_seen)
+                generator = torch.Generator().manual_seed(self._n_seen) if differentiate else None
                 with full_precision(part):
                     for few in self._batches[differentiate].of(part, self.net):
-                        self._take_in(few, generator if differentiate else None)
+                        taken = self._share.take(partial(self._take_in, few, generator))
+                        if generator is not None and not taken:
+                            _bits((len(few), *self._shape_of_logits), generator)
+                        self._n_seen += len(few)
 
     def _take_in(self, images: Tensor, generator: torch.Generator | None) -> None:
         differentiate = generator is not None
@@ -122,11 +113,11 @@ class Profile(LightningModule):
             capture(self.net, self._outputs if differentiate else []) as output_of,
         ):
             logits = self.net(images)
+        self._shape_of_logits = logits.shape[1:]
         with torch.no_grad():
             self._add_inputs(input_of)
         if generator is not None:
-            self._add_gradients(logits, output_of, generator)
-        self._n_seen += len(images)
+            self._add_gradients(logits, output_of, _bits(logits.shape, generator))
 
     def _add_inputs(self, input_of: Mapping[str, Tensor]) -> None:
         for name in self._layers:
@@ -146,7 +137,7 @@ class Profile(LightningModule):
             if self.decomposition in _MOMENTS:
                 moments = self.moments[key_of(name)]
                 assert isinstance(moments, Moments)
-                moments.add(x.flatten(0, 1), weights.flatten())
+                moments.add(x.flatten(0, 1), weights.flatten(), wait=True)
 
     def _weights(self, linear: nn.Module, x_BnC: Tensor, n_patches: int) -> Tensor:
         """Return the weight of each sampled token, (B, n).
@@ -166,11 +157,9 @@ class Profile(LightningModule):
             weights = weights / outputs.square().sum(-1).clamp_min(1e-12)
         return weights
 
-    def _add_gradients(
-        self, logits: Tensor, output_of: Mapping[str, Tensor], generator: torch.Generator
-    ) -> None:
+    def _add_gradients(self, logits: Tensor, output_of: Mapping[str, Tensor], bits: Tensor) -> None:
         """Add up products of the logits' gradients, by random signs (Hutchinson's estimator)."""
-        signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
+        signs = bits.to(logits) * 2 - 1
         outputs = [output_of[name] for name in self._layers]
         by_layer = zip(
             self._layers, torch.autograd.grad((logits * signs).sum(), outputs), strict=True
@@ -190,7 +179,12 @@ class Profile(LightningModule):
         add_to(self, name, part)
 
     def on_train_end(self) -> None:
-        """Finish the moments."""
+        """Sum over the processes, divide by the number of images, and finish the moments."""
+        self._share.reduce()
+        n_differentiated = min(self._n_seen, self.gradient_images)
+        for name in self._sums:
+            by_gradient = name.rpartition(".")[2].startswith("gradient_")
+            self.get_buffer(key_of(name)).div_(n_differentiated if by_gradient else self._n_seen)
         for moments in self.moments.values():
             assert isinstance(moments, Moments)
             moments.finish()
@@ -198,22 +192,16 @@ class Profile(LightningModule):
 
     def evidence(self) -> Evidence:
         """Return what was gathered; empty where no image was seen."""
-        n_images = int(self.images)
-        if not n_images:
-            return Evidence()
-        n_differentiated = min(n_images, self.gradient_images)
         gathered: dict[str, dict[str, Tensor]] = {}
-        for name in self._layers:
-            gathered[name] = {
-                statistic: self.get_buffer(key_of(f"{name}.{statistic}")).cpu()
-                / (n_differentiated if statistic == "gradient_squares" else n_images)
-                for statistic in self._sums()
-            }
-            if key_of(name) in self.moments:
-                moments = self.moments[key_of(name)]
-                assert isinstance(moments, Moments)
-                gathered[name] |= moments.tensors()
-        for name in self._pieces:
-            products = self.get_buffer(key_of(f"{name}.gradient_products")).cpu()
-            gathered.setdefault(name, {})["gradient_products"] = products / n_differentiated
+        for name in self._sums if int(self.images) else ():
+            of, _, statistic = name.rpartition(".")
+            gathered.setdefault(of, {})[statistic] = self.get_buffer(key_of(name)).cpu()
+        for moments in self.moments.values() if int(self.images) else ():
+            assert isinstance(moments, Moments)
+            gathered.setdefault(moments.name, {}).update(moments.tensors())
         return Evidence(moments=gathered)
+
+
+def _bits(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return random bits, of which those of one image after the other are drawn."""
+    return torch.randint(0, 2, shape, generator=generator)

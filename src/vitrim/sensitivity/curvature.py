@@ -50,5 +50,5 @@ def visible_attention(net: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def score_gradients(attn_BHNN: Tensor, gradient_BHNN: Tensor) -> Tensor:
     """Return squared gradients by the scores before the softmax, from those by the map."""
-    product = attn_BHNN * gradient_BHNN
-    return (product - attn_BHNN * product.sum(-1, keepdim=True)).square()
+    by_scores = torch._softmax_backward_data(gradient_BHNN, attn_BHNN, -1, attn_BHNN.dtype)
+    return by_scores.square_()
